@@ -1,0 +1,173 @@
+"""From a source of captioned clips to batches, shuffled, sharded over processes and resumable (Grain).
+
+Dimension letters: B batch (of this process), T frames, K packed images, H height, W width, L text tokens.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+
+Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+
+
+class _Indexed:
+    """A source whose records carry their index, for choosing the other clips that images are taken from."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self._source[index], "index": int(index)}
+
+    def __repr__(self) -> str:
+        return f"Indexed({type(self._source).__name__}, {len(self)})"
+
+
+class _PackImages(grain.transforms.RandomMap):
+    """Adds `images` [K,H,W,3] and their captions, each a frame of another clip of the source."""
+
+    def __init__(self, source, num_images: int):
+        self._source, self._num_images = source, num_images
+
+    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+        # Steps of 1 .. n-1 around the source never come back to the clip itself, nor twice to another.
+        steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
+        others = [(element["index"] + int(step)) % len(self._source) for step in steps]
+        packed = [_image(self._source, index, rng) for index in others]
+        images = np.stack([p["image"] for p in packed])
+        return {**element, "images": images, "image_captions": [p["caption"] for p in packed]}
+
+
+def _image(source, index: int, rng: np.random.Generator) -> dict:
+    if hasattr(source, "image"):
+        return source.image(index, rng)
+    clip = source[index]
+    return {"image": clip["video"][rng.integers(len(clip["video"]))], "caption": clip["caption"]}
+
+
+class _Tokenize(grain.transforms.Map):
+    """Replaces captions by tokens and masks, and keeps nothing but arrays."""
+
+    def __init__(self, tokenize: Tokenize, text_length: int):
+        self._tokenize, self._text_length = tokenize, text_length
+
+    def _tokens(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = self._tokenize(captions, self._text_length)
+        expected = (len(captions), self._text_length)
+        if np.shape(tokens) != expected or np.shape(mask) != expected:
+            raise ValueError(
+                f"tokenize returned tokens {np.shape(tokens)} and mask {np.shape(mask)}, expected {expected} for both: "
+                "pad and cut to the length it is given."
+            )
+        return np.asarray(tokens, np.int32), np.asarray(mask, bool)
+
+    def map(self, element: dict) -> dict:
+        tokens, mask = self._tokens([element["caption"]])
+        out = {"video": np.asarray(element["video"], np.float32), "tokens": tokens[0], "token_mask": mask[0]}
+        if "images" in element:
+            image_tokens, image_mask = self._tokens(element["image_captions"])
+            images = np.asarray(element["images"], np.float32)
+            out |= {"images": images, "image_tokens": image_tokens, "image_token_mask": image_mask}
+        return out
+
+
+def make_dataset(
+    source, *, seed: int, num_images: int = 0, tokenize: Tokenize, text_length: int, shuffle: bool = True
+) -> grain.MapDataset:
+    """The endless set of single examples that `make_iterator` batches: dicts as there, without the B.
+
+    Clips are shuffled anew in every epoch. ValueError where the source is empty, or too small for `num_images` images
+    of other clips.
+    """
+    if len(source) == 0:
+        raise ValueError("The source has 0 clips, expected 1 or more: check its folder and split.")
+    if not 0 <= num_images < len(source):
+        raise ValueError(
+            f"num_images is {num_images} with a source of {len(source)} clips, expected 0 to {len(source) - 1}: each "
+            "packed image comes from another clip, so pack fewer or use a larger source."
+        )
+    if text_length < 1:
+        raise ValueError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
+    dataset = grain.MapDataset.source(_Indexed(source)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat()
+    if num_images:
+        dataset = dataset.random_map(_PackImages(source, num_images))
+    return dataset.map(_Tokenize(tokenize, text_length))
+
+
+def make_iterator(
+    source,
+    *,
+    batch_size: int,
+    seed: int,
+    num_images: int = 0,
+    tokenize: Tokenize,
+    text_length: int,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    num_threads: int = 2,
+    prefetch: int = 2,
+) -> grain.DatasetIterator:
+    """An endless iterator of batches of numpy arrays, of which each JAX process gets its own part.
+
+    `source`: see `ivideo.data.sources`. `batch_size`: clips over all processes together. `seed`: of the order and of
+    the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`. `num_workers`: processes that
+    prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass a `source`
+    and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0: none, in
+    line); `prefetch`: batches kept ready by each process, which bounds the memory.
+
+    A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
+    positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
+    other clips with their own captions.
+
+    Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
+    count of processes and workers. ValueError where batch_size does not divide among the processes.
+    """
+    shard = grain.sharding.ShardByJaxProcess()
+    if batch_size < 1 or batch_size % shard.shard_count:
+        raise ValueError(
+            f"batch_size is {batch_size} over {shard.shard_count} processes, expected a positive multiple of "
+            f"{shard.shard_count}: the batch is of all processes together."
+        )
+    if num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
+    dataset = make_dataset(
+        source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle
+    )
+    # Grain keeps 500 elements ready unless told, here whole batches of video.
+    read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    workers = None
+    if num_workers:
+        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+    elastic = grain.experimental.ElasticIterator(
+        dataset, batch_size, shard, read_options=read_options, multiprocessing_options=workers
+    )
+    return iter(elastic)
+
+
+def load_state(iterator: grain.DatasetIterator, directory: str | pathlib.Path) -> None:
+    """Sets `iterator` to the state that Orbax saved in `directory`, whatever number of processes saved it.
+
+    `grain.checkpoint.CheckpointRestore` finds its file only where the number of processes is the one that saved.
+    FileNotFoundError where the folder holds no state.
+    """
+    iterator.set_state(read_state(directory))
+
+
+def read_state(directory: str | pathlib.Path) -> dict[str, Any]:
+    """The iterator state that Orbax saved in `directory`; all processes save the same one."""
+    files = sorted(pathlib.Path(directory).glob("process_*.json"))
+    if not files:
+        raise FileNotFoundError(
+            f"{directory} holds no process_*.json, expected a saved data iterator: pass the checkpoint's data folder."
+        )
+    return json.loads(files[0].read_text())

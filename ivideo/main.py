@@ -1,0 +1,180 @@
+r"""ivideo: text to video by the cascade of Imagen Video (arXiv 2210.02303).
+
+train      train a stage in --workdir; the same command again goes on from its newest checkpoint
+sample     write videos for --prompt or --prompts_file to --out
+evaluate   score prompt-following on the captioned shapes, seen and held-out captions
+export     write the averaged weights of --workdir as a safetensors file to --out
+train_text train the small text encoder that the demo cascade ships; write it to --out
+describe   print what a stage is: parameters, sizes, FLOPs, layers; nothing is allocated
+benchmark  time a stage's forward, training step and guided sampling step on this machine
+
+  python -m ivideo.main --config=configs/base.py:demo --mode=sample \
+      --prompt="a red star moving right on a teal background" --out=star.mp4
+
+A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from ivideo.errors import UserError
+
+MODES = ("train", "sample", "evaluate", "export", "train_text", "describe", "benchmark")
+FLAGS = flags.FLAGS
+
+config_flags.DEFINE_config_file("config", None, "A stage's config file, as configs/base.py or configs/base.py:demo.")
+flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
+flags.DEFINE_string(
+    "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard. Sampling without it takes the "
+    "weights in the package (variant demo).",
+)  # fmt: skip
+flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')
+flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …")
+flags.DEFINE_string("out", None, "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate.")
+flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
+flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
+flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
+flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
+flags.DEFINE_integer("clips", 96, "Clips that mode evaluate samples, half of them of held-out captions.", lower_bound=2)
+
+
+def run() -> None:
+    """Does what the flags say. Imports follow the mode, so that --help answers at once."""
+    config = FLAGS.config
+    if config is None:
+        raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
+    from ivideo import stages
+
+    stages.check(config)
+    if FLAGS.mode == "train":
+        from ivideo.train import train
+
+        train(config, _needed("workdir"))
+    elif FLAGS.mode == "sample":
+        from ivideo.generate import generate
+
+        generate(
+            config, _prompts(), _needed("out"), workdir=FLAGS.workdir, seed=FLAGS.seed, num_videos=FLAGS.num_videos,
+            in_folder=FLAGS.prompts_file is not None, overwrite=FLAGS.overwrite,
+        )  # fmt: skip
+    elif FLAGS.mode == "evaluate":
+        from ivideo.evaluate import prompt_following
+
+        prompt_following(
+            config, workdir=FLAGS.workdir, clips=FLAGS.clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
+            overwrite=FLAGS.overwrite,
+        )  # fmt: skip
+    elif FLAGS.mode == "export":
+        from ivideo.generate import export
+
+        export(config, _needed("workdir"), _needed("out"), overwrite=FLAGS.overwrite)
+    elif FLAGS.mode == "train_text":
+        from ivideo.pretrain_text import train_text
+
+        train_text(config, _needed("out"), overwrite=FLAGS.overwrite)
+    elif FLAGS.mode == "describe":
+        from ivideo.describe import describe
+
+        describe(config, as_json=FLAGS.json)
+    elif FLAGS.mode == "benchmark":
+        from ivideo.benchmark import benchmark
+
+        benchmark(config, as_json=FLAGS.json)
+
+
+def _needed(name: str) -> str:
+    value = getattr(FLAGS, name)
+    if not value:
+        raise UserError(f"--{name} is missing: mode {FLAGS.mode} needs it")
+    return value
+
+
+def _prompts() -> list[str]:
+    """The prompts of the command line. An empty prompt is a wish, no prompt a mistake."""
+    if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
+        raise UserError('mode sample needs one of --prompt="…" and --prompts_file=FILE; --prompt="" samples without text')
+    if FLAGS.prompt is not None:
+        return [FLAGS.prompt]
+    try:
+        with open(FLAGS.prompts_file, encoding="utf-8") as f:
+            prompts = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts_file={FLAGS.prompts_file} cannot be read ({e}): give a UTF-8 text file") from e
+    if not prompts:
+        raise UserError(f"--prompts_file={FLAGS.prompts_file} has no prompt: write one a line")
+    return prompts
+
+
+def parse(argv: list[str]) -> None:
+    """Reads the flags; every mistake in them is a UserError of one line."""
+    name = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if name is not None:
+        path = name.split(":")[0]
+        if not os.path.isfile(path):
+            raise UserError(f"no config at {path}: name a stage's file, such as --config=configs/base.py:demo")
+        # A config file imports its neighbours as configs.*, from wherever the command is run
+        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
+    try:
+        rest = FLAGS(argv)
+        FLAGS.config  # noqa: B018 - loaded here, so that its errors are met here
+    except flags.UnrecognizedFlagError as e:
+        raise UserError(f"--{e.flagname} is not a flag{_nearest(e.flagname)}: see --helpshort") from e
+    except (AttributeError, KeyError) as e:
+        key = re.search(r"--config\.([\w.]+)", " ".join(argv))
+        raise UserError(f"the config has no such key ({_line(e)}){'' if key is None else _nearest_key(argv)}") from e
+    except (flags.Error, ValueError, TypeError, OSError, SyntaxError, ImportError) as e:
+        raise UserError(_line(e)) from e
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag: values are given as --name=value; see --helpshort")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, list(FLAGS), n=1)
+    return f", did you mean --{close[0]}?" if close else ""
+
+
+def _nearest_key(argv: list[str]) -> str:
+    """What the user may have meant by the first config key that does not exist."""
+    spec = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
+    path, _, variant = spec.partition(":")
+    import importlib.util
+
+    module_spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(variant) if variant else module.get_config()
+    keys = list(config.to_dict()) + [f"{a}.{b}" for a, v in config.to_dict().items() if isinstance(v, dict) for b in v]
+    for arg in argv:
+        match = re.match(r"--config\.([\w.]+)", arg)
+        if match and match[1] not in keys:
+            close = difflib.get_close_matches(match[1], keys, n=3, cutoff=0.4)
+            return f": --config.{match[1]} is unknown" + (f", near it are {', '.join(close)}" if close else "")
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 after an error that the user can mend, printed as one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ivideo").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax writes pages there
+    try:
+        parse(sys.argv if argv is None else argv)
+        run()
+    except (UserError, FloatingPointError) as e:
+        print(f"ivideo: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

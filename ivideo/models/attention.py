@@ -1,0 +1,152 @@
+"""Attention over the pixels of a frame, over the frames of a pixel, and over the text. Section 2.3.
+
+B batch · T video frames · F frames (T video frames, then K packed images) · H, W height, width · C channels
+N heads · D channels a head · S texts (the video's, then one a packed image) · L text tokens
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype
+
+
+def _heads(channels: int, head_dim: int) -> int:
+    if channels % head_dim:
+        raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}: choose a divisor as head_dim")
+    return channels // head_dim
+
+
+def _softmax(logits, dtype, axis=-1):
+    """Softmax in float32 whatever the activations are: bfloat16 sums over thousands of keys lose whole tokens."""
+    return jax.nn.softmax(logits.astype(jnp.float32), axis=axis).astype(dtype)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention within each frame: [B, F, H, W, C] -> the same, residual, the identity at initialisation.
+
+    H and W stay separate axes in every product, so that a sharded height is never merged into tokens.
+    """
+
+    head_dim: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        heads = (_heads(channels, self.head_dim), self.head_dim)
+        y = FrameNorm(dtype=self.dtype, name="norm")(x)
+        q, k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(y) for name in "qkv")
+        logits = jnp.einsum("bfhwnd,bfyxnd->bfnhwyx", q * self.head_dim**-0.5, k)
+        weights = _softmax(logits, self.dtype, axis=(-2, -1))
+        y = jnp.einsum("bfnhwyx,bfyxnd->bfhwnd", weights, v)
+        return x + _out(channels, self.dtype)(y)
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention of each pixel over the video's frames: [B, T, H, W, C] -> the same, the identity at initialisation.
+
+    Positions are relative, as in VDM (arXiv 2204.03458): a learned logit and a learned value for every distance between
+    two frames (Shaw et al., arXiv 1803.02155). The values are what tells the first frame from the last where the
+    frames hold nothing but noise; logits alone cannot, since a softmax over equal values returns that value.
+    """
+
+    head_dim: int
+    max_distance: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        frames, channels = x.shape[1], x.shape[-1]
+        heads = (_heads(channels, self.head_dim), self.head_dim)
+        reach = self.max_distance
+        table = (2 * reach + 1, *heads)
+        bias = self.param("relative_bias", nn.initializers.zeros, table[:-1]).astype(jnp.float32)
+        value = self.param("relative_value", nn.initializers.normal(1.0), table).astype(self.dtype)
+        offset = jnp.arange(frames)[None, :] - jnp.arange(frames)[:, None]
+        index = jnp.clip(offset, -reach, reach) + reach
+
+        y = FrameNorm(dtype=self.dtype, name="norm")(x)
+        q, k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(y) for name in "qkv")
+        logits = jnp.einsum("bthwnd,bshwnd->bhwnts", q * self.head_dim**-0.5, k)
+        weights = _softmax(logits + jnp.moveaxis(bias[index], -1, 0), self.dtype)
+        y = jnp.einsum("bhwnts,bshwnd->bthwnd", weights, v) + jnp.einsum("bhwnts,tsnd->bthwnd", weights, value[index])
+        return x + _out(channels, self.dtype)(y)
+
+
+class CrossAttention(nn.Module):
+    """Attention of every pixel to its frame's text, a layer of its own: [B, F, H, W, C], text [B, S, L, Dt] -> [B, F, H, W, C].
+
+    A learned null token stands beside the text's, and is all there is to attend to where the mask is empty.
+    """
+
+    head_dim: int
+    num_images: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, text, text_mask):
+        channels = x.shape[-1]
+        heads = (_heads(channels, self.head_dim), self.head_dim)
+        null = self.param("null", nn.initializers.normal(0.02), (1, text.shape[-1])).astype(self.dtype)
+        null = jnp.broadcast_to(null, (*text.shape[:2], 1, text.shape[-1]))
+        text = jnp.concatenate([null, text.astype(self.dtype)], axis=2)
+        mask = jnp.concatenate([jnp.ones_like(text_mask[..., :1]), text_mask], axis=-1)
+
+        q = nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name="q")(
+            FrameNorm(dtype=self.dtype, name="norm")(x)
+        )
+        k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(text) for name in "kv")
+
+        def attend(q, k, v, mask, frame):
+            # `frame` is f where every frame has a text of its own, absent where all frames share one
+            logits = jnp.einsum(f"bfhwnd,b{frame}lnd->bfhwnl", q * self.head_dim**-0.5, k)
+            mask = mask[:, :, None, None, None] if frame else mask[:, None, None, None, None]
+            weights = _softmax(jnp.where(mask, logits, -1e9), self.dtype)
+            return jnp.einsum(f"bfhwnl,b{frame}lnd->bfhwnd", weights, v)
+
+        frames = x.shape[1] - self.num_images
+        y = attend(q[:, :frames], k[:, 0], v[:, 0], mask[:, 0], "")
+        if self.num_images:
+            images = attend(q[:, frames:], k[:, 1:], v[:, 1:], mask[:, 1:], "f")
+            y = jnp.concatenate([y, images], axis=1)
+        return x + _out(channels, self.dtype)(y)
+
+
+class TextPooling(nn.Module):
+    """One vector a text, by attention of a learned query: [B, S, L, Dt], mask [B, S, L] -> [B, S, features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, text, text_mask):
+        width = text.shape[-1]
+        null = self.param("null", nn.initializers.normal(0.02), (width,)).astype(self.dtype)
+        logits = nn.Dense(1, use_bias=False, dtype=self.dtype, name="query")(text)[..., 0]
+        weights = _softmax(jnp.where(text_mask, logits, -1e9), self.dtype)
+        pooled = jnp.einsum("bsl,bsld->bsd", weights, text)
+        pooled = jnp.where(text_mask.any(-1, keepdims=True), pooled, null)
+        pooled = nn.swish(nn.Dense(self.features, dtype=self.dtype, name="dense_0")(pooled))
+        return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(pooled)
+
+
+class FrameNorm(nn.Module):
+    """GroupNorm whose statistics are one frame's own: [B, F, H, W, C] -> the same.
+
+    Statistics over several frames would mix packed images with one another and with the video.
+    """
+
+    dtype: Dtype
+    max_groups: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        groups = max(g for g in range(1, self.max_groups + 1) if x.shape[-1] % g == 0)
+        return nn.GroupNorm(groups, reduction_axes=(-3, -2, -1), dtype=self.dtype, name="groups")(x)
+
+
+def _out(channels: int, dtype: Dtype):
+    return nn.DenseGeneral(
+        channels, axis=(-2, -1), use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name="out"
+    )

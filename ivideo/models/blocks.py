@@ -1,0 +1,173 @@
+"""The block that every level of every stage repeats. Section 2.3.
+
+B batch · T video frames · F frames (T video frames, then K packed images) · H, W height, width · C channels
+E width of the embedding · S texts (the video's, then one a packed image) · L text tokens
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention
+
+TEMPORAL = ("attention", "convolution", "none")
+
+
+class Block(nn.Module):
+    """A residual block, then the layers its level asks for: temporal convolution, attention to pixels, text and frames.
+
+    x [B, F, H, W, C] (with `skip` of the same shape concatenated first, on the way up), embedding [B, 1 or F, E],
+    text [B, S, L, Dt], text_mask [B, S, L] -> (x, x), both [B, F, H, W, channels], as `nn.scan` wants them.
+    The last `num_images` frames are independent images: temporal layers do not see them.
+    """
+
+    channels: int
+    spatial_attention: bool
+    cross_attention: bool
+    temporal: str
+    head_dim: int
+    max_distance: int
+    num_images: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, skip, embedding, text, text_mask):
+        if skip is not None:
+            x = jnp.concatenate([x, skip], axis=-1)
+        x = ResBlock(self.channels, self.dtype, name="residual")(x, embedding)
+        if self.temporal == "convolution":
+            x = self._in_time(TemporalConvolution(self.dtype, name="temporal_convolution"), x)
+        if self.spatial_attention:
+            x = SpatialAttention(self.head_dim, self.dtype, name="spatial_attention")(x)
+        if self.cross_attention:
+            x = CrossAttention(self.head_dim, self.num_images, self.dtype, name="cross_attention")(x, text, text_mask)
+        if self.temporal == "attention":
+            layer = TemporalAttention(self.head_dim, self.max_distance, self.dtype, name="temporal_attention")
+            x = self._in_time(layer, x)
+        return x, x
+
+    def _in_time(self, layer, x):
+        """Section 2.6: packed images go round every temporal layer."""
+        if not self.num_images:
+            return layer(x)
+        frames = x.shape[1] - self.num_images
+        return jnp.concatenate([layer(x[:, :frames]), x[:, frames:]], axis=1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, swish, 3×3 convolution, twice; the embedding scales and shifts the second norm. [B, F, H, W, ·] -> C."""
+
+    channels: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        y = nn.swish(FrameNorm(self.dtype, name="norm_0")(x))
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_0")(y)
+        modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="modulation")(nn.swish(embedding))
+        scale, shift = jnp.split(modulation[:, :, None, None], 2, axis=-1)
+        y = nn.swish(FrameNorm(self.dtype, name="norm_1")(y) * (1 + scale) + shift)
+        y = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_1")(y)
+        if x.shape[-1] != self.channels:
+            x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
+        return x + y
+
+
+class TemporalConvolution(nn.Module):
+    """Residual convolution over three frames of each pixel: [B, T, H, W, C] -> the same, the identity at initialisation."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        # Drawn at zero: the network starts as an image model (Section 2.6 trains it on images as well)
+        kernel = self.param("kernel", nn.initializers.zeros, (3, channels, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        y = nn.swish(FrameNorm(self.dtype, name="norm")(x))
+        return x + convolve_frames(y, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def convolve_frames(x, kernel):
+    """Convolution along the frames, zero-padded: x [B, T, H, W, C], kernel [3, C, C'] -> [B, T, H, W, C'].
+
+    One 2-D convolution over [T, H·W] for TPU and GPU; shifted matrix products for the CPU. Each is the faster one there.
+    """
+
+    def as_convolution(x, kernel):
+        b, t, h, w, c = x.shape
+        y = lax.conv_general_dilated(
+            x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), ((1, 1), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y.reshape(b, t, h, w, kernel.shape[-1])
+
+    def as_products(x, kernel):
+        frames = x.shape[1]
+        past = jnp.pad(x @ kernel[0], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :frames]
+        future = jnp.pad(x @ kernel[2], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))[:, 1:]
+        return past + x @ kernel[1] + future
+
+    return lax.platform_dependent(x, kernel, cpu=as_products, default=as_convolution)
+
+
+def upsample(x, factor: int):
+    """Nearest-neighbour enlargement of every frame, by broadcast: [B, F, H, W, C] -> [B, F, H·factor, W·factor, C]."""
+    b, f, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, :, None, :, None], (b, f, h, factor, w, factor, c))
+    return x.reshape(b, f, h * factor, w * factor, c)
+
+
+def space_to_depth(x, factor: int):
+    """[B, F, H, W, C] -> [B, F, H/factor, W/factor, C·factor²]."""
+    b, f, h, w, c = x.shape
+    x = x.reshape(b, f, h // factor, factor, w // factor, factor, c)
+    return jnp.moveaxis(x, 3, 4).reshape(b, f, h // factor, w // factor, c * factor**2)
+
+
+def depth_to_space(x, factor: int):
+    """[B, F, H, W, C·factor²] -> [B, F, H·factor, W·factor, C], the inverse of `space_to_depth`."""
+    b, f, h, w, c = x.shape
+    x = x.reshape(b, f, h, w, factor, factor, c // factor**2)
+    return jnp.moveaxis(x, 4, 3).reshape(b, f, h * factor, w * factor, c // factor**2)
+
+
+def sinusoid(position, width: int):
+    """Sines and cosines of a position [B] at geometric frequencies: [B, width], float32."""
+    half = width // 2
+    frequency = np.exp(-np.log(1e4) * np.arange(half) / (half - 1)).astype(np.float32)
+    angle = position.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class ScalarEmbedding(nn.Module):
+    """A number a sample, in [0, 1], to a vector: [B] -> [B, features]. Sinusoids of 1000·u, two dense layers."""
+
+    width: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, u):
+        y = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(sinusoid(1000.0 * u, self.width))
+        return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(nn.swish(y))
+
+
+def noise_fraction(logsnr):
+    """A log-SNR as the angle atan(σ/α) over π/2: 0 without noise, 1 without signal. [B] -> [B].
+
+    The input form of Progressive Distillation (arXiv 2202.00512): nearly uniform over a cosine schedule's times.
+    """
+    return jnp.arctan(jnp.exp(-jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0) / 2)) / (jnp.pi / 2)
+
+
+def remat_policy(name: str):
+    """What a rematerialised block keeps for its backward pass: `none` is not to rematerialise at all."""
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if name not in policies:
+        raise ValueError(f"remat policy {name!r} is unknown: choose 'none', {', '.join(map(repr, policies))}")
+    return policies[name]

@@ -1,0 +1,183 @@
+"""VideoUNet: the one network of all seven stages. Section 2.3.
+
+B batch · F frames (T video frames, then K packed images) · H, W height, width · C channels · L text tokens
+S texts of a sample: 1, or 1 + K where K images with texts of their own are packed behind the video (Section 2.6)
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ivideo.models.attention import Dtype, FrameNorm, TextPooling
+from ivideo.models.blocks import (
+    TEMPORAL,
+    Block,
+    ScalarEmbedding,
+    depth_to_space,
+    noise_fraction,
+    remat_policy,
+    space_to_depth,
+    upsample,
+)
+
+
+class VideoUNet(nn.Module):
+    """A space-time separable U-Net that predicts v from a noisy video, its noise level and a text.
+
+    Each tuple has one entry a level, from the finest. A level first reduces the frame by its stride and ends by
+    enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
+    pixels into channels and back, so a stride of 2 there lets the whole network work at half size.
+    """
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    strides: tuple[int, ...]
+    spatial_attention: tuple[bool, ...]
+    cross_attention: tuple[bool, ...]
+    temporal: tuple[str, ...]
+    head_dim: int = 64
+    max_distance: int = 64
+    out_channels: int = 3
+    cond_channels: int = 0
+    augmentation: bool = False
+    guidance_input: bool = False
+    max_guidance: float = 16.0
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: Dtype = jnp.float32
+
+    def check(self, height: int, width: int):
+        """ValueError, before anything is traced, where the levels disagree or do not divide height × width."""
+        per_level = ("channels", "blocks", "strides", "spatial_attention", "cross_attention", "temporal")
+        for name in per_level:
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"model.{name} = {tuple(getattr(self, name))} has {len(getattr(self, name))} entries, but "
+                    f"model.channels has {len(self.channels)}: give one a level"
+                )
+        for name in self.temporal:
+            if name not in TEMPORAL:
+                raise ValueError(f"model.temporal has {name!r}: choose from {TEMPORAL}")
+        stride = math.prod(self.strides)
+        if height % stride or width % stride:
+            raise ValueError(
+                f"frames of {height}×{width} cannot be divided by the network's strides {tuple(self.strides)}: "
+                f"height and width must be multiples of {stride}, such as "
+                f"{max(1, round(height / stride)) * stride}×{max(1, round(width / stride)) * stride}"
+            )
+
+    @nn.compact
+    def __call__(
+        self, z, logsnr, text, text_mask, *, cond=None, aug_logsnr=None, guidance_weight=None, num_images: int = 0
+    ):
+        """Predicts v [B, F, H, W, out_channels], float32.
+
+        z: [B, F, H, W, C] noisy video, its last `num_images` frames independent images. logsnr: [B].
+        text: [B, L, Dt], or [B, 1 + num_images, L, Dt]; text_mask: the same without Dt, all False for no text.
+        cond: [B, F, H, W, cond_channels], the conditioning video at this size; aug_logsnr: [B], the noise put on it
+        (Section 2.5). guidance_weight: [B], of a distilled model (Section 2.7).
+        """
+        self.check(*z.shape[2:4])
+        text, text_mask = _per_segment(text, text_mask, num_images)
+        given = {"cond": cond, "aug_logsnr": aug_logsnr, "guidance_weight": guidance_weight}
+        wanted = {"cond": self.cond_channels > 0, "aug_logsnr": self.augmentation, "guidance_weight": self.guidance_input}
+        for name, value in given.items():
+            if (value is not None) != wanted[name]:
+                raise ValueError(f"{name} was {'not ' * (value is None)}given, but this stage's network "
+                                 f"{'needs' if wanted[name] else 'has no input for'} it: see its model config")
+
+        text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
+        embedding = self._embedding(logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, z.shape[1])
+        context = (embedding, text, text_mask)
+
+        x = z if cond is None else jnp.concatenate([z, cond.astype(z.dtype)], axis=-1)
+        x = space_to_depth(x.astype(self.dtype), self.strides[0])
+        x = nn.Conv(self.channels[0], (3, 3), dtype=self.dtype, name="stem")(x)
+
+        skips = []
+        for level, channels in enumerate(self.channels):
+            if level:
+                stride = self.strides[level]
+                x = nn.Conv(channels, (3, 3), strides=(stride, stride), dtype=self.dtype, name=f"down_{level}_resize")(x)
+            x, skip = self._level(level, f"down_{level}", num_images)(x, None, *context)
+            skips.append(skip)
+
+        last = len(self.channels) - 1
+        x, _ = self._block(num_images)(**self._layers(last), name="middle")(x, None, *context)
+
+        for level in reversed(range(len(self.channels))):
+            # On the way up the blocks meet the skips in reverse; the factor keeps the sum's variance (arXiv 2205.11487)
+            skip = skips.pop()[::-1] * jnp.asarray(2**-0.5, self.dtype)
+            x, _ = self._level(level, f"up_{level}", num_images)(x, skip, *context)
+            if level:
+                x = upsample(x, self.strides[level])
+                x = nn.Conv(self.channels[level - 1], (3, 3), dtype=self.dtype, name=f"up_{level}_resize")(x)
+
+        x = nn.swish(FrameNorm(self.dtype, name="out_norm")(x))
+        features = self.out_channels * self.strides[0] ** 2
+        x = nn.Conv(features, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(x)
+        return depth_to_space(x, self.strides[0])
+
+    def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
+        """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where images have their own texts."""
+        width = self.channels[0]
+        features = 4 * width
+
+        def scalar(name, u):
+            return ScalarEmbedding(width, features, self.dtype, name=name)(u)[:, None]
+
+        embedding = scalar("noise_embedding", noise_fraction(logsnr))
+        if aug_logsnr is not None:
+            embedding += scalar("augmentation_embedding", noise_fraction(aug_logsnr))
+        if guidance_weight is not None:
+            embedding += scalar("guidance_embedding", guidance_weight / self.max_guidance)
+        pooled = TextPooling(features, self.dtype, name="text_pooling")(text, text_mask)
+        if num_images:
+            video = jnp.broadcast_to(pooled[:, :1], (pooled.shape[0], frames - num_images, features))
+            pooled = jnp.concatenate([video, pooled[:, 1:]], axis=1)
+        return embedding + pooled
+
+    def _layers(self, level):
+        return {
+            "channels": self.channels[level],
+            "spatial_attention": self.spatial_attention[level],
+            "cross_attention": self.cross_attention[level],
+            "temporal": self.temporal[level],
+        }
+
+    def _block(self, num_images):
+        """The block's constructor, rematerialised as the config asks."""
+        body = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
+
+        def build(**layers):
+            return body(head_dim=self.head_dim, max_distance=self.max_distance, num_images=num_images,
+                        dtype=self.dtype, **layers)
+
+        return build
+
+    def _level(self, level, name, num_images):
+        """All blocks of a level as one `nn.scan` body: the compiler sees one block, whatever their number."""
+        body = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.blocks[level],
+            unroll=self.scan_unroll,
+        )
+        return scanned(head_dim=self.head_dim, max_distance=self.max_distance, num_images=num_images,
+                       dtype=self.dtype, **self._layers(level), name=name)
+
+
+def _per_segment(text, text_mask, num_images):
+    """Text with an axis of segments: [B, L, D] -> [B, 1, L, D]; ValueError where packed images lack a text each."""
+    if text.ndim == 3:
+        text, text_mask = text[:, None], text_mask[:, None]
+    if text.shape[1] != 1 + num_images:
+        raise ValueError(
+            f"text of shape {text.shape} has {text.shape[1]} texts a sample, but a video with {num_images} packed images "
+            f"needs {1 + num_images}: see ivideo.joint.pack_text"
+        )
+    return text, text_mask.astype(bool)
