@@ -23,6 +23,7 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.model.max_distance = 64  # frames; relative positions further apart share one
     config.model.cond_channels = 0  # channels of the conditioning video; 0: none
     config.model.augmentation = False  # whether the network is told the noise put on the conditioning video
+    config.model.frame_positions = False  # whether a frame is told its place in the clip; attention's are relative either way
     config.model.guidance_input = False  # whether the network is told the guidance weight (distilled models)
     config.model.max_guidance = 16.0  # the largest guidance weight a distilled model is asked for
     config.model.remat = "full"  # what the backward pass recomputes: 'none', 'dots' (all but products), 'full'
@@ -55,6 +56,7 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.train.clip = 1.0  # largest global norm of a gradient
     config.train.ema = 0.9999
     config.train.text_dropout = 0.1  # share of texts left out, for guidance
+    config.train.logsnr_shift = 0.0  # added to the training noise levels; below 0 for clips whose frames repeat one another
     config.train.image_weight = 1.0  # a packed image's weight in the loss, against a video frame's
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps
@@ -70,6 +72,7 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.sample = ml_collections.ConfigDict()
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
     config.sample.steps = 256
+    config.sample.batch = 8  # videos made at a time
     config.sample.gamma = 0.3  # of the ancestral sampler, as Video Diffusion Models
     config.sample.guidance = "oscillating"  # 'constant' or 'oscillating' (Section 2.6.2)
     config.sample.weight = 15.0  # w; 'oscillating' alternates it with the low weight

@@ -39,6 +39,7 @@ flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line; --o
 flags.DEFINE_string("out", None, "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate.")
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
+flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look at small stages.", lower_bound=1)
 flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
 flags.DEFINE_integer("clips", 96, "Clips that mode evaluate samples, half of them of held-out captions.", lower_bound=2)
@@ -61,7 +62,7 @@ def run() -> None:
 
         generate(
             config, _prompts(), _needed("out"), workdir=FLAGS.workdir, seed=FLAGS.seed, num_videos=FLAGS.num_videos,
-            in_folder=FLAGS.prompts_file is not None, overwrite=FLAGS.overwrite,
+            in_folder=FLAGS.prompts_file is not None, zoom=FLAGS.zoom, overwrite=FLAGS.overwrite,
         )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluate import prompt_following

@@ -4,6 +4,7 @@ The task is to name a caption's shape, colour, background and motion from the me
 what is linear there is easy for a stage to attend to. Captions of the held-out combinations are never shown.
 """
 
+import os
 import sys
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ import numpy as np
 import optax
 
 from ivideo.data import shapes
+from ivideo.errors import UserError
+from ivideo.export import config_metadata, save_params
 from ivideo.text import encoder_module
 from ivideo.text.tokenizers import byte_tokens
 
@@ -60,8 +63,13 @@ def batch_of(rng: np.random.Generator, size: int, length: int):
     return *byte_tokens(list(texts), length), np.stack(wanted)
 
 
-def train_text(config, steps: int = 600, batch_size: int = 64, learning_rate: float = 1e-3):
-    """Trains `config.text`'s encoder; returns its parameters and the share of held-out captions it names whole."""
+def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3, overwrite=False) -> float:
+    """Trains the encoder that `config.text` describes and writes it to `out`, a safetensors file.
+
+    Prints and returns the share of the held-out captions whose four attributes are all named right.
+    """
+    if os.path.exists(out) and not overwrite:
+        raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
     rng = np.random.default_rng(config.seed)
     probe = Probe(encoder_module(config.text))
     tokens, mask, _ = batch_of(rng, 2, config.text.length)
@@ -92,4 +100,6 @@ def train_text(config, steps: int = 600, batch_size: int = 64, learning_rate: fl
     tokens, mask = byte_tokens([shapes.caption(a) for a in shapes.HELD_OUT], config.text.length)
     named = np.stack([l.argmax(-1) for l in probe.apply({"params": params}, tokens, mask)], axis=-1)
     right = (named == np.stack([labels(a) for a in shapes.HELD_OUT])).all(-1).mean()
-    return params["encoder"], float(right)
+    save_params(out, params["encoder"], metadata=config_metadata(config), overwrite=overwrite)
+    print(f"{out}: names all of {right:.1%} of the held-out captions")
+    return float(right)

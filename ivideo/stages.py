@@ -28,7 +28,7 @@ CHOICES = {
 }
 POSITIVE = (
     "video.frames", "video.height", "video.width", "video.fps", "train.batch_size", "train.accumulate", "train.steps",
-    "train.log_every", "train.checkpoint_every", "train.keep", "sample.steps", "text.length",
+    "train.log_every", "train.checkpoint_every", "train.keep", "sample.steps", "sample.batch", "text.length",
 )  # fmt: skip
 SHARES = ("train.text_dropout", "train.ema", "sample.gamma", "sample.constant_share")
 

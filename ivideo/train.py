@@ -72,7 +72,8 @@ def init_state(config) -> TrainState:
 def batch_loss(config, model, text_module, params, text_params, batch, key):
     """The mean denoising loss of a batch as the pipeline makes it: a float32 number.
 
-    Every sample has its own noise level, t ~ U(0, 1). Text is left out of whole samples (Section 2.6.1).
+    Every sample has its own noise level, t ~ U(0, 1), spread evenly over the batch (arXiv 2107.00630, Appendix I). Text
+    is left out of whole samples (Section 2.6.1).
     """
     key_time, key_noise, key_text = jax.random.split(key, 3)
     video = batch["video"]
@@ -90,7 +91,9 @@ def batch_loss(config, model, text_module, params, text_params, batch, key):
 
     keep = jax.random.bernoulli(key_text, 1 - config.train.text_dropout, (video.shape[0],))
     mask = mask & keep.reshape(-1, *[1] * (mask.ndim - 1))
-    logsnr = stages.logsnr_fn(config)(jax.random.uniform(key_time, (video.shape[0],)))
+    count = video.shape[0]
+    times = (jax.random.uniform(key_time) + jnp.arange(count) / count) % 1.0
+    logsnr = stages.logsnr_fn(config)(times) + config.train.logsnr_shift
     eps = jax.random.normal(key_noise, video.shape)
 
     def v_fn(z, logsnr):

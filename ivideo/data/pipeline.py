@@ -11,6 +11,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from ivideo.errors import UserError
+
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -62,7 +64,7 @@ class _Tokenize(grain.transforms.Map):
         tokens, mask = self._tokenize(captions, self._text_length)
         expected = (len(captions), self._text_length)
         if np.shape(tokens) != expected or np.shape(mask) != expected:
-            raise ValueError(
+            raise UserError(
                 f"tokenize returned tokens {np.shape(tokens)} and mask {np.shape(mask)}, expected {expected} for both: "
                 "pad and cut to the length it is given."
             )
@@ -83,18 +85,18 @@ def make_dataset(
 ) -> grain.MapDataset:
     """The endless set of single examples that `make_iterator` batches: dicts as there, without the B.
 
-    Clips are shuffled anew in every epoch. ValueError where the source is empty, or too small for `num_images` images
+    Clips are shuffled anew in every epoch. UserError where the source is empty, or too small for `num_images` images
     of other clips.
     """
     if len(source) == 0:
-        raise ValueError("The source has 0 clips, expected 1 or more: check its folder and split.")
+        raise UserError("The source has 0 clips, expected 1 or more: check its folder and split.")
     if not 0 <= num_images < len(source):
-        raise ValueError(
+        raise UserError(
             f"num_images is {num_images} with a source of {len(source)} clips, expected 0 to {len(source) - 1}: each "
             "packed image comes from another clip, so pack fewer or use a larger source."
         )
     if text_length < 1:
-        raise ValueError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
+        raise UserError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
     dataset = grain.MapDataset.source(_Indexed(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
@@ -130,16 +132,16 @@ def make_iterator(
     other clips with their own captions.
 
     Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
-    count of processes and workers. ValueError where batch_size does not divide among the processes.
+    count of processes and workers. UserError where batch_size does not divide among the processes.
     """
     shard = grain.sharding.ShardByJaxProcess()
     if batch_size < 1 or batch_size % shard.shard_count:
-        raise ValueError(
+        raise UserError(
             f"batch_size is {batch_size} over {shard.shard_count} processes, expected a positive multiple of "
             f"{shard.shard_count}: the batch is of all processes together."
         )
     if num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
+        raise UserError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
     dataset = make_dataset(
         source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle
     )

@@ -3,14 +3,21 @@
 A source has `__len__`, `__getitem__(i) -> {"video": float32 [T,H,W,3] in [-1, 1], "caption": str}` and
 `image(i, rng) -> {"image": float32 [H,W,3], "caption": str}`, one frame of clip i that `rng` chooses. Both depend on
 nothing but their arguments, so that a run that is stopped and resumed sees the same data.
-numpy only: data workers import this file.
+No jax: data workers import this file. TFDS takes seconds to import and is, where it is used.
 """
 
+import functools
+import importlib
+import os
+import pathlib
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
+import scipy.sparse
 
-from ivideo.data import shapes
+from ivideo.data import shapes, video_io
+from ivideo.errors import UserError
 
 
 class ShapesSource:
@@ -18,7 +25,7 @@ class ShapesSource:
 
     `attributes`: what to draw, e.g. `shapes.TRAIN`; clip i has attributes[i % len(attributes)], so every caption comes
     equally often where `num_clips` is a multiple of their number (and to within one clip elsewhere).
-    `frames`, `height`, `width`: the size of every clip. ValueError where a number is not positive.
+    `frames`, `height`, `width`: the size of every clip. UserError where a number is not positive.
     """
 
     def __init__(
@@ -32,12 +39,10 @@ class ShapesSource:
         width: int,
     ):
         if not attributes:
-            raise ValueError("attributes is empty, expected one or more: pass e.g. shapes.TRAIN.")
-        for name, value in (("num_clips", num_clips), ("frames", frames), ("height", height), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more: pass a positive number.")
+            raise UserError("attributes is empty, expected one or more: pass e.g. shapes.TRAIN.")
+        _check_positive(num_clips=num_clips, frames=frames, height=height, width=width)
         if seed < 0:
-            raise ValueError(f"seed is {seed}, expected 0 or more: pass another seed.")
+            raise UserError(f"seed is {seed}, expected 0 or more: pass another seed.")
         self.attributes = tuple(shapes.check_attributes(a) for a in attributes)
         self.num_clips, self.seed = num_clips, seed
         self.frames, self.height, self.width = frames, height, width
@@ -45,19 +50,284 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.num_clips
 
-    def _clip(self, index: int) -> tuple[shapes.Attributes, int]:
+    def clip(self, index: int) -> tuple[shapes.Attributes, int]:
+        """The attributes and the seed that clip `index` is rendered from."""
         if not 0 <= index < self.num_clips:
             raise IndexError(f"clip {index} of a source of {self.num_clips}: ask for 0 to {self.num_clips - 1}.")
         # Sources of different seeds share no clip, as long as they have under 2^32 clips each.
         return self.attributes[index % len(self.attributes)], (self.seed << 32) + int(index)
 
     def __getitem__(self, index: int) -> dict:
-        attrs, seed = self._clip(index)
+        attrs, seed = self.clip(index)
         video = shapes.render(attrs, seed, frames=self.frames, height=self.height, width=self.width)
         return {"video": video, "caption": shapes.caption(attrs)}
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
-        attrs, seed = self._clip(index)
+        """One frame of clip `index`, chosen by `rng`, and the clip's caption; the other frames are not drawn."""
+        attrs, seed = self.clip(index)
         time = shapes.frame_times(self.frames)[[rng.integers(self.frames)]]
         image = shapes.render_at(attrs, seed, time, height=self.height, width=self.width)[0]
         return {"image": image, "caption": shapes.caption(attrs)}
+
+
+class TFDSSource:
+    """Clips of a set prepared with TFDS as array_record, whose `video` is an encoded file's bytes and `caption` text.
+
+    `data_dir`: the folder of one prepared set, with its dataset_info.json. `fps`: the rate the frames are taken at;
+    None spreads them over the whole clip. `start`: seconds of a clip that are left out. Frames are cut to the aspect
+    ratio asked for about their middle, then resized by an antialiased bilinear filter.
+    UserError where there is no set, or its features have other names; VideoError at a clip that cannot be read or is
+    too short: such clips should be gone when a set is prepared.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike,
+        split: str = "train",
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        fps: video_io.Rate | None = None,
+        start: float = 0.0,
+        video_feature: str = "video",
+        caption_feature: str = "caption",
+    ):
+        _check_positive(frames=frames, height=height, width=width)
+        self._check_folder(data_dir)
+        tfds = importlib.import_module("tensorflow_datasets")
+        builder = tfds.builder_from_directory(os.fspath(data_dir))
+        splits = builder.info.splits
+        if split.split("[")[0] not in splits:
+            raise UserError(f"split is {split!r}, expected one of {', '.join(splits)}: choose one of them.")
+        missing = [f for f in (video_feature, caption_feature) if f not in builder.info.features]
+        if missing:
+            raise UserError(
+                f"{data_dir} has no feature {missing[0]!r}, expected one of {', '.join(builder.info.features)}: name "
+                "the features of the encoded video and of its caption."
+            )
+        self._records = builder.as_data_source(split=split)
+        self._features = (video_feature, caption_feature)
+        self.split, self.data_dir = split, os.fspath(data_dir)
+        self.frames, self.height, self.width, self.fps, self.start = frames, height, width, fps, start
+
+    @staticmethod
+    def _check_folder(data_dir: str | os.PathLike) -> None:
+        if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
+            return
+        below = sorted(str(p.parent) for p in pathlib.Path(data_dir).glob("**/dataset_info.json"))[:3]
+        advice = f"did you mean {' or '.join(below)}?" if below else "prepare the set first."
+        raise UserError(f"data_dir is {str(data_dir)!r}, expected a folder with dataset_info.json: {advice}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _read(self, index: int) -> tuple[bytes, str]:
+        record = self._records[int(index)]
+        video, caption = (record[name] for name in self._features)
+        return bytes(video), caption.decode() if isinstance(caption, bytes) else str(caption)
+
+    def _decode(self, index: int, data: bytes) -> np.ndarray:
+        try:
+            return video_io.sample_frames(data, frames=self.frames, fps=self.fps, start=self.start)
+        except video_io.VideoError as error:
+            raise video_io.VideoError(f"clip {index} of {self.split!r} in {self.data_dir}: {error}") from error
+
+    def __getitem__(self, index: int) -> dict:
+        data, caption = self._read(index)
+        video = resize_video(self._decode(index, data), height=self.height, width=self.width)
+        return {"video": video, "caption": caption}
+
+    def image(self, index: int, rng: np.random.Generator) -> dict:
+        """One frame of clip `index`, chosen by `rng`, and the clip's caption."""
+        data, caption = self._read(index)
+        frame = self._decode(index, data)[[rng.integers(self.frames)]]
+        return {"image": resize_video(frame, height=self.height, width=self.width)[0], "caption": caption}
+
+
+def make_source(
+    name: str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    num_clips: int = 0,
+    seed: int = 0,
+    data_dir: str = "",
+    split: str = "train",
+    fps: video_io.Rate | None = None,
+) -> ShapesSource | TFDSSource:
+    """The source called 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
+
+    The shapes have the splits 'train' (432 captions) and 'held_out' (48). UserError on other names.
+    """
+    if name == "shapes":
+        attributes = {"train": shapes.TRAIN, "held_out": shapes.HELD_OUT}
+        if split not in attributes:
+            raise UserError(f"split is {split!r}, expected one of {', '.join(attributes)}: choose one of them.")
+        size = dict(frames=frames, height=height, width=width)
+        return ShapesSource(attributes[split], num_clips=num_clips, seed=seed, **size)
+    if name == "tfds":
+        return TFDSSource(data_dir, split, frames=frames, height=height, width=width, fps=fps)
+    raise UserError(f"the source is {name!r}, expected 'shapes' or 'tfds': choose one of them.")
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected 1 or more: pass a positive number.")
+
+
+def resize_video(video: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """uint8 [T,h,w,3] to float32 [T,height,width,3] in [-1, 1], keeping the aspect ratio.
+
+    The middle of the frame that has the new aspect ratio is resized as `jax.image.resize` does with 'linear' and
+    antialias, so that stages trained on different sizes of a clip agree.
+    """
+    old_height, old_width = video.shape[1:3]
+    # Whole pixels are cut off: the ratio can be off by one of them.
+    crop_height = min(old_height, max(1, round(old_width * height / width)))
+    crop_width = min(old_width, max(1, round(old_height * width / height)))
+    top, left = (old_height - crop_height) // 2, (old_width - crop_width) // 2
+    rows, columns = _resize_weights(crop_height, height), _resize_weights(crop_width, width)
+    out = np.empty((len(video), height, width, 3), np.float32)
+    for frame, target in zip(video[:, top : top + crop_height, left : left + crop_width], out, strict=True):
+        tall = rows @ video_io.to_float(frame).reshape(crop_height, -1)
+        across = tall.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
+        target[:] = (columns @ across).reshape(width, height, 3).transpose(1, 0, 2)
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _resize_weights(old: int, new: int) -> scipy.sparse.csr_array:
+    """The sparse [new, old] matrix of a triangle filter, widened where it shrinks, with rows that sum to 1."""
+    scale = old / new
+    centres = (np.arange(new)[:, None] + 0.5) * scale - 0.5
+    weights = np.maximum(0, 1 - np.abs(centres - np.arange(old)) / max(scale, 1))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return scipy.sparse.csr_array(weights.astype(np.float32))
+
+
+def prepare_shapes(
+    data_dir: str | os.PathLike,
+    *,
+    num_train: int,
+    num_held_out: int,
+    frames: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    crf: int = 18,
+) -> str:
+    """Builds the captioned shapes as a TFDS set of mp4 files under `data_dir` and returns its folder, for `TFDSSource`.
+
+    Needs neither TensorFlow nor the network. A set that is there already is kept. UserError on odd sizes.
+    """
+    config_type, builder_type = _captioned_shapes()
+    config = config_type(
+        name=f"{frames}x{height}x{width}-{num_train}-{num_held_out}-seed{seed}-crf{crf}",
+        description="Clips of one moving shape, with captions.",
+        num_train=num_train,
+        num_held_out=num_held_out,
+        frames=frames,
+        height=height,
+        width=width,
+        seed=seed,
+        crf=crf,
+    )
+    # array_record is the format that needs no TensorFlow.
+    builder = builder_type(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return os.fspath(builder.data_path)
+
+
+def __getattr__(name: str):
+    # TFDS's classes are needed to define these, and importing it is slow.
+    if name in ("CaptionedShapesConfig", "CaptionedShapes"):
+        return _captioned_shapes()[name == "CaptionedShapes"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _captioned_shapes() -> tuple[type, type]:
+    """The classes (CaptionedShapesConfig, CaptionedShapes)."""
+    import dataclasses
+
+    import tensorflow_datasets as tfds
+
+    @dataclasses.dataclass(eq=False, kw_only=True)
+    class CaptionedShapesConfig(tfds.core.BuilderConfig):
+        """How many clips each split has, their size (frames, pixels), their seed, and the mp4's quality."""
+
+        num_train: int
+        num_held_out: int
+        frames: int
+        height: int
+        width: int
+        seed: int = 0
+        crf: int = 18
+
+    class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
+        """The captioned-shapes world as encoded clips: 432 captions in 'train', the other 48 in 'held_out'."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's way to list configs)
+            CaptionedShapesConfig(
+                name="32x24x40",
+                description="Clips of one moving shape, with captions.",
+                num_train=43200,
+                num_held_out=480,
+                frames=32,
+                height=24,
+                width=40,
+            )
+        ]
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {
+                "video": tfds.features.Tensor(shape=(), dtype=np.object_),
+                "caption": text,
+                "shape": text,
+                "colour": text,
+                "background": text,
+                "motion": text,
+                "seed": tfds.features.Scalar(dtype=np.int64),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=type(self).__doc__,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("caption", "video"),
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            config = self.builder_config
+            # Two seeds of a source share no clip.
+            return {
+                "train": self._generate_examples(shapes.TRAIN, config.num_train, 2 * config.seed),
+                "held_out": self._generate_examples(shapes.HELD_OUT, config.num_held_out, 2 * config.seed + 1),
+            }
+
+        def _generate_examples(self, attributes, num_clips, seed):
+            config = self.builder_config
+            source = ShapesSource(
+                attributes,
+                num_clips=num_clips,
+                seed=seed,
+                frames=config.frames,
+                height=config.height,
+                width=config.width,
+            )
+            fps = config.frames / Fraction(shapes.DURATION).limit_denominator(3)
+            for i in range(num_clips):
+                clip, (attrs, clip_seed) = source[i], source.clip(i)
+                yield i, {
+                    "video": video_io.encode(clip["video"], fps=fps, crf=config.crf),
+                    "caption": clip["caption"],
+                    **attrs._asdict(),
+                    "seed": clip_seed,
+                }
+
+    return CaptionedShapesConfig, CaptionedShapes

@@ -93,23 +93,27 @@ class TemporalConvolution(nn.Module):
 def convolve_frames(x, kernel):
     """Convolution along the frames, zero-padded: x [B, T, H, W, C], kernel [3, C, C'] -> [B, T, H, W, C'].
 
-    One 2-D convolution over [T, H·W] for TPU and GPU; shifted matrix products for the CPU. Each is the faster one there.
+    Matrix products on the CPU, a convolution on TPU and GPU: each is the faster one there.
     """
+    return lax.platform_dependent(x, kernel, cpu=frames_as_products, default=frames_as_convolution)
 
-    def as_convolution(x, kernel):
-        b, t, h, w, c = x.shape
-        y = lax.conv_general_dilated(
-            x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), ((1, 1), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y.reshape(b, t, h, w, kernel.shape[-1])
 
-    def as_products(x, kernel):
-        frames = x.shape[1]
-        past = jnp.pad(x @ kernel[0], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :frames]
-        future = jnp.pad(x @ kernel[2], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))[:, 1:]
-        return past + x @ kernel[1] + future
+def frames_as_convolution(x, kernel):
+    """`convolve_frames` as one 2-D convolution over [T, H·W]."""
+    b, t, h, w, c = x.shape
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(
+        x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), ((1, 1), (0, 0)), dimension_numbers=numbers
+    )
+    return y.reshape(b, t, h, w, kernel.shape[-1])
 
-    return lax.platform_dependent(x, kernel, cpu=as_products, default=as_convolution)
+
+def frames_as_products(x, kernel):
+    """`convolve_frames` as three matrix products, shifted by a frame."""
+    frames = x.shape[1]
+    past = jnp.pad(x @ kernel[0], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :frames]
+    future = jnp.pad(x @ kernel[2], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))[:, 1:]
+    return past + x @ kernel[1] + future
 
 
 def upsample(x, factor: int):
@@ -152,6 +156,25 @@ class ScalarEmbedding(nn.Module):
     def __call__(self, u):
         y = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(sinusoid(1000.0 * u, self.width))
         return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(nn.swish(y))
+
+
+class FrameEmbedding(nn.Module):
+    """What a frame's place in its clip adds to its embedding: [B, T, E] -> the same, zero at initialisation.
+
+    The place is the share of the clip that has passed, so it means the same at any number of frames. Dense layers over
+    both let a text such as "moving left" mean another thing in the first frame than in the last.
+    """
+
+    width: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, embedding):
+        place = sinusoid(1000.0 * jnp.arange(embedding.shape[1]) / embedding.shape[1], self.width)
+        place = nn.Dense(self.features, dtype=self.dtype, name="place")(place)
+        y = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(nn.swish(embedding + place))
+        return nn.Dense(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="dense_1")(nn.swish(y))
 
 
 def noise_fraction(logsnr):

@@ -13,6 +13,7 @@ from ivideo.models.attention import Dtype, FrameNorm, TextPooling
 from ivideo.models.blocks import (
     TEMPORAL,
     Block,
+    FrameEmbedding,
     ScalarEmbedding,
     depth_to_space,
     noise_fraction,
@@ -41,6 +42,7 @@ class VideoUNet(nn.Module):
     out_channels: int = 3
     cond_channels: int = 0
     augmentation: bool = False
+    frame_positions: bool = False
     guidance_input: bool = False
     max_guidance: float = 16.0
     remat: str = "none"
@@ -133,10 +135,14 @@ class VideoUNet(nn.Module):
         if guidance_weight is not None:
             embedding += scalar("guidance_embedding", guidance_weight / self.max_guidance)
         pooled = TextPooling(features, self.dtype, name="text_pooling")(text, text_mask)
-        if num_images:
-            video = jnp.broadcast_to(pooled[:, :1], (pooled.shape[0], frames - num_images, features))
-            pooled = jnp.concatenate([video, pooled[:, 1:]], axis=1)
-        return embedding + pooled
+        embedding += pooled
+        if not (num_images or self.frame_positions):
+            return embedding
+        frames -= num_images
+        video = jnp.broadcast_to(embedding[:, :1], (embedding.shape[0], frames, features))
+        if self.frame_positions:
+            video += FrameEmbedding(width, features, self.dtype, name="frame_embedding")(video)
+        return jnp.concatenate([video, embedding[:, 1:]], axis=1)
 
     def _layers(self, level):
         return {

@@ -1,0 +1,238 @@
+"""How fast a stage is on this machine: its forward pass, a training step, a guided sampling step.
+
+One device. Weights and data are drawn at random, since speed does not depend on them: no checkpoint and no data set is
+read. A training step takes `config.train.batch_size` videos and embeds their texts; the others take one video.
+"""
+
+import json
+import os
+import statistics
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from ivideo import flops, stages
+from ivideo.describe import columns, human, human_flops
+from ivideo.errors import UserError
+from ivideo.text import encoder_module
+from ivideo.train import init_state, make_train_step
+
+SECONDS = 5.0  # of runs for each case, if these are no fewer than
+REPEATS = 3
+PRODUCT = {"cpu": 2048}  # side of the matrices whose product is the peak, elsewhere 4096
+
+
+def benchmark(config, *, as_json: bool = False, repeats: int | None = None) -> dict:
+    """Prints what `measure` finds as a table, or as JSON, and returns it."""
+    found = measure(config, repeats=repeats)
+    print(json.dumps(found, indent=2) if as_json else _table(found))
+    return found
+
+
+def measure(config, *, repeats: int | None = None) -> dict:
+    """Times of the config's three cases, in seconds: the median, least and most of some repeats after one to warm up.
+
+    `repeats` is chosen for a few seconds a case unless given. `flops` are the model's (`ivideo.flops`), without what
+    rematerialisation computes again; `share_of_peak` is their rate over that of a matrix product in the model's dtype,
+    timed here. `memory_bytes` is what `memory_source` says: the device's peak since the program started, or the
+    compiler's account of the case (arguments, results and temporaries).
+    UserError, before anything is compiled, where the device cannot hold the training state.
+    """
+    device = jax.devices()[0]
+    _check_memory(config, device)
+    peak = _product_rate(config.model.dtype, device)
+    state = jax.jit(lambda: init_state(config))()
+    found = {
+        "stage": config.stage,
+        "variant": config.variant,
+        "dtype": config.model.dtype,
+        "device": {"platform": device.platform, "kind": _device_kind(device), "cores": len(os.sched_getaffinity(0))},
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__},
+        "peak_flops_per_second": peak,
+        "cases": {},
+    }
+    # The training step comes last: it gives its state away
+    for case in (_forward, _sampling_step, _training_step):
+        fn, args, donated, batch, count = case(config, state)
+        timed = _time(fn, args, donated=donated, repeats=repeats, device=device)
+        rate = count / timed["median_seconds"]
+        work = {"batch": batch, "flops": count, "flops_per_second": rate, "share_of_peak": rate / peak}
+        found["cases"][case.__name__.strip("_")] = {**work, **timed}
+    return found
+
+
+def _forward(config, state):
+    model = stages.build_model(config)
+    args, optional = _random(stages.model_inputs(config, 1))
+
+    def forward(params, args, optional):
+        return model.apply({"params": params}, *args, **optional)
+
+    inputs = (state.params, args, optional)
+    return forward, inputs, (), 1, flops.count(forward, *inputs)
+
+
+def _sampling_step(config, state):
+    """One step of the config's sampler: the evaluations that guidance asks for, and the arithmetic around them."""
+    one = config.copy_and_resolve_references()
+    one.sample.steps = 1
+    model = stages.build_model(config)
+    (_, _, text, text_mask), optional = _random(stages.model_inputs(config, 1))
+
+    def sampling_step(params, text, text_mask, keys, optional):
+        return stages.sample(one, model, params, text, text_mask, keys, **optional)
+
+    inputs = (state.params, text, text_mask, jax.random.split(jax.random.key(0), 1), optional)
+    return sampling_step, inputs, (), 1, flops.count(sampling_step, *inputs)
+
+
+def _training_step(config, state):
+    module = encoder_module(config.text)
+    batch = _random(_batch(config))
+    text_params = _random(_text_params(config))
+    plain = config.copy_and_resolve_references()
+    plain.model.remat = "none"
+    inputs = (state, batch, text_params)
+    count = flops.count(make_train_step(plain, module), *inputs)
+    return make_train_step(config, module), inputs, (0,), config.train.batch_size, count
+
+
+def _batch(config):
+    """The shapes of a batch as the data pipeline makes it."""
+    size, length, images = config.train.batch_size, config.text.length, config.data.num_images
+
+    def text(*lead):
+        return (jax.ShapeDtypeStruct((*lead, length), t) for t in (jnp.int32, jnp.bool_))
+
+    frames, *pixels = stages.video_shape(config)
+    batch = {"video": jax.ShapeDtypeStruct((size, frames, *pixels), jnp.float32)}
+    batch["tokens"], batch["token_mask"] = text(size)
+    if images:
+        batch["images"] = jax.ShapeDtypeStruct((size, images, *pixels), jnp.float32)
+        batch["image_tokens"], batch["image_token_mask"] = text(size, images)
+    return batch
+
+
+def _text_params(config):
+    """The shapes of the text encoder's parameters."""
+    tokens = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
+    return jax.eval_shape(encoder_module(config.text).init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def _random(shapes):
+    """Arrays of these shapes: small normal numbers, token 3 and masks that are True."""
+
+    def draw(shape, key):
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return 0.1 * jax.random.normal(key, shape.shape, shape.dtype)
+        return jnp.full(shape.shape, 3, shape.dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.jit(lambda keys: tree.unflatten(map(draw, leaves, keys)))(keys)
+
+
+def _time(fn, args, *, donated=(), repeats=None, device) -> dict:
+    """Seconds to compile and run `fn(*args)`, and memory. The first result replaces a donated first argument."""
+    start = time.perf_counter()
+    compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
+    compile_seconds = time.perf_counter() - start
+    times = []
+    while not _enough(times[1:], repeats):
+        start = time.perf_counter()
+        out = jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - start)
+        if donated:
+            args = (out[0], *args[1:])
+    times = times[1:]  # the first run warms up
+    return {
+        "compile_seconds": compile_seconds,
+        "repeats": len(times),
+        "median_seconds": statistics.median(times),
+        "min_seconds": min(times),
+        "max_seconds": max(times),
+        **_memory(compiled, device),
+    }
+
+
+def _enough(times: list[float], repeats: int | None) -> bool:
+    if repeats is not None:
+        return len(times) >= repeats
+    return len(times) >= REPEATS and (sum(times) >= SECONDS or len(times) >= 200)
+
+
+def _memory(compiled, device) -> dict:
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"memory_bytes": stats["peak_bytes_in_use"], "memory_source": "device"}
+    m = compiled.memory_analysis()
+    total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    return {"memory_bytes": total, "memory_source": "compiler"}
+
+
+def _product_rate(dtype: str, device) -> float:
+    """FLOP/s of a product of two square matrices: the best of some runs, several products a run on an accelerator."""
+    size = PRODUCT.get(device.platform, 4096)
+    chain = 1 if device.platform == "cpu" else 16
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
+
+    def products(x):
+        y = x
+        for _ in range(chain):
+            y = (y @ x) * size**-0.5
+        return y
+
+    best = _time(products, (x,), repeats=REPEATS, device=device)["min_seconds"]
+    return chain * 2 * size**3 / best
+
+
+def _check_memory(config, device) -> None:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    state = jax.eval_shape(lambda: init_state(config))
+    # Gradients are a second set of parameters
+    trees = (state, state.params, _text_params(config))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    if needed > limit:
+        raise UserError(
+            f"{config.stage}:{config.variant} needs {human(needed, 'KMGTP')}B for parameters, optimizer and text "
+            f"encoder, but {_device_kind(device)} has {human(limit, 'KMGTP')}B: benchmark a smaller variant, such as "
+            f"--config=configs/{config.stage}.py:demo, or take a larger device"
+        )
+
+
+def _device_kind(device) -> str:
+    """The device's name; of a CPU, which jax calls 'cpu', the processor's where Linux tells."""
+    if device.platform == "cpu":
+        try:
+            with open("/proc/cpuinfo") as f:
+                return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass
+    return device.device_kind
+
+
+def _table(found: dict) -> str:
+    device, versions = found["device"], found["versions"]
+    cores = f", {device['cores']} cores" if device["platform"] == "cpu" else ""
+    lines = [
+        f"{found['stage']}:{found['variant']} in {found['dtype']} on {device['kind']}{cores}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"peak: {human_flops(found['peak_flops_per_second'])}/s, a matrix product timed here",
+        "",
+    ]
+    rows = [("", "batch", "median", "min", "max", "runs", "compile", "FLOPs", "per second", "of peak", "memory")]
+    for name, case in found["cases"].items():
+        times = [f"{1e3 * case[key]:.4g} ms" for key in ("median_seconds", "min_seconds", "max_seconds")]
+        rows.append((
+            name.replace("_", " "), case["batch"], *times, case["repeats"], f"{case['compile_seconds']:.3g} s",
+            human_flops(case["flops"]), human_flops(case["flops_per_second"]), f"{case['share_of_peak']:.1%}",
+            f"{human(case['memory_bytes'], 'KMGTP')}B",
+        ))  # fmt: skip
+    source = {"device": "the device's peak so far", "compiler": "the compiler's account of arguments and temporaries"}
+    used = next(iter(found["cases"].values()))["memory_source"]
+    return "\n".join([*lines, *columns(rows), "", f"Weights and data are random. Memory is {source[used]}."])

@@ -1,0 +1,123 @@
+"""What a stage is: parameters, sizes, FLOPs and layers, from its config alone. Nothing is allocated or compiled."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ivideo import flops, stages
+from ivideo.text import encoder_module
+
+
+def facts(config) -> dict:
+    """All that `describe` prints, as numbers, strings and lists.
+
+    `input` is what the network sees at the stage's own size: noise, and where `kind` is "video" the conditioning video
+    beside it, of `channels` channels. A level has `blocks` on the way down and as many on the way up. Sizes are in
+    pixels, `fps` in frames a second, FLOPs those of one evaluation of the network on a batch of one.
+    """
+    frames, height, width, _ = stages.video_shape(config)
+    size = {"frames": frames, "height": height, "width": width}
+    cond = config.model.cond_channels
+    params = stages.param_shapes(config)
+    parts = {name: _size(part) for name, part in sorted(params.items())}
+    return {
+        "stage": config.stage,
+        "variant": config.variant,
+        "parameters": sum(parts.values()),
+        "parts": parts,
+        "input": {"kind": "video" if cond else "noise", **size, "channels": cond},
+        "output": size,
+        "fps": config.video.fps,
+        "forward_flops": forward_flops(config),
+        "levels": _levels(config.model, height, width),
+        "text": _text(config.text),
+    }
+
+
+def forward_flops(config, batch: int = 1) -> int:
+    """FLOPs of one evaluation of the stage's network on a batch of videos, text encoder not included."""
+    model = stages.build_model(config)
+    args, optional = stages.model_inputs(config, batch)
+    return flops.count(
+        lambda params, *a, **k: model.apply({"params": params}, *a, **k), stages.param_shapes(config), *args, **optional
+    )
+
+
+def describe(config, *, as_json: bool = False) -> None:
+    """Prints the facts of a config as a table, or as JSON."""
+    found = facts(config)
+    print(json.dumps(found, indent=2) if as_json else _table(found))
+
+
+def _size(shapes) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def _levels(model, height: int, width: int) -> list[dict]:
+    levels = []
+    for i, stride in enumerate(model.strides):
+        height, width = height // stride, width // stride
+        level = {"height": height, "width": width}
+        for name in ("channels", "blocks", "spatial_attention", "cross_attention", "temporal"):
+            level[name] = model[name][i]
+        levels.append(level)
+    return levels
+
+
+def _text(config) -> dict:
+    tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
+    params = jax.eval_shape(encoder_module(config).init, jax.random.key(0), tokens, tokens)["params"]
+    sizes = {name: config[name] for name in ("length", "vocab", "dim", "layers", "heads", "head_dim", "ff")}
+    return {"parameters": _size(params), **sizes}
+
+
+def _table(found: dict) -> str:
+    def video(size):
+        return f"{size['frames']} × {size['height']} × {size['width']}"
+
+    given, text = found["input"], found["text"]
+    source = "noise" if given["kind"] == "noise" else f"noise and a video of {given['channels']} channels"
+    blocks = {"down_": 0, "middle": 0, "up_": 0}
+    for name, size in found["parts"].items():
+        kind = next((kind for kind in blocks if name.startswith(kind)), "rest")
+        blocks[kind] = blocks.get(kind, 0) + size
+    parts = ", ".join(f"{kind.strip('_')} {human(size)}" for kind, size in blocks.items())
+    lines = [
+        f"{found['stage']}:{found['variant']}",
+        f"parameters  {found['parameters']:,} ({human(found['parameters'])}: {parts})",
+        f"input       {source}, {video(given)}",
+        f"output      {video(found['output'])} at {found['fps']} frames a second",
+        f"forward     {human_flops(found['forward_flops'])} for one video",
+        f"text        {text['length']} tokens of {text['vocab']}, {text['layers']} layers of {text['dim']}, "
+        f"{text['heads']} heads of {text['head_dim']}, inner {text['ff']} ({human(text['parameters'])} parameters)",
+        "",
+    ]
+    rows = [("level", "pixels", "channels", "blocks each way", "in space", "to text", "in time")]
+    for i, level in enumerate(found["levels"]):
+        attention = ["attention" if level[key] else "none" for key in ("spatial_attention", "cross_attention")]
+        pixels = f"{level['height']} × {level['width']}"
+        rows.append((i, pixels, level["channels"], level["blocks"], *attention, level["temporal"]))
+    return "\n".join(lines + columns(rows))
+
+
+def columns(rows) -> list[str]:
+    """Rows of cells as lines, every column as wide as its widest cell."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def human(number: float, letters: str = "KMBT") -> str:
+    """A number to three digits and the letter of its thousands: 5.61B of parameters. Units take SI's letters."""
+    for letter in ("", *letters):
+        if number < 999.5 or letter == letters[-1]:
+            return f"{number:.3g}{letter}" if number < 999.5 else f"{number:,.0f}{letter}"
+        number /= 1000
+
+
+def human_flops(number: float) -> str:
+    """FLOPs to three digits: 2.69 GFLOPs."""
+    digits = human(number, "KMGTPE")
+    return f"{digits[:-1]} {digits[-1]}FLOPs" if digits[-1].isalpha() else f"{digits} FLOPs"

@@ -1,0 +1,44 @@
+"""Packaging of ivideo. The version is that of ivideo/__init__.py."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+root = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (root / "ivideo" / "__init__.py").read_text())[1]
+
+setup(
+    name="ivideo",
+    version=version,
+    description="Imagen Video in JAX and Flax: text to 1280×768, 24 fps video by a cascade of diffusion models",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ivideo", "ivideo.*"]),
+    package_data={"ivideo": ["demo/weights/*.safetensors"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "av>=14,<19",
+        "flax>=0.12,<0.14",
+        "grain>=0.2.18,<0.4",
+        "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10,<0.13",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.4",
+        "orbax-checkpoint>=0.12,<0.14",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": ["pytest>=8", "ruff>=0.14"],
+    },
+)

@@ -1,0 +1,290 @@
+"""Sources and batches: contents against the renderer, order, sharding and resuming."""
+
+import collections
+import json
+import pickle
+import socket
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from ivideo.data import pipeline, shapes, sources, video_io
+
+SIZE = dict(frames=4, height=8, width=12)
+ARRAYS = ("video", "tokens", "token_mask", "images", "image_tokens", "image_token_mask")
+
+
+def tokenize(texts, length):
+    """UTF-8 bytes, cut and padded."""
+    tokens = np.zeros((len(texts), length), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        data = np.frombuffer(text.encode(), np.uint8)[:length]
+        row[: len(data)] = data
+    return tokens, tokens > 0
+
+
+def text_of(tokens):
+    return bytes(tokens[tokens > 0].tolist()).decode()
+
+
+def make_source(num_clips=48, seed=0, **size):
+    return sources.ShapesSource(num_clips=num_clips, seed=seed, **{**SIZE, **size})
+
+
+def make_iterator(source, batch_size=4, **options):
+    options = {"seed": 0, "tokenize": tokenize, "text_length": 64, "num_threads": 0, **options}
+    return pipeline.make_iterator(source, batch_size=batch_size, **options)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_small_shapes_source_is_the_renderer():
+    source = make_source(num_clips=864, seed=3)
+    captions = collections.Counter(source[i]["caption"] for i in range(864))
+    assert set(captions.values()) == {2} and len(captions) == 432
+    assert not any(shapes.held_out(shapes.parse_caption(c)) for c in captions)
+    for i in (0, 500):
+        attrs, seed = source.clip(i)
+        np.testing.assert_array_equal(source[i]["video"], shapes.render(attrs, seed, **SIZE))
+        assert source[i]["caption"] == shapes.caption(attrs)
+    # The same caption again is another clip, and so is another source's.
+    assert np.abs(source[0]["video"] - source[432]["video"]).max() > 0.1
+    assert np.abs(source[0]["video"] - make_source(num_clips=864, seed=4)[0]["video"]).max() > 0.1
+    image = source.image(5, np.random.default_rng(0))
+    assert min(np.abs(image["image"] - frame).max() for frame in source[5]["video"]) == 0
+    assert image["caption"] == source[5]["caption"]
+    with pytest.raises(IndexError, match="clip 864"):
+        source[864]
+
+
+def test_small_make_source_and_its_errors(tmp_path):
+    source = sources.make_source("shapes", num_clips=96, split="held_out", **SIZE)
+    assert collections.Counter(source[i]["caption"] for i in range(96)) == {
+        shapes.caption(a): 2 for a in shapes.HELD_OUT
+    }
+    with pytest.raises(ValueError, match="the source is 'folder', expected 'shapes' or 'tfds'"):
+        sources.make_source("folder", **SIZE)
+    with pytest.raises(ValueError, match="split is 'test', expected one of train, held_out"):
+        sources.make_source("shapes", num_clips=1, split="test", **SIZE)
+    with pytest.raises(ValueError, match="num_clips is 0"):
+        sources.make_source("shapes", **SIZE)
+    with pytest.raises(ValueError, match=r"expected a folder with dataset_info\.json: prepare"):
+        sources.make_source("tfds", data_dir=str(tmp_path), **SIZE)
+
+
+def test_small_batch_contents():
+    source = make_source()
+    batch = next(make_iterator(source, num_images=3))
+    wanted = {
+        "video": ((4, 4, 8, 12, 3), np.float32),
+        "tokens": ((4, 64), np.int32),
+        "token_mask": ((4, 64), bool),
+        "images": ((4, 3, 8, 12, 3), np.float32),
+        "image_tokens": ((4, 3, 64), np.int32),
+        "image_token_mask": ((4, 3, 64), bool),
+    }
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (s, np.dtype(t)) for k, (s, t) in wanted.items()}
+    clips = {source[i]["caption"]: source[i]["video"] for i in range(len(source))}
+    assert len(clips) == 48
+    for b in range(4):
+        caption = text_of(batch["tokens"][b])
+        np.testing.assert_array_equal(batch["video"][b], clips[caption])
+        assert batch["token_mask"][b].sum() == len(caption)
+        others = [text_of(t) for t in batch["image_tokens"][b]]
+        assert len({caption, *others}) == 4  # of clips that differ, and none of the video itself
+        for image, other in zip(batch["images"][b], others, strict=True):
+            assert min(np.abs(image - frame).max() for frame in clips[other]) == 0
+    assert set(next(make_iterator(source))) == set(ARRAYS[:3])
+
+
+def test_small_an_epoch_shows_every_clip_once_in_another_order():
+    source = make_source()
+    iterator = make_iterator(source, batch_size=6)
+    epochs = [[text_of(t) for _ in range(8) for t in next(iterator)["tokens"]] for _ in range(2)]
+    everything = [source[i]["caption"] for i in range(48)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(everything)
+    assert epochs[0] != epochs[1] and epochs[0] != everything
+    other = make_iterator(source, batch_size=6, seed=1)
+    assert [text_of(t) for _ in range(8) for t in next(other)["tokens"]] != epochs[0]
+    plain = make_iterator(source, batch_size=6, shuffle=False)
+    assert [text_of(t) for _ in range(8) for t in next(plain)["tokens"]] == everything
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_small_state_resumes_exactly(threads):
+    source = make_source()
+    iterator = make_iterator(source, num_images=2, num_threads=threads)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    wanted = [next(iterator) for _ in range(15)]  # beyond the end of the epoch
+    fresh = make_iterator(source, num_images=2, num_threads=threads)
+    fresh.set_state(state)
+    for batch in wanted:
+        assert_same(next(fresh), batch)
+    iterator.set_state(state)
+    assert_same(next(iterator), wanted[0])
+
+
+def test_small_grain_finds_the_data_set_resumable():
+    dataset = pipeline.make_dataset(make_source(6), seed=0, num_images=2, tokenize=tokenize, text_length=16)
+    grain.experimental.assert_equal_output_after_checkpoint(dataset[:8].to_iter_dataset())
+
+
+def test_small_orbax_saves_and_restores_the_state(tmp_path):
+    import orbax.checkpoint as ocp
+
+    source = make_source()
+    iterator = make_iterator(source, num_images=1)
+    next(iterator)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        wanted = next(iterator)
+        restored = make_iterator(source, num_images=1)
+        manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    assert_same(next(restored), wanted)
+    # Saved by one of four processes, restored by one alone.
+    (tmp_path / "1" / "data" / "process_0-of-1.json").rename(tmp_path / "1" / "data" / "process_2-of-4.json")
+    restored = make_iterator(source, num_images=1)
+    pipeline.load_state(restored, tmp_path / "1" / "data")
+    assert_same(next(restored), wanted)
+    with pytest.raises(FileNotFoundError, match=r"no process_\*.json"):
+        pipeline.read_state(tmp_path)
+
+
+def test_small_processes_share_the_global_batch(monkeypatch):
+    source = make_source()
+    whole = make_iterator(source, batch_size=8, num_images=2)
+    wanted = [next(whole) for _ in range(2)]
+    monkeypatch.setattr(jax, "process_count", lambda *_: 4)
+    parts = []
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda *_, index=index: index)
+        shard = grain.sharding.ShardByJaxProcess()
+        assert (shard.shard_index, shard.shard_count) == (index, 4)
+        iterator = make_iterator(source, batch_size=8, num_images=2)
+        parts.append([next(iterator) for _ in range(2)])
+        assert iterator.get_state() == whole.get_state()
+    for step in range(2):
+        for key in ARRAYS:
+            interleaved = np.stack([part[step][key] for part in parts], axis=1)
+            np.testing.assert_array_equal(interleaved.reshape(wanted[step][key].shape), wanted[step][key])
+    with pytest.raises(ValueError, match="batch_size is 6 over 4 processes, expected a positive multiple of 4"):
+        make_iterator(source, batch_size=6)
+
+
+def test_small_workers_make_the_same_batches():
+    source = make_source(12)
+    plain = make_iterator(source, num_images=1)
+    workers = make_iterator(source, num_images=1, num_workers=1, num_threads=2)
+    for _ in range(3):
+        assert_same(next(workers), next(plain))
+    workers.close()
+
+
+def test_small_wrong_arguments_are_named():
+    source = make_source(4)
+    for options, message in (
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(num_images=4), "num_images is 4 with a source of 4 clips, expected 0 to 3"),
+        (dict(num_images=-1), "num_images is -1"),
+        (dict(text_length=0), "text_length is 0"),
+        (dict(num_workers=-1), "num_workers is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_iterator(source, **options)
+    with pytest.raises(ValueError, match="0 clips"):
+        make_iterator([])
+    bad = make_iterator(source, tokenize=lambda texts, length: tokenize(texts, length + 1))
+    with pytest.raises(ValueError, match=r"tokens \(1, 65\)"):
+        next(bad)
+
+
+def test_small_resizing_is_that_of_jax():
+    rng = np.random.default_rng(0)
+    video = rng.integers(256, size=(2, 48, 80, 3), dtype=np.uint8)
+    for height, width in ((12, 20), (96, 160), (17, 29)):
+        crop = video
+        if (height, width) == (17, 29):  # 47 x 80 of the 48 x 80 pixels have this ratio
+            crop = video[:, :47]
+        wanted = jax.image.resize(video_io.to_float(crop), (2, height, width, 3), "linear", antialias=True)
+        np.testing.assert_allclose(sources.resize_video(video, height=height, width=width), wanted, atol=2e-5)
+    # A wide clip loses its sides, half each.
+    wide = np.concatenate([video[:, :, :10] * 0, video, video[:, :, :10] * 0], axis=2)
+    np.testing.assert_array_equal(
+        sources.resize_video(wide, height=12, width=20), sources.resize_video(video, height=12, width=20)
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two builds of one small set, with the network shut."""
+    patch = pytest.MonkeyPatch()
+
+    def refuse(*_):
+        raise AssertionError("the build reached for the network")
+
+    patch.setattr(socket.socket, "connect", refuse)
+    patch.setattr(socket, "getaddrinfo", refuse)
+    try:
+        size = dict(num_train=12, num_held_out=4, frames=8, height=24, width=40, seed=1)
+        yield [sources.prepare_shapes(tmp_path_factory.mktemp("set"), **size) for _ in range(2)]
+    finally:
+        patch.undo()
+
+
+def test_small_tfds_set_holds_the_rendered_clips(prepared):
+    import tensorflow_datasets as tfds
+
+    first, second = (tfds.builder_from_directory(folder) for folder in prepared)
+    assert {name: split.num_examples for name, split in first.info.splits.items()} == {"train": 12, "held_out": 4}
+    for split, is_held_out in (("train", False), ("held_out", True)):
+        records, again = first.as_data_source(split=split), second.as_data_source(split=split)
+        assert [r["video"] for r in records] == [r["video"] for r in again]
+        for record in records:
+            attrs = shapes.Attributes(*(record[f].decode() for f in shapes.Attributes._fields))
+            assert record["caption"].decode() == shapes.caption(attrs)
+            assert shapes.held_out(attrs) is is_held_out
+            video, fps = video_io.read_video(record["video"])
+            assert fps == video_io._rate(1.5)
+            wanted = shapes.render(attrs, int(record["seed"]), frames=8, height=24, width=40)
+            assert np.abs(video_io.to_float(video) - wanted).mean() < 0.05
+
+
+def test_small_tfds_source_reads_what_was_prepared(prepared):
+    source = sources.make_source("tfds", data_dir=prepared[0], fps=0.75, frames=4, height=12, width=20)
+    assert len(source) == 12
+    rendered = sources.ShapesSource(num_clips=12, seed=2, frames=4, height=12, width=20)
+    clips = {rendered[i]["caption"]: rendered[i]["video"] for i in range(12)}
+    for i in range(12):
+        clip = source[i]
+        assert clip["video"].dtype == np.float32 and clip["video"].shape == (4, 12, 20, 3)
+        # The renderer averages over boxes, resizing over triangles.
+        assert np.abs(clip["video"] - clips[clip["caption"]]).mean() < 0.06
+    image = source.image(3, np.random.default_rng(0))
+    assert min(np.abs(image["image"] - frame).max() for frame in source[3]["video"]) == 0
+    whole = sources.TFDSSource(prepared[0], frames=4, height=12, width=20)
+    np.testing.assert_array_equal(whole[2]["video"], source[2]["video"])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[5]["video"], source[5]["video"])
+    batch = next(make_iterator(source, num_images=2))
+    assert batch["video"].shape == (4, 4, 12, 20, 3) and batch["images"].shape == (4, 2, 12, 20, 3)
+
+
+def test_small_tfds_source_names_what_is_wrong(prepared):
+    size = dict(frames=4, height=12, width=20)
+    with pytest.raises(ValueError, match="split is 'test', expected one of"):
+        sources.TFDSSource(prepared[0], "test", **size)
+    with pytest.raises(ValueError, match="no feature 'text', expected one of"):
+        sources.TFDSSource(prepared[0], caption_feature="text", **size)
+    above = prepared[0].split("/captioned_shapes")[0]
+    with pytest.raises(ValueError, match=f"did you mean {prepared[0]}"):
+        sources.TFDSSource(above, **size)
+    with pytest.raises(video_io.VideoError, match=r"clip 2 of 'train' in .* ends after 8 of these frames"):
+        sources.TFDSSource(prepared[0], fps=1.5, frames=9, height=12, width=20)[2]

@@ -1,0 +1,298 @@
+"""VideoUNet: identity in time at initialisation, exact bypass of packed images, counts, inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from ivideo import stages
+from ivideo.models import blocks
+from ivideo.models.attention import TemporalAttention
+from ivideo.models.unet import VideoUNet
+
+B, T, H, W, L, D = 2, 4, 8, 8, 6, 12
+
+
+def unet(**changes):
+    fields = dict(
+        channels=(8, 16), blocks=(1, 2), strides=(1, 2), spatial_attention=(False, True), cross_attention=(True, True),
+        temporal=("convolution", "attention"), head_dim=8, max_distance=8, scan_unroll=0,
+    )  # fmt: skip
+    return VideoUNet(**{**fields, **changes})
+
+
+def inputs(frames=T, texts=None, seed=0, height=H, width=W):
+    rng = np.random.default_rng(seed)
+    shape = (B, L, D) if texts is None else (B, texts, L, D)
+    text = rng.normal(size=shape).astype(np.float32)
+    mask = np.arange(L) < rng.integers(1, L + 1, shape[:-2])[..., None]
+    z = rng.normal(size=(B, frames, height, width, 3)).astype(np.float32)
+    return z, np.array([0.5, -2.0], np.float32), text, mask
+
+
+def perturbed(params, seed=1):
+    """Parameters with every zero-initialised layer awake."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+def initialised(model, *args, **kwargs):
+    return jax.jit(lambda *a: model.init(jax.random.key(0), *a, **kwargs))(*args)["params"]
+
+
+def spatially_awake(params):
+    """Parameters perturbed everywhere but in temporal layers, which stay as they are initialised."""
+    awake = perturbed(params)
+
+    def choose(path, old, new):
+        return old if any("temporal" in str(k) for k in path) else new
+
+    return jax.tree_util.tree_map_with_path(choose, params, awake)
+
+
+@pytest.mark.parametrize("temporal", ["attention", "convolution"])
+def test_small_network_is_an_image_model_at_initialisation(temporal):
+    """Each frame's output is the one it has alone, before any training of the temporal layers."""
+    model = unet(temporal=(temporal, temporal))
+    z, logsnr, text, mask = inputs()
+    params = spatially_awake(initialised(model, z, logsnr, text, mask))
+    apply = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text, mask))
+    whole = apply(z)
+    alone = jnp.concatenate([apply(z[:, i : i + 1]) for i in range(T)], axis=1)
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(whole, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("temporal", ["attention", "convolution"])
+def test_small_awake_temporal_layers_mix_frames(temporal):
+    """The counterpart: with the temporal layers trained, a frame does depend on its neighbours."""
+    model = unet(temporal=(temporal, temporal))
+    z, logsnr, text, mask = inputs()
+    params = perturbed(initialised(model, z, logsnr, text, mask))
+    apply = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text, mask))
+    changed = z.copy()
+    changed[:, 0] += 1
+    assert np.abs(apply(z)[:, 1] - apply(changed)[:, 1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("temporal", ["attention", "convolution"])
+def test_small_packed_images_equal_images_alone(temporal):
+    """Section 2.6: video and packed images give what they give by themselves, with every layer awake."""
+    images = 3
+    model = unet(temporal=(temporal, temporal))
+    z, logsnr, text, mask = inputs(frames=T + images, texts=1 + images)
+    mask[0, 1] = False  # an image without a text
+    params = perturbed(initialised(model, z, logsnr, text, mask, num_images=images))
+
+    @jax.jit
+    def packed(z):
+        return model.apply({"params": params}, z, logsnr, text, mask, num_images=images)
+
+    out = packed(z)
+    video = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text[:, 0], mask[:, 0]))(z[:, :T])
+    np.testing.assert_allclose(out[:, :T], video, atol=2e-5)
+
+    # an image alone: one packed image behind a video that is not looked at
+    @jax.jit
+    def alone(image, image_text, image_mask):
+        frames = jnp.concatenate([jnp.zeros_like(image), image], axis=1)
+        both, both_mask = jnp.stack([text[:, 0], image_text], 1), jnp.stack([mask[:, 0], image_mask], 1)
+        return model.apply({"params": params}, frames, logsnr, both, both_mask, num_images=1)[:, 1:]
+
+    for i in range(images):
+        image = alone(z[:, T + i : T + i + 1], text[:, 1 + i], mask[:, 1 + i])
+        np.testing.assert_allclose(out[:, T + i : T + i + 1], image, atol=2e-5)
+
+
+def test_small_no_gradient_flows_between_packed_images():
+    images = 2
+    model = unet(temporal=("attention", "convolution"))
+    z, logsnr, text, mask = inputs(frames=T + images, texts=1 + images)
+    params = perturbed(initialised(model, z, logsnr, text, mask, num_images=images))
+
+    @jax.jit
+    def gradient(z, frame):
+        def one(z):
+            return jnp.take(model.apply({"params": params}, z, logsnr, text, mask, num_images=images), frame, 1).sum()
+
+        return jnp.abs(jax.grad(one)(z)).max((0, 2, 3, 4))
+
+    for frame in (T, T + 1):
+        per_frame = gradient(z, frame)
+        assert per_frame[frame] > 0.01
+        np.testing.assert_array_equal(np.delete(per_frame, frame), 0)
+    video = gradient(z, 0)
+    assert (video[:T] > 1e-4).all()
+    np.testing.assert_array_equal(video[T:], 0)
+
+
+def test_small_scan_is_the_loop_over_its_blocks():
+    """Rolled, unrolled and rematerialised levels are the same function of the same parameters, gradients too."""
+    args = inputs()
+    params = perturbed(initialised(unet(), *args))
+    results = []
+    for changes in ({}, {"scan_unroll": 1}, {"remat": "full"}, {"remat": "dots"}):
+        model = unet(**changes)
+        loss = jax.jit(jax.value_and_grad(lambda p, model=model: (model.apply({"params": p}, *args) ** 2).mean()))
+        results.append(loss(params))
+    for value, grads in results[1:]:
+        np.testing.assert_allclose(value, results[0][0], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, results[0][1])
+
+
+def test_small_text_that_is_masked_has_no_influence():
+    model = unet()
+    z, logsnr, text, mask = inputs()
+    mask[0] = False
+    params = perturbed(initialised(model, z, logsnr, text, mask))
+    apply = jax.jit(lambda text: model.apply({"params": params}, z, logsnr, text, mask))
+    other = np.where(mask[..., None], text, 100.0 * np.arange(D, dtype=np.float32))
+    out, changed = apply(text), apply(other)
+    np.testing.assert_array_equal(out, changed)
+    assert np.abs(apply(text[::-1]) - out)[1].max() > 1e-3  # what is not masked counts
+
+
+def test_small_every_input_is_read():
+    """Each conditioning changes the output of a network that has it, and is refused by one that does not."""
+    given = {
+        "cond": np.random.default_rng(3).normal(size=(B, T, H, W, 3)).astype(np.float32),
+        "aug_logsnr": np.array([1.0, 2.0], np.float32),
+        "guidance_weight": np.array([1.0, 6.0], np.float32),
+    }
+    model = unet(cond_channels=3, augmentation=True, guidance_input=True)
+    args = inputs()
+    params = perturbed(initialised(model, *args, **given))
+    apply = jax.jit(lambda args, given: model.apply({"params": params}, *args, **given))
+    out = apply(args, given)
+    for name in given:
+        assert np.abs(apply(args, {**given, name: given[name] + 1}) - out).max() > 1e-4, name
+        with pytest.raises(ValueError, match=f"{name} was not given"):
+            apply(args, {k: v for k, v in given.items() if k != name})
+        with pytest.raises(ValueError, match=f"{name} was given"):
+            unet().apply({"params": params}, *args, **{name: given[name]})
+    assert np.abs(apply((args[0], args[1] + 1, *args[2:]), given) - out).max() > 1e-4
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 8, 8), (3, 4, 12), (7, 16, 2)])
+def test_small_any_size_the_strides_divide(frames, height, width):
+    model = unet()
+    params = initialised(model, *inputs())
+    z, *rest = inputs(frames=frames, height=height, width=width)
+    assert model.apply({"params": params}, z, *rest).shape == (B, frames, height, width, 3)
+
+
+def test_small_other_sizes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"9×8 .*strides \(1, 2\).*multiples of 2"):
+        initialised(unet(), *inputs(height=9))
+    with pytest.raises(ValueError, match=r"model.blocks = \(1,\) has 1 entries"):
+        initialised(unet(blocks=(1,)), *inputs())
+    with pytest.raises(ValueError, match="'conv'.*choose from"):
+        initialised(unet(temporal=("conv", "none")), *inputs())
+
+
+def test_small_bfloat16_activations_keep_float32_parameters():
+    model = unet(dtype=jnp.bfloat16)
+    args = inputs()
+    params = perturbed(initialised(model, *args))
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out = model.apply({"params": params}, *args)
+    exact = unet().apply({"params": params}, *args)
+    assert out.dtype == jnp.float32
+    error = np.sqrt(np.mean((out - exact) ** 2)) / np.sqrt(np.mean(exact**2))
+    assert 1e-5 < error < 0.05  # rounded, and no more than that
+
+
+def test_small_temporal_convolution_both_forms():
+    """The products that a CPU runs and the convolution that a TPU runs are one function: a float64 reference."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 3, 4, 6)), rng.normal(size=(3, 6, 7))
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    wanted = sum(padded[:, i : i + 5] @ kernel[i] for i in range(3))
+    x32, k32 = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    np.testing.assert_allclose(blocks.convolve_frames(x32, k32), wanted, atol=1e-5)
+    np.testing.assert_allclose(blocks.frames_as_convolution(x32, k32), wanted, atol=1e-5)
+
+
+def test_small_temporal_attention_against_float64():
+    """Relative logits and values, written out for every pair of frames."""
+    rng = np.random.default_rng(0)
+    t, channels, head, reach = 5, 8, 4, 2
+    layer = TemporalAttention(head, reach, jnp.float32)
+    x = rng.normal(size=(1, t, 1, 1, channels)).astype(np.float32)
+    params = perturbed(layer.init(jax.random.key(0), x)["params"], seed=4)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    frames = x[0, :, 0, 0].astype(np.float64)
+    y = (frames.reshape(t, channels, 1) - frames[..., None]).squeeze()  # groups of one channel: a single pixel is 0
+    y = y * p["norm"]["groups"]["scale"] + p["norm"]["groups"]["bias"]
+    q, k, v = (np.einsum("tc,cnd->tnd", y, p[name]["kernel"]) for name in "qkv")
+    out = np.zeros((t, channels // head, head))
+    for n in range(channels // head):
+        for i in range(t):
+            index = [int(np.clip(j - i, -reach, reach)) + reach for j in range(t)]
+            logits = np.array([q[i, n] @ k[j, n] / head**0.5 + p["relative_bias"][index[j], n] for j in range(t)])
+            weights = np.exp(logits) / np.exp(logits).sum()
+            out[i, n] = sum(weights[j] * (v[j, n] + p["relative_value"][index[j], n]) for j in range(t))
+    wanted = frames + np.einsum("tnd,ndc->tc", out, p["out"]["kernel"])
+    np.testing.assert_allclose(layer.apply({"params": params}, x)[0, :, 0, 0], wanted, atol=1e-4)
+
+
+def test_small_temporal_attention_tells_frames_apart_in_a_still_video():
+    """Equal frames have equal values, so that only the relative values can say which frame is which."""
+    layer = TemporalAttention(8, 8, jnp.float32)
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 1, 2, 2, 8)), (1, 6, 2, 2, 8))
+    params = perturbed(layer.init(jax.random.key(1), x)["params"])
+    out = layer.apply({"params": params}, x)
+    assert np.abs(out[:, 0] - out[:, -1]).max() > 0.01
+    params["relative_value"] = jnp.zeros_like(params["relative_value"])
+    out = layer.apply({"params": params}, x)
+    np.testing.assert_allclose(out[:, 0], out[:, -1], atol=1e-5)
+
+
+def test_small_pixels_fold_and_unfold():
+    x = np.arange(2 * 3 * 4 * 6 * 2, dtype=np.float32).reshape(2, 3, 4, 6, 2)
+    folded = blocks.space_to_depth(x, 2)
+    assert folded.shape == (2, 3, 2, 3, 8)
+    np.testing.assert_array_equal(np.sort(np.asarray(folded[0, 0, 0, 0])), np.sort(x[0, 0, :2, :2].ravel()))
+    np.testing.assert_array_equal(blocks.depth_to_space(folded, 2), x)
+    np.testing.assert_array_equal(blocks.upsample(x, 3), x.repeat(3, 2).repeat(3, 3))
+
+
+def test_small_noise_fraction_and_sinusoid():
+    """The angle of the cosine schedule, and sinusoids of its thousandfold, in float64."""
+    logsnr = np.array([-25.0, -20.0, -3.0, 0.0, 4.0, 20.0])
+    wanted = np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) / (np.pi / 2)
+    np.testing.assert_allclose(blocks.noise_fraction(jnp.asarray(logsnr, jnp.float32)), wanted, atol=1e-6)
+    position = np.array([0.0, 1.0, 250.0])
+    frequency = np.exp(-np.log(1e4) * np.arange(4) / 3)
+    angle = position[:, None] * frequency
+    wanted = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+    np.testing.assert_allclose(blocks.sinusoid(jnp.asarray(position, jnp.float32), 8), wanted, atol=1e-4)
+
+
+def test_small_parameter_count_by_hand():
+    """One level, one block each way, every layer: counted on paper."""
+    c, e, d, t = 8, 32, D, 8
+    model = unet(channels=(c,), blocks=(1,), strides=(1,), spatial_attention=(True,), cross_attention=(True,),
+                 temporal=("attention",))  # fmt: skip
+    params = initialised(model, *inputs())
+
+    def residual(inputs):
+        shortcut = inputs * c + c if inputs != c else 0
+        return 2 * inputs + 9 * inputs * c + c + e * 2 * c + 2 * c + 2 * c + 9 * c * c + c + shortcut
+
+    attention = 2 * c + 4 * c * c
+    cross = d + 2 * c + c * c + 2 * d * c + c * c
+    temporal = attention + (2 * t + 1) * (1 + c)
+    layers = attention + cross + temporal
+    embeddings = (c * e + e + e * e + e) + (d + d + d * e + e + e * e + e)
+    ends = 27 * c + c + 2 * c + 27 * c + 3 + 2 * d
+    wanted = 2 * residual(c) + residual(2 * c) + 3 * layers + embeddings + ends
+    assert sum(p.size for p in jax.tree.leaves(params)) == wanted
+
+
+def test_small_paper_base_has_its_published_size():
+    """5.6B parameters within 2%, counted without allocating one."""
+    count = sum(p.size for p in jax.tree.leaves(stages.param_shapes(base.get_config("paper"))))
+    assert abs(count / 5.6e9 - 1) < 0.02
