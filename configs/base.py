@@ -39,12 +39,14 @@ def demo():
     config.model.temporal = ("none", "attention")
     config.model.head_dim = 32
     config.model.max_distance = 16
-    config.model.frame_positions = True  # learns motion in a tenth of the clips
+    config.model.frame_positions = True
     on_one_machine(config)
     config.train.batch_size = 8
     config.train.steps = 2800
     config.train.learning_rate = 8e-4
-    config.train.logsnr_shift = -2.5  # 16 frames of one object: its place is settled where a single frame is still noise
+    config.train.logsnr_shift = (
+        -2.5
+    )  # 16 frames of one object: its place is settled where a single frame is still noise
     config.train.warmup = 100
     config.train.ema = 0.995
     config.train.checkpoint_every = 100

@@ -18,16 +18,22 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.video.width = width  # pixels
     config.video.fps = fps  # frames a second
 
-    config.model = ml_collections.ConfigDict()  # the fields of ivideo.models.unet.VideoUNet; one entry a level, finest first
+    config.model = (
+        ml_collections.ConfigDict()
+    )  # the fields of ivideo.models.unet.VideoUNet; one entry a level, finest first
     config.model.head_dim = 64  # channels a head, as Imagen
     config.model.max_distance = 64  # frames; relative positions further apart share one
     config.model.cond_channels = 0  # channels of the conditioning video; 0: none
     config.model.augmentation = False  # whether the network is told the noise put on the conditioning video
-    config.model.frame_positions = False  # whether a frame is told its place in the clip; attention's are relative either way
+    config.model.frame_positions = (
+        False  # whether a frame is told its place in the clip; attention's are relative either way
+    )
     config.model.guidance_input = False  # whether the network is told the guidance weight (distilled models)
     config.model.max_guidance = 16.0  # the largest guidance weight a distilled model is asked for
     config.model.remat = "full"  # what the backward pass recomputes: 'none', 'dots' (all but products), 'full'
-    config.model.scan_unroll = 1  # blocks of a level laid out at a time; 0: all, for CPUs, whose convolutions crawl in loops
+    config.model.scan_unroll = (
+        1  # blocks of a level laid out at a time; 0: all, for CPUs, whose convolutions crawl in loops
+    )
     config.model.dtype = "bfloat16"  # of activations: 'bfloat16' or 'float32'; parameters are float32
 
     config.text = t5_xxl()
@@ -38,7 +44,9 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.diffusion.loss = "v"  # 'v', 'eps' (as Section 2.1 prints it), 'x', 'truncated_snr'
 
     config.data = ml_collections.ConfigDict()
-    config.data.source = "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, drawn as needed
+    config.data.source = (
+        "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, drawn as needed
+    )
     config.data.dir = ""  # folder of the prepared data set, with its version
     config.data.split = "train"
     config.data.num_clips = 0  # shapes: how many different clips
@@ -56,7 +64,9 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.train.clip = 1.0  # largest global norm of a gradient
     config.train.ema = 0.9999
     config.train.text_dropout = 0.1  # share of texts left out, for guidance
-    config.train.logsnr_shift = 0.0  # added to the training noise levels; below 0 for clips whose frames repeat one another
+    config.train.logsnr_shift = (
+        0.0  # added to the training noise levels; below 0 for clips whose frames repeat one another
+    )
     config.train.image_weight = 1.0  # a packed image's weight in the loss, against a video frame's
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps
@@ -108,4 +118,6 @@ def locked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def unknown_variant(variant: str, choices) -> ValueError:
     """The error of a stage file asked for a variant that it does not have."""
-    return ValueError(f"variant {variant!r} is unknown: choose from {', '.join(choices)}, as in --config=FILE:{next(iter(choices))}")
+    return ValueError(
+        f"variant {variant!r} is unknown: choose from {', '.join(choices)}, as in --config=FILE:{next(iter(choices))}"
+    )

@@ -26,7 +26,8 @@ class Checkpoints:
     def __init__(self, workdir: str, *, keep: int):
         self.workdir = pathlib.Path(workdir).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=options, item_handlers=handlers)
 
     def save(self, step: int, state, iterator) -> None:
         """Starts saving the state and the data iterator's position; returns once they may change again."""

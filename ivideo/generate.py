@@ -42,15 +42,17 @@ def load_weights(config, workdir: str | None):
     restored = checkpoints.restore(like)
     checkpoints.close()
     if restored is None:
-        raise UserError(f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every")
+        raise UserError(
+            f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"
+        )
     return restored[1].ema
 
 
 def sample_videos(config, params, prompts: Sequence[str], *, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
     """Videos [N, T, H, W, 3] in [-1, 1], one a prompt; a video's noise follows from its (seed, number) alone.
 
-    They are made `config.sample.batch` at a time, with a progress bar where there is a terminal. FloatingPointError where
-    a value is not finite.
+    They are made `config.sample.batch` at a time, with a progress bar where there is a terminal. FloatingPointError
+    where a value is not finite.
     """
     encoder, model = load_encoder(config.text), stages.build_model(config)
     size = min(config.sample.batch, len(prompts))
@@ -79,7 +81,16 @@ def sample_videos(config, params, prompts: Sequence[str], *, seeds: Sequence[tup
 
 
 def generate(
-    config, prompts: list[str], out: str, *, workdir=None, seed=0, num_videos=1, in_folder=False, zoom=1, overwrite=False
+    config,
+    prompts: list[str],
+    out: str,
+    *,
+    workdir=None,
+    seed=0,
+    num_videos=1,
+    in_folder=False,
+    zoom=1,
+    overwrite=False,
 ) -> list[str]:
     """Writes `num_videos` videos a prompt; returns their paths.
 

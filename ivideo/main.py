@@ -35,8 +35,12 @@ flags.DEFINE_string(
     "weights in the package (variant demo).",
 )  # fmt: skip
 flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')
-flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …")
-flags.DEFINE_string("out", None, "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate.")
+flags.DEFINE_string(
+    "prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …"
+)
+flags.DEFINE_string(
+    "out", None, "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate."
+)
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
 flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look at small stages.", lower_bound=1)
@@ -99,7 +103,9 @@ def _needed(name: str) -> str:
 def _prompts() -> list[str]:
     """The prompts of the command line. An empty prompt is a wish, no prompt a mistake."""
     if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
-        raise UserError('mode sample needs one of --prompt="…" and --prompts_file=FILE; --prompt="" samples without text')
+        raise UserError(
+            'mode sample needs one of --prompt="…" and --prompts_file=FILE; --prompt="" samples without text'
+        )
     if FLAGS.prompt is not None:
         return [FLAGS.prompt]
     try:

@@ -34,7 +34,7 @@ SHARES = ("train.text_dropout", "train.ema", "sample.gamma", "sample.constant_sh
 
 
 def check(config) -> None:
-    """UserError for the first value of a config that no stage could work with, before anything is compiled or written."""
+    """UserError for the first value of a config that cannot work, before anything is compiled or written."""
 
     def get(key):
         return functools.reduce(lambda node, name: node[name], key.split("."), config)

@@ -144,7 +144,7 @@ def make_data(config, encoder):
     frames, height, width, _ = stages.video_shape(config)
     source = make_source(
         config.data.source, frames=frames, height=height, width=width, num_clips=config.data.num_clips,
-        data_dir=config.data.dir, split=config.data.split, seed=config.seed,
+        data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps,
     )  # fmt: skip
     return make_iterator(
         source, batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
@@ -152,18 +152,20 @@ def make_data(config, encoder):
     )  # fmt: skip
 
 
-def train(config, workdir: str) -> TrainState:
+def train(config, workdir: str, *, devices=None) -> TrainState:
     """Trains the stage in `workdir` to `config.train.steps`, going on from its newest checkpoint.
 
-    SIGTERM saves and leaves with exit code 75. FloatingPointError at a loss or gradient that is not finite: the
-    checkpoints stay as they were.
+    `devices`: those to use, all unless given. SIGTERM saves and leaves with exit code 75. FloatingPointError at a loss
+    or gradient that is not finite: the checkpoints stay as they were.
     """
     stages.check(config)
     encoder = load_encoder(config.text)
     iterator = make_data(config, encoder)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(devices)
     if config.train.batch_size % mesh.size:
-        raise UserError(f"config.train.batch_size = {config.train.batch_size} over {mesh.size} devices: choose a multiple")
+        raise UserError(
+            f"config.train.batch_size = {config.train.batch_size} over {mesh.size} devices: choose a multiple"
+        )
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
 
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
@@ -178,7 +180,10 @@ def train(config, workdir: str) -> TrainState:
         log.info("going on from step %d of %s", restored[0], workdir)
     text_params = jax.device_put(encoder.params, whole)
     step_fn = jax.jit(
-        make_train_step(config, encoder.module), donate_argnums=0, in_shardings=(whole, split, whole), out_shardings=whole
+        make_train_step(config, encoder.module),
+        donate_argnums=0,
+        in_shardings=(whole, split, whole),
+        out_shardings=whole,
     )
 
     stopping = []
@@ -239,8 +244,8 @@ class Reporter:
             for name, value in values.items():
                 if not np.isfinite(value):
                     raise FloatingPointError(
-                        f"{name} is {value} at step {at} of stage {self._config.stage}: training stops, its checkpoints "
-                        "are from before; lower config.train.learning_rate or look at the data of that step"
+                        f"{name} is {value} at step {at} of stage {self._config.stage}: training stops, and the "
+                        "checkpoints are from before; lower config.train.learning_rate or look at the data of that step"
                     )
         if self._began is None:  # the first steps carry the compile
             self._began, self._start = time.perf_counter(), step

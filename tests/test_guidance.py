@@ -72,12 +72,8 @@ def test_small_oscillating_weight_knows_every_step(num_steps):
     # All grids are padded to one length, so that JAX compiles the operations once.
     logsnr = cosine_logsnr(np.pad(samplers.time_grid(num_steps), (0, 1024 - num_steps)))
     for constant_steps in (0, 1, num_steps // 10, num_steps // 2, num_steps - 1, num_steps):
-        weight_fn = guidance.oscillating_weight(
-            num_steps=num_steps, high=15.0, low=1.0, constant_steps=constant_steps
-        )
-        expected = [
-            15.0 if i < constant_steps or (i - constant_steps) % 2 == 1 else 1.0 for i in range(num_steps)
-        ]
+        weight_fn = guidance.oscillating_weight(num_steps=num_steps, high=15.0, low=1.0, constant_steps=constant_steps)
+        expected = [15.0 if i < constant_steps or (i - constant_steps) % 2 == 1 else 1.0 for i in range(num_steps)]
         np.testing.assert_array_equal(weight_fn(logsnr)[:num_steps], expected)
 
 

@@ -323,11 +323,14 @@ def _captioned_shapes() -> tuple[type, type]:
             fps = config.frames / Fraction(shapes.DURATION).limit_denominator(3)
             for i in range(num_clips):
                 clip, (attrs, clip_seed) = source[i], source.clip(i)
-                yield i, {
-                    "video": video_io.encode(clip["video"], fps=fps, crf=config.crf),
-                    "caption": clip["caption"],
-                    **attrs._asdict(),
-                    "seed": clip_seed,
-                }
+                yield (
+                    i,
+                    {
+                        "video": video_io.encode(clip["video"], fps=fps, crf=config.crf),
+                        "caption": clip["caption"],
+                        **attrs._asdict(),
+                        "seed": clip_seed,
+                    },
+                )
 
     return CaptionedShapesConfig, CaptionedShapes

@@ -44,7 +44,7 @@ class SpatialAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention of each pixel over the video's frames: [B, T, H, W, C] -> the same, the identity at initialisation.
+    """Self-attention of each pixel over the frames: [B, T, H, W, C] -> the same, the identity at initialisation.
 
     Positions are relative, as in VDM (arXiv 2204.03458): a learned logit and a learned value for every distance between
     two frames (Shaw et al., arXiv 1803.02155). The values are what tells the first frame from the last where the
@@ -75,9 +75,10 @@ class TemporalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of every pixel to its frame's text, a layer of its own: [B, F, H, W, C], text [B, S, L, Dt] -> [B, F, H, W, C].
+    """Attention of every pixel to its frame's text: [B, F, H, W, C], text [B, S, L, Dt] -> [B, F, H, W, C].
 
-    A learned null token stands beside the text's, and is all there is to attend to where the mask is empty.
+    A layer of its own. A learned null token stands beside the text's, and is all there is to see where the mask is
+    empty.
     """
 
     head_dim: int

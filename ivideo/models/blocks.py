@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, 3×3 convolution, twice; the embedding scales and shifts the second norm. [B, F, H, W, ·] -> C."""
+    """GroupNorm, swish, 3×3 convolution, twice; the embedding scales and shifts the second norm. [B, F, H, W, C]."""
 
     channels: int
     dtype: Dtype
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
 
 
 class TemporalConvolution(nn.Module):
-    """Residual convolution over three frames of each pixel: [B, T, H, W, C] -> the same, the identity at initialisation."""
+    """Residual convolution over three frames: [B, T, H, W, C] -> the same, the identity at initialisation."""
 
     dtype: Dtype
 

@@ -28,7 +28,8 @@ class VideoUNet(nn.Module):
 
     Each tuple has one entry a level, from the finest. A level first reduces the frame by its stride and ends by
     enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
-    pixels into channels and back, so a stride of 2 there lets the whole network work at half size.
+    pixels into channels and back, so a stride of 2 there lets the whole network work at half size. With
+    `frame_positions` a video's frames are told their place in the clip, beside what temporal attention knows of it.
     """
 
     channels: tuple[int, ...]
@@ -83,11 +84,17 @@ class VideoUNet(nn.Module):
         self.check(*z.shape[2:4])
         text, text_mask = _per_segment(text, text_mask, num_images)
         given = {"cond": cond, "aug_logsnr": aug_logsnr, "guidance_weight": guidance_weight}
-        wanted = {"cond": self.cond_channels > 0, "aug_logsnr": self.augmentation, "guidance_weight": self.guidance_input}
+        wanted = {
+            "cond": self.cond_channels > 0,
+            "aug_logsnr": self.augmentation,
+            "guidance_weight": self.guidance_input,
+        }
         for name, value in given.items():
             if (value is not None) != wanted[name]:
-                raise ValueError(f"{name} was {'not ' * (value is None)}given, but this stage's network "
-                                 f"{'needs' if wanted[name] else 'has no input for'} it: see its model config")
+                raise ValueError(
+                    f"{name} was {'not ' * (value is None)}given, but this stage's network "
+                    f"{'needs' if wanted[name] else 'has no input for'} it: see its model config"
+                )
 
         text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
         embedding = self._embedding(logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, z.shape[1])
@@ -101,15 +108,17 @@ class VideoUNet(nn.Module):
         for level, channels in enumerate(self.channels):
             if level:
                 stride = self.strides[level]
-                x = nn.Conv(channels, (3, 3), strides=(stride, stride), dtype=self.dtype, name=f"down_{level}_resize")(x)
+                x = nn.Conv(channels, (3, 3), strides=(stride, stride), dtype=self.dtype, name=f"down_{level}_resize")(
+                    x
+                )
             x, skip = self._level(level, f"down_{level}", num_images)(x, None, *context)
             skips.append(skip)
 
         last = len(self.channels) - 1
-        x, _ = self._block(num_images)(**self._layers(last), name="middle")(x, None, *context)
+        x, _ = self._body()(**self._layers(last, num_images), name="middle")(x, None, *context)
 
         for level in reversed(range(len(self.channels))):
-            # On the way up the blocks meet the skips in reverse; the factor keeps the sum's variance (arXiv 2205.11487)
+            # On the way up blocks meet skips in reverse; the factor keeps the sum's variance (arXiv 2205.11487)
             skip = skips.pop()[::-1] * jnp.asarray(2**-0.5, self.dtype)
             x, _ = self._level(level, f"up_{level}", num_images)(x, skip, *context)
             if level:
@@ -122,7 +131,7 @@ class VideoUNet(nn.Module):
         return depth_to_space(x, self.strides[0])
 
     def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
-        """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where images have their own texts."""
+        """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where frames differ."""
         width = self.channels[0]
         features = 4 * width
 
@@ -144,37 +153,36 @@ class VideoUNet(nn.Module):
             video += FrameEmbedding(width, features, self.dtype, name="frame_embedding")(video)
         return jnp.concatenate([video, embedding[:, 1:]], axis=1)
 
-    def _layers(self, level):
+    def _layers(self, level, num_images):
+        """The fields of a level's blocks."""
         return {
             "channels": self.channels[level],
             "spatial_attention": self.spatial_attention[level],
             "cross_attention": self.cross_attention[level],
             "temporal": self.temporal[level],
+            "head_dim": self.head_dim,
+            "max_distance": self.max_distance,
+            "num_images": num_images,
+            "dtype": self.dtype,
         }
 
-    def _block(self, num_images):
-        """The block's constructor, rematerialised as the config asks."""
-        body = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
-
-        def build(**layers):
-            return body(head_dim=self.head_dim, max_distance=self.max_distance, num_images=num_images,
-                        dtype=self.dtype, **layers)
-
-        return build
+    def _body(self):
+        """The block's class, rematerialised as the config asks."""
+        if self.remat == "none":
+            return Block
+        return nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
 
     def _level(self, level, name, num_images):
         """All blocks of a level as one `nn.scan` body: the compiler sees one block, whatever their number."""
-        body = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
         scanned = nn.scan(
-            body,
+            self._body(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.blocks[level],
             unroll=self.scan_unroll,
         )
-        return scanned(head_dim=self.head_dim, max_distance=self.max_distance, num_images=num_images,
-                       dtype=self.dtype, **self._layers(level), name=name)
+        return scanned(**self._layers(level, num_images), name=name)
 
 
 def _per_segment(text, text_mask, num_images):
@@ -183,7 +191,7 @@ def _per_segment(text, text_mask, num_images):
         text, text_mask = text[:, None], text_mask[:, None]
     if text.shape[1] != 1 + num_images:
         raise ValueError(
-            f"text of shape {text.shape} has {text.shape[1]} texts a sample, but a video with {num_images} packed images "
-            f"needs {1 + num_images}: see ivideo.joint.pack_text"
+            f"text of shape {text.shape} has {text.shape[1]} texts a sample, but a video with {num_images} images "
+            f"needs {1 + num_images}: see joint.pack_text"
         )
     return text, text_mask.astype(bool)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text.t5 import T5Encoder
 from ivideo.text.tokenizers import byte_tokens
@@ -50,6 +51,11 @@ def load_encoder(text_config) -> TextEncoder:
     Raises UserError where the file is missing, damaged or of another size.
     """
     module = encoder_module(text_config)
+    if text_config.checkpoint is None:
+        raise UserError(
+            f"config.text.checkpoint is not set: give a safetensors file of a T5 encoder of width {text_config.dim} "
+            "with --config.text.checkpoint=FILE"
+        )
     path = text_config.checkpoint or str(importlib.resources.files("ivideo") / SHIPPED)
     tokens = jax.ShapeDtypeStruct((1, text_config.length), jnp.int32)
     like = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]

@@ -1,4 +1,4 @@
-"""The encoder of T5 1.1 (arXiv 1910.10683, arXiv 2002.05202). Section 2.2: its output is all that a stage knows of the text.
+"""The encoder of T5 1.1 (arXiv 1910.10683, 2002.05202). Section 2.2: its output is all a stage knows of the text.
 
 B batch · L tokens · D channels · N heads · d channels a head. Parameter names are those of T5X's minimal T5.
 """
@@ -26,8 +26,9 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, tokens, mask):
         mask = mask.astype(bool)
-        x = nn.Embed(self.vocab, self.dim, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0),
-                     name="token_embedder")(tokens)
+        x = nn.Embed(
+            self.vocab, self.dim, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0), name="token_embedder"
+        )(tokens)
         x = _Encoder(self.dim, self.layers, self.heads, self.ff, self.head_dim, self.dtype, name="encoder")(x, mask)
         return x * mask[..., None]
 

@@ -1,0 +1,82 @@
+"""The command line, as a user meets it: every mistake is one readable line, exit code 2, and leaves nothing behind."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = "--config=configs/base.py:small"
+DEMO = "--config=configs/base.py:demo"
+SAMPLE = ["--mode=sample", "--prompt=a red star", "--out={tmp}/new.mp4"]
+
+# name: (arguments, what the line must say)
+MISTAKES = {
+    "no_config": ([], ["--config is missing", "configs/base.py"]),
+    "missing_config": (["--config=configs/none.py"], ["configs/none.py", "--config=configs/base.py"]),
+    "unknown_variant": (["--config=configs/base.py:huge"], ["'huge'", "paper, demo, small"]),
+    "unknown_key": ([SMALL, "--config.train.batchsize=3"], ["train.batchsize", "train.batch_size"]),
+    "wrong_type": ([SMALL, "--config.train.steps=many"], ["many"]),
+    "wrong_choice": ([SMALL, "--config.sample.sampler=euler", "--workdir={tmp}/w"], ["'euler'", "ddim, ancestral"]),
+    "unknown_flag": ([SMALL, "--workdirr=x"], ["workdirr", "--workdir"]),
+    "unknown_mode": ([SMALL, "--mode=sampel"], ["sampel", "sample"]),
+    "stray_word": ([SMALL, "train"], ["'train'", "--name=value"]),
+    "no_workdir": ([SMALL], ["--workdir is missing"]),
+    "size": ([SMALL, "--config.video.height=9", "--workdir={tmp}/w"], ["9×8", "strides (2, 2)", "multiples of 4"]),
+    "accumulate": ([SMALL, "--config.train.accumulate=3", "--workdir={tmp}/w"], ["8", "3", "choose a multiple"]),
+    "no_prompt": ([SMALL, "--mode=sample", "--out={tmp}/new.mp4"], ["--prompt", "--prompts_file"]),
+    "no_out": ([SMALL, "--mode=sample", "--prompt=x"], ["--out is missing"]),
+    "no_prompts_file": ([SMALL, "--mode=sample", "--prompts_file={tmp}/p", "--out={tmp}/o"], ["{tmp}/p", "UTF-8"]),
+    "no_weights": ([SMALL, *SAMPLE], ["--workdir is missing", "demo variant"]),
+    "no_checkpoints": ([SMALL, *SAMPLE, "--workdir={tmp}/none"], ["{tmp}/none has no checkpoints"]),
+    "output_exists": ([DEMO, *SAMPLE[:2], "--out={tmp}/old.mp4"], ["old.mp4 exists", "--overwrite"]),
+    "output_kind": ([DEMO, *SAMPLE[:2], "--out={tmp}/new.avi"], [".avi", ".mp4 or .gif"]),
+    "no_data": (["--config=configs/base.py:small", "--config.data.source=tfds", "--workdir={tmp}/w"], ["data"]),
+    "no_encoder": (["--config=configs/base.py", "--workdir={tmp}/w"], ["config.text.checkpoint", "T5"]),
+}  # fmt: skip
+
+
+def ivideo(*arguments, **options):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "ivideo.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_small_mistakes_are_one_line(name, tmp_path):
+    arguments, wanted = MISTAKES[name]
+    (tmp_path / "old.mp4").write_bytes(b"kept")
+    done = ivideo(*(a.format(tmp=tmp_path) for a in arguments))
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for part in wanted:
+        assert part.format(tmp=tmp_path) in lines[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["old.mp4"]  # nothing was written
+    assert (tmp_path / "old.mp4").read_bytes() == b"kept"
+
+
+def test_small_help_shows_modes_and_an_example():
+    done = ivideo("--helpshort")
+    text = done.stdout + done.stderr
+    for part in ("--mode=sample", "--prompt", "--workdir", "configs/base.py:demo", "describe", "--overwrite"):
+        assert part in text
+    assert "Traceback" not in text
+
+
+def test_small_config_from_another_folder():
+    """A config given by its whole path finds its neighbours wherever the command is run."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "ivideo.main",
+        f"--config={ROOT}/configs/base.py:small",
+        "--mode=describe",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert '"variant": "small"' in done.stdout

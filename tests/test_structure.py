@@ -1,0 +1,135 @@
+"""The rules of the code: imports go downward, configs are locked and wholly read."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from configs import base
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAGES = {"base": base}
+VARIANTS = ("paper", "demo", "small")
+
+# Lower first. A module imports modules of its own level and below.
+LEVELS = [
+    {"__init__", "errors", "schedules", "resize", "demo"},
+    {"diffusion", "guidance", "augment", "joint", "flops", "models", "sharding"},
+    {"samplers", "distill", "export", "data"},
+    {"text", "stages", "metrics"},
+    {"checkpoint"},
+    {"train", "pretrain_text"},
+    {"generate", "describe"},
+    {"evaluate", "benchmark"},
+    {"main"},
+]
+PURE = {"schedules", "resize", "diffusion", "guidance", "augment", "joint", "samplers", "distill"}
+
+
+def modules():
+    """Every file of the package, by the name that `LEVELS` knows it by."""
+    for path in sorted((ROOT / "ivideo").rglob("*.py")):
+        yield path.relative_to(ROOT / "ivideo").parts[0].removesuffix(".py"), path
+
+
+def imports(path):
+    """Full names of what a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def level(name):
+    found = [i for i, names in enumerate(LEVELS) if name in names]
+    assert len(found) == 1, f"ivideo/{name} has no place among the levels of {__file__}"
+    return found[0]
+
+
+def test_small_imports_go_downward():
+    for name, path in modules():
+        for imported in imports(path):
+            parts = imported.split(".")
+            if parts[0] == "ivideo" and parts[1] != "__version__":
+                assert level(parts[1]) <= level(name), f"{path.relative_to(ROOT)} imports {imported}, which is above it"
+
+
+def test_small_the_maths_imports_only_arrays():
+    """No flax, no config and no input or output in the paper's formulas; networks know nothing of diffusion."""
+    for name, path in modules():
+        outside = {i.split(".")[0] for i in imports(path)} - {"ivideo"}
+        if name in PURE:
+            assert outside <= {"jax", "numpy", "functools", "math", "collections", "typing"}, path
+        if name == "models":
+            assert outside <= {"jax", "numpy", "flax", "math", "functools"}, path
+        if name in PURE | {"models"}:
+            assert "ml_collections" not in outside
+    for path in (ROOT / "configs").glob("*.py"):
+        assert {i.split(".")[0] for i in imports(path)} <= {"ml_collections", "configs"}, path
+
+
+def test_small_only_main_reads_flags_and_only_sharding_names_axes():
+    for name, path in modules():
+        source = path.read_text()
+        if name != "main":
+            assert "absl" not in {i.split(".")[0] for i in imports(path)}, path
+        if name != "sharding":
+            assert "PartitionSpec" not in source, path
+
+
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_small_every_config_key_is_read(stage, variant):
+    """A key that no line of the package mentions is a promise that nothing keeps."""
+    source = "\n".join(path.read_text() for _, path in modules())
+    # read as a whole: model's become the fields of VideoUNet, text's those of T5Encoder
+    fields = set(re.findall(r"^    (\w+): ", (ROOT / "ivideo/models/unet.py").read_text(), re.M))
+    sizes = set(re.search(r"for name in \((.*?)\)", (ROOT / "ivideo/text/__init__.py").read_text())[1].split('"'))
+    unread = []
+    for key in leaves(STAGES[stage].get_config(variant)):
+        group, _, name = key.rpartition(".")
+        if group == "model":
+            read = name in fields and f"self.{name}" in (ROOT / "ivideo/models/unet.py").read_text()
+        elif group == "text" and name in sizes:
+            read = True
+        else:
+            read = re.search(
+                rf"(config|text_config)\.{re.escape(key.removeprefix('text.'))}\b|\bt\.{name}\b", source
+            ) or (re.search(rf"config\.{re.escape(key)}\b", source))
+        if not read:
+            unread.append(key)
+    assert not unread
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_small_configs_are_locked_and_valid(stage, variant):
+    from ivideo import stages
+
+    config = STAGES[stage].get_config(variant)
+    assert (config.stage, config.variant) == (stage, variant)
+    stages.check(config)
+    with pytest.raises(AttributeError):
+        config.train.batchsize = 1
+
+
+def test_small_every_stage_file_is_tested():
+    files = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+    assert files == set(STAGES)
+
+
+def test_small_default_variant_is_the_paper():
+    assert base.get_config() == base.get_config("paper")
+    with pytest.raises(ValueError, match="variant 'big' is unknown: choose from paper, demo, small"):
+        base.get_config("big")

@@ -1,0 +1,289 @@
+"""Training: the loss and the step against their formulas, one device against eight, runs that are killed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from ivideo import sharding, stages
+from ivideo.checkpoint import Checkpoints
+from ivideo.diffusion import v_target
+from ivideo.errors import UserError
+from ivideo.text import load_encoder
+from ivideo.train import (
+    PREEMPTED,
+    batch_loss,
+    init_state,
+    learning_rate,
+    make_data,
+    make_optimizer,
+    make_train_step,
+    train,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def small(**changes):
+    config = base.get_config("small")
+    config.update_from_flattened_dict({"train.log_every": 1, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A config, its encoder, a batch with packed images, and a state after the first step, when nothing is zero."""
+    config = small()
+    encoder = load_encoder(config.text)
+    batch = jax.tree.map(jnp.asarray, next(make_data(config, encoder)))
+    state = init_state(config)
+    params = jax.tree.map(
+        lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), state.params
+    )
+    return config, encoder, batch, state.replace(params=params)
+
+
+def run_step(config, encoder, state, batch, devices=1):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    step = jax.jit(make_train_step(config, encoder.module), in_shardings=(whole, split, whole), out_shardings=whole)
+    return step(*jax.device_put((state, batch, encoder.params), (whole, split, whole)))
+
+
+def test_small_one_device_and_eight_agree(parts):
+    """The same loss and gradient norm to 1e-5: the noise does not depend on the mesh."""
+    config, encoder, batch, state = parts
+    (one, metrics_one), (eight, metrics_eight) = (run_step(config, encoder, state, batch, n) for n in (1, 8))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics_eight[name], metrics_one[name], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.ema, eight.ema)
+
+
+def test_small_loss_is_the_mean_squared_error_of_v(parts):
+    """With the network a constant, the loss is a number that numpy works out from the same noise."""
+    config, encoder, batch, _ = parts
+    key = jax.random.key(5)
+
+    class Constant:
+        def apply(self, variables, z, logsnr, text, mask, *, num_images):
+            assert num_images == 2
+            return jnp.full(z.shape, 0.25)
+
+    value = batch_loss(config, Constant(), encoder.module, {}, encoder.params, batch, key)
+    key_time, key_noise, _ = jax.random.split(key, 3)
+    video = np.concatenate([batch["video"], batch["images"]], axis=1)
+    times = (float(jax.random.uniform(key_time)) + np.arange(8) / 8) % 1.0
+    logsnr = np.asarray(stages.logsnr_fn(config)(times)) + config.train.logsnr_shift
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
+    eps = np.asarray(jax.random.normal(key_noise, video.shape), np.float64)
+    np.testing.assert_allclose(value, np.mean((0.25 - (alpha * eps - sigma * video)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(v_target(video, eps, jnp.asarray(logsnr)), alpha * eps - sigma * video, atol=1e-4)
+
+
+def test_small_text_dropout_takes_the_share_it_is_told(parts):
+    config, encoder, batch, _ = parts
+    seen = []
+
+    class Recorder:
+        def apply(self, variables, z, logsnr, text, mask, *, num_images):
+            seen.append(np.asarray(mask))
+            return jnp.zeros(z.shape)
+
+    for i in range(60):
+        batch_loss(config, Recorder(), encoder.module, {}, encoder.params, batch, jax.random.key(i))
+    masks = np.concatenate(seen)
+    dropped = ~masks.any((1, 2))
+    assert 0.05 < dropped.mean() < 0.16  # 480 draws at 10%: five standard deviations are 7%
+    assert masks[~dropped].any(-1).all()  # a sample keeps all its texts or none
+
+
+def test_small_accumulation_averages_gradients(parts):
+    """Loss and gradient of a batch in two parts are the means of the parts' own."""
+    config, encoder, batch, state = parts
+    config = config.copy_and_resolve_references()
+    config.train.accumulate = 2
+    config.train.text_dropout = 0.0
+    (_, metrics) = run_step(config, encoder, state, batch)
+    model = stages.build_model(config)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed + 1), 0), 2)
+    halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], batch) for i in range(2)]
+    loss = jax.jit(jax.value_and_grad(
+        lambda p, half, key: batch_loss(config, model, encoder.module, p, encoder.params, half, key)
+    ))  # fmt: skip
+    (loss_0, grads_0), (loss_1, grads_1) = (loss(state.params, h, k) for h, k in zip(halves, keys, strict=True))
+    np.testing.assert_allclose(metrics["loss"], (loss_0 + loss_1) / 2, rtol=1e-5)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, grads_0, grads_1)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(mean), rtol=1e-4)
+
+
+def test_small_ema_and_step_in_closed_form(parts):
+    config, encoder, batch, state = parts
+    new, _ = run_step(config, encoder, state, batch)
+    assert int(new.step) == 1
+    decay = 1 / 10  # (1 + 0) / (10 + 0), below the config's
+    jax.tree.map(
+        lambda e, old, p: np.testing.assert_allclose(e, decay * old + (1 - decay) * p, atol=1e-6),
+        new.ema, state.ema, new.params,
+    )  # fmt: skip
+
+
+def test_small_learning_rates():
+    constant = learning_rate(small(**{"train.decay": "constant", "train.warmup": 4, "train.learning_rate": 0.1}))
+    np.testing.assert_allclose([constant(i) for i in (0, 2, 4, 11)], [0, 0.05, 0.1, 0.1], rtol=1e-6)
+    cosine = learning_rate(
+        small(**{"train.decay": "cosine", "train.warmup": 4, "train.steps": 12, "train.learning_rate": 0.1})
+    )
+    np.testing.assert_allclose([cosine(i) for i in (0, 2, 4, 8, 12)], [0, 0.05, 0.1, 0.05, 0], atol=1e-8)
+
+
+def test_small_gradients_are_clipped_by_their_global_norm():
+    """What Adam's first moment holds after one update is a tenth of the clipped gradient."""
+    config = small(**{"train.clip": 0.5})
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    optimizer = make_optimizer(config)
+    _, state = optimizer.update({"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}, optimizer.init(params), params)
+    moment = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(moment["a"], [0.1 * 0.5 * 3 / 5, 0], rtol=1e-5)
+    np.testing.assert_allclose(moment["b"], [0.1 * 0.5 * 4 / 5], rtol=1e-5)
+
+
+def test_small_adafactor_holds_no_full_second_moment():
+    config = small(**{"train.optimizer": "adafactor"})
+    params = {"w": jnp.zeros((256, 512))}
+    state = make_optimizer(config).init(params)
+    assert max(x.size for x in jax.tree.leaves(state)) <= 512
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of twelve steps by the library's own loop."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = small(**{"train.sample_every": 12})
+    train(config, str(workdir), devices=jax.devices()[:1])
+    return config, workdir
+
+
+def test_small_run_leaves_what_it_should(trained):
+    _, workdir = trained
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]  # keep = 2
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_small_finished_run_has_nothing_to_do(trained):
+    config, workdir = trained
+    before = (workdir / "metrics.jsonl").read_text()
+    state = train(config, str(workdir), devices=jax.devices()[:1])
+    assert int(state.step) == 12
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_small_another_model_in_the_folder_is_refused(trained):
+    config, workdir = trained
+    config = config.copy_and_resolve_references()
+    config.model.channels = (8, 24)
+    with pytest.raises(
+        UserError, match=r"checkpoints/12 is of another model: down_1/.* is .* there and .* in this config"
+    ):
+        train(config, str(workdir), devices=jax.devices()[:1])
+
+
+def test_small_loss_falls():
+    """Sixty steps of the smallest network: it trains."""
+    config = small(**{"train.steps": 60, "data.num_images": 0, "train.learning_rate": 3e-3})
+    encoder = load_encoder(config.text)
+    data, state = make_data(config, encoder), init_state(config)
+    step = jax.jit(make_train_step(config, encoder.module), donate_argnums=0)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, next(data), encoder.params)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_small_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """The checkpoint from before stays the newest, and whole."""
+    config = small(**{"train.checkpoint_every": 2, "train.steps": 4})
+    train(config, str(tmp_path), devices=jax.devices()[:1])
+    broken = config.copy_and_resolve_references()
+    broken.train.steps = 8
+    broken.train.image_weight = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 5 of stage base"):
+        train(broken, str(tmp_path), devices=jax.devices()[:1])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    config.train.steps = 5
+    assert int(train(config, str(tmp_path), devices=jax.devices()[:1]).step) == 5
+
+
+def command(workdir, steps):
+    return [
+        sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", f"--workdir={workdir}",
+        f"--config.train.steps={steps}", "--config.train.checkpoint_every=5", "--config.train.warmup=4",
+    ]  # fmt: skip
+
+
+def start(workdir, steps, cache):
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return subprocess.Popen(command(workdir, steps), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(process, workdir, after, sign):
+    """Sends the signal once the run has written `after` lines of metrics."""
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.time() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < after:
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(sign)
+    return process.wait(300)
+
+
+def outcome(workdir, steps):
+    """The last state on disk, and the losses by step: of a step done twice, those of the second time."""
+    config = small(**{"train.steps": steps, "train.warmup": 4})
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_state(config))
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    _, state = Checkpoints(workdir, keep=2).restore(like)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state)), {
+        line["step"]: line for line in lines
+    }
+
+
+def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(tmp_path):
+    """kill -9, then SIGTERM, then to the end: params, EMA, optimizer and every loss bit for bit those of one run."""
+    steps, cache = 60, tmp_path / "cache"
+    whole = start(tmp_path / "whole", steps, cache)
+    assert whole.wait(300) == 0, whole.stderr.read()
+
+    broken = tmp_path / "broken"
+    assert interrupt(start(broken, steps, cache), broken, 13, signal.SIGKILL) == -signal.SIGKILL
+    killed_at = len((broken / "metrics.jsonl").read_text().splitlines())
+    assert 13 <= killed_at < steps
+    process = start(broken, steps, cache)
+    assert interrupt(process, broken, killed_at + 9, signal.SIGTERM) == PREEMPTED
+    assert "the same command goes on from there" in process.stderr.read()
+    process = start(broken, steps, cache)
+    assert process.wait(300) == 0
+    assert "going on from step" in process.stderr.read()
+
+    (state, metrics), (wanted, wanted_metrics) = outcome(broken, steps), outcome(tmp_path / "whole", steps)
+    assert state.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(state[name], wanted[name], err_msg=str(name))
+    assert metrics == wanted_metrics
+    assert len(metrics) == steps
