@@ -30,8 +30,8 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
-        "pillow>=11",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",
@@ -39,6 +39,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest>=8", "ruff>=0.14"],
+        "test": ["pillow>=11", "pytest>=8", "ruff>=0.14"],
     },
 )

@@ -42,7 +42,7 @@ def demo():
     config.model.frame_positions = True
     on_one_machine(config)
     config.train.batch_size = 8
-    config.train.steps = 2800
+    config.train.steps = 2400
     config.train.learning_rate = 8e-4
     config.train.logsnr_shift = (
         -2.5

@@ -13,12 +13,13 @@ import flax
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 
 from ivideo import flops, stages
 from ivideo.describe import columns, human, human_flops
 from ivideo.errors import UserError
 from ivideo.text import encoder_module
-from ivideo.train import init_state, make_train_step
+from ivideo.train import TrainState, init_state, make_train_step
 
 SECONDS = 5.0  # of runs for each case, if these are no fewer than
 REPEATS = 3
@@ -44,7 +45,7 @@ def measure(config, *, repeats: int | None = None) -> dict:
     device = jax.devices()[0]
     _check_memory(config, device)
     peak = _product_rate(config.model.dtype, device)
-    state = jax.jit(lambda: init_state(config))()
+    state = _state(config)
     found = {
         "stage": config.stage,
         "variant": config.variant,
@@ -122,17 +123,23 @@ def _text_params(config):
     return jax.eval_shape(encoder_module(config.text).init, jax.random.key(0), tokens, tokens)["params"]
 
 
+def _state(config) -> TrainState:
+    """A state before the first step, with parameters that take no compile to draw."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return zeros.replace(params=_random(shapes.params), ema=_random(shapes.params))
+
+
 def _random(shapes):
     """Arrays of these shapes: small normal numbers, token 3 and masks that are True."""
+    rng = np.random.default_rng(0)
 
-    def draw(shape, key):
+    def draw(shape):
         if jnp.issubdtype(shape.dtype, jnp.floating):
-            return 0.1 * jax.random.normal(key, shape.shape, shape.dtype)
+            return jnp.asarray(rng.standard_normal(shape.shape, np.float32) / 16, shape.dtype)
         return jnp.full(shape.shape, 3, shape.dtype)
 
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.jit(lambda keys: tree.unflatten(map(draw, leaves, keys)))(keys)
+    return jax.tree.map(draw, shapes)
 
 
 def _time(fn, args, *, donated=(), repeats=None, device) -> dict:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from ivideo import stages
+from ivideo import sharding, stages
 from ivideo.checkpoint import Checkpoints
 from ivideo.data import video_io
 from ivideo.errors import UserError
@@ -51,16 +51,23 @@ def load_weights(config, workdir: str | None):
 def sample_videos(config, params, prompts: Sequence[str], *, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
     """Videos [N, T, H, W, 3] in [-1, 1], one a prompt; a video's noise follows from its (seed, number) alone.
 
-    They are made `config.sample.batch` at a time, with a progress bar where there is a terminal. FloatingPointError
-    where a value is not finite.
+    They are made `config.sample.batch` at a time, split over the devices where these divide it, with a progress bar
+    where there is a terminal. FloatingPointError where a value is not finite.
     """
     encoder, model = load_encoder(config.text), stages.build_model(config)
     size = min(config.sample.batch, len(prompts))
+    devices = jax.devices()
+    mesh = sharding.make_mesh(devices if size % len(devices) == 0 else devices[:1])
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
     chunks = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
     with tqdm.tqdm(
         total=config.sample.steps * len(chunks), desc=config.stage, unit="step", disable=not sys.stderr.isatty()
     ) as bar:
-        run = jax.jit(functools.partial(stages.sample, config, model, on_step=lambda _: bar.update()))
+        run = jax.jit(
+            functools.partial(stages.sample, config, model, on_step=lambda _: bar.update()),
+            in_shardings=(whole, split, split, split),
+            out_shardings=split,
+        )
         videos = []
         for chunk in chunks:
             # The last chunk is filled up with its own last prompt: one shape, one compile

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from ivideo.errors import UserError
@@ -127,6 +127,7 @@ def parse(argv: list[str]) -> None:
             raise UserError(f"no config at {path}: name a stage's file, such as --config=configs/base.py:demo")
         # A config file imports its neighbours as configs.*, from wherever the command is run
         sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
+    app.define_help_flags()
     try:
         rest = FLAGS(argv)
         FLAGS.config  # noqa: B018 - loaded here, so that its errors are met here
@@ -142,7 +143,11 @@ def parse(argv: list[str]) -> None:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    """An error's message as one line; of a config file's own error, which arrives as a traceback, its last line."""
+    message = str(error).strip()
+    if "Traceback (most recent call last)" in message:
+        message = re.sub(r"^\w+(Error|Exception): ", "", message.splitlines()[-1])
+    return " ".join(message.split())[:400]
 
 
 def _nearest(name: str) -> str:
@@ -177,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parse(sys.argv if argv is None else argv)
         run()
-    except (UserError, FloatingPointError) as e:
+    except (UserError, FloatingPointError, OSError) as e:
         print(f"ivideo: {e}", file=sys.stderr)
         return 2
     return 0

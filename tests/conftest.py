@@ -1,13 +1,29 @@
-"""What every test needs: float32 products, host devices to shard over, flags that Grain asks for."""
+"""What every test needs: a CPU with several devices, quick compiles, flags that Grain asks for."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Before jax starts: a test asks for 1 or 8 of them, everything else runs on the first
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax starts. Some tests ask for 8 devices, all else runs on the first. The networks are tiny and each is
+# compiled once: to optimise the machine code would cost far more than it saves.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+# What one test or one of its processes has compiled, the next takes from here
+cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ivideo_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+atexit.register(shutil.rmtree, cache, ignore_errors=True)
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import flags
+from absl import flags  # noqa: E402 - after what jax reads when it is imported
 
 flags.FLAGS.mark_as_parsed()

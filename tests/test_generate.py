@@ -19,11 +19,10 @@ def stage():
     """A small stage whose every layer counts, without training."""
     config = base.get_config("small")
     config.sample.weight = 2.0
-    params = stages.init_params(config, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    awake = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return config, jax.tree.unflatten(tree, awake)
+    rng = np.random.default_rng(1)
+    return config, jax.tree.map(
+        lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config)
+    )
 
 
 def test_small_video_depends_on_its_seed_and_prompt_alone(stage):

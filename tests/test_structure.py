@@ -62,7 +62,7 @@ def test_small_the_maths_imports_only_arrays():
     for name, path in modules():
         outside = {i.split(".")[0] for i in imports(path)} - {"ivideo"}
         if name in PURE:
-            assert outside <= {"jax", "numpy", "functools", "math", "collections", "typing"}, path
+            assert outside <= {"jax", "numpy", "functools", "fractions", "math", "collections", "typing"}, path
         if name == "models":
             assert outside <= {"jax", "numpy", "flax", "math", "functools"}, path
         if name in PURE | {"models"}:

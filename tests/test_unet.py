@@ -31,27 +31,28 @@ def inputs(frames=T, texts=None, seed=0, height=H, width=W):
     return z, np.array([0.5, -2.0], np.float32), text, mask
 
 
-def perturbed(params, seed=1):
-    """Parameters with every zero-initialised layer awake."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    )
+def drawn(shapes, seed=1):
+    """Parameters of the shapes with every layer awake, those that start at zero too."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), shapes)
 
 
-def initialised(model, *args, **kwargs):
-    return jax.jit(lambda *a: model.init(jax.random.key(0), *a, **kwargs))(*args)["params"]
+def shapes_of(model, *args, **kwargs):
+    return jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **kwargs), *args)["params"]
 
 
-def spatially_awake(params):
-    """Parameters perturbed everywhere but in temporal layers, which stay as they are initialised."""
-    awake = perturbed(params)
+def awake(model, *args, **kwargs):
+    return drawn(shapes_of(model, *args, **kwargs))
 
-    def choose(path, old, new):
-        return old if any("temporal" in str(k) for k in path) else new
 
-    return jax.tree_util.tree_map_with_path(choose, params, awake)
+def spatially_awake(model, *args):
+    """Parameters drawn at random everywhere but in temporal layers, which are as they are initialised."""
+    initial = jax.jit(lambda *a: model.init(jax.random.key(0), *a))(*args)["params"]
+
+    def choose(path, initial, drawn):
+        return initial if any("temporal" in str(k) for k in path) else drawn
+
+    return jax.tree_util.tree_map_with_path(choose, initial, drawn(initial))
 
 
 @pytest.mark.parametrize("temporal", ["attention", "convolution"])
@@ -59,7 +60,7 @@ def test_small_network_is_an_image_model_at_initialisation(temporal):
     """Each frame's output is the one it has alone, before any training of the temporal layers."""
     model = unet(temporal=(temporal, temporal))
     z, logsnr, text, mask = inputs()
-    params = spatially_awake(initialised(model, z, logsnr, text, mask))
+    params = spatially_awake(model, z, logsnr, text, mask)
     apply = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text, mask))
     whole = apply(z)
     alone = jnp.concatenate([apply(z[:, i : i + 1]) for i in range(T)], axis=1)
@@ -72,7 +73,7 @@ def test_small_awake_temporal_layers_mix_frames(temporal):
     """The counterpart: with the temporal layers trained, a frame does depend on its neighbours."""
     model = unet(temporal=(temporal, temporal))
     z, logsnr, text, mask = inputs()
-    params = perturbed(initialised(model, z, logsnr, text, mask))
+    params = awake(model, z, logsnr, text, mask)
     apply = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text, mask))
     changed = z.copy()
     changed[:, 0] += 1
@@ -86,7 +87,7 @@ def test_small_packed_images_equal_images_alone(temporal):
     model = unet(temporal=(temporal, temporal))
     z, logsnr, text, mask = inputs(frames=T + images, texts=1 + images)
     mask[0, 1] = False  # an image without a text
-    params = perturbed(initialised(model, z, logsnr, text, mask, num_images=images))
+    params = awake(model, z, logsnr, text, mask, num_images=images)
 
     @jax.jit
     def packed(z):
@@ -112,7 +113,7 @@ def test_small_no_gradient_flows_between_packed_images():
     images = 2
     model = unet(temporal=("attention", "convolution"))
     z, logsnr, text, mask = inputs(frames=T + images, texts=1 + images)
-    params = perturbed(initialised(model, z, logsnr, text, mask, num_images=images))
+    params = awake(model, z, logsnr, text, mask, num_images=images)
 
     @jax.jit
     def gradient(z, frame):
@@ -133,7 +134,7 @@ def test_small_no_gradient_flows_between_packed_images():
 def test_small_scan_is_the_loop_over_its_blocks():
     """Rolled, unrolled and rematerialised levels are the same function of the same parameters, gradients too."""
     args = inputs()
-    params = perturbed(initialised(unet(), *args))
+    params = awake(unet(), *args)
     results = []
     for changes in ({}, {"scan_unroll": 1}, {"remat": "full"}, {"remat": "dots"}):
         model = unet(**changes)
@@ -148,7 +149,7 @@ def test_small_text_that_is_masked_has_no_influence():
     model = unet()
     z, logsnr, text, mask = inputs()
     mask[0] = False
-    params = perturbed(initialised(model, z, logsnr, text, mask))
+    params = awake(model, z, logsnr, text, mask)
     apply = jax.jit(lambda text: model.apply({"params": params}, z, logsnr, text, mask))
     other = np.where(mask[..., None], text, 100.0 * np.arange(D, dtype=np.float32))
     out, changed = apply(text), apply(other)
@@ -165,7 +166,7 @@ def test_small_every_input_is_read():
     }
     model = unet(cond_channels=3, augmentation=True, guidance_input=True)
     args = inputs()
-    params = perturbed(initialised(model, *args, **given))
+    params = awake(model, *args, **given)
     apply = jax.jit(lambda args, given: model.apply({"params": params}, *args, **given))
     out = apply(args, given)
     for name in given:
@@ -180,24 +181,24 @@ def test_small_every_input_is_read():
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 8, 8), (3, 4, 12), (7, 16, 2)])
 def test_small_any_size_the_strides_divide(frames, height, width):
     model = unet()
-    params = initialised(model, *inputs())
+    params = awake(model, *inputs())
     z, *rest = inputs(frames=frames, height=height, width=width)
     assert model.apply({"params": params}, z, *rest).shape == (B, frames, height, width, 3)
 
 
 def test_small_other_sizes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"9×8 .*strides \(1, 2\).*multiples of 2"):
-        initialised(unet(), *inputs(height=9))
+        shapes_of(unet(), *inputs(height=9))
     with pytest.raises(ValueError, match=r"model.blocks = \(1,\) has 1 entries"):
-        initialised(unet(blocks=(1,)), *inputs())
+        shapes_of(unet(blocks=(1,)), *inputs())
     with pytest.raises(ValueError, match="'conv'.*choose from"):
-        initialised(unet(temporal=("conv", "none")), *inputs())
+        shapes_of(unet(temporal=("conv", "none")), *inputs())
 
 
 def test_small_bfloat16_activations_keep_float32_parameters():
     model = unet(dtype=jnp.bfloat16)
     args = inputs()
-    params = perturbed(initialised(model, *args))
+    params = awake(model, *args)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     out = model.apply({"params": params}, *args)
     exact = unet().apply({"params": params}, *args)
@@ -223,7 +224,7 @@ def test_small_temporal_attention_against_float64():
     t, channels, head, reach = 5, 8, 4, 2
     layer = TemporalAttention(head, reach, jnp.float32)
     x = rng.normal(size=(1, t, 1, 1, channels)).astype(np.float32)
-    params = perturbed(layer.init(jax.random.key(0), x)["params"], seed=4)
+    params = drawn(layer.init(jax.random.key(0), x)["params"], seed=4)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     frames = x[0, :, 0, 0].astype(np.float64)
     y = (frames.reshape(t, channels, 1) - frames[..., None]).squeeze()  # groups of one channel: a single pixel is 0
@@ -244,7 +245,7 @@ def test_small_temporal_attention_tells_frames_apart_in_a_still_video():
     """Equal frames have equal values, so that only the relative values can say which frame is which."""
     layer = TemporalAttention(8, 8, jnp.float32)
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 1, 2, 2, 8)), (1, 6, 2, 2, 8))
-    params = perturbed(layer.init(jax.random.key(1), x)["params"])
+    params = drawn(layer.init(jax.random.key(1), x)["params"])
     out = layer.apply({"params": params}, x)
     assert np.abs(out[:, 0] - out[:, -1]).max() > 0.01
     params["relative_value"] = jnp.zeros_like(params["relative_value"])
@@ -278,7 +279,7 @@ def test_small_parameter_count_by_hand():
     c, e, d, t = 8, 32, D, 8
     model = unet(channels=(c,), blocks=(1,), strides=(1,), spatial_attention=(True,), cross_attention=(True,),
                  temporal=("attention",))  # fmt: skip
-    params = initialised(model, *inputs())
+    params = shapes_of(model, *inputs())
 
     def residual(inputs):
         shortcut = inputs * c + c if inputs != c else 0

@@ -159,22 +159,25 @@ class ScalarEmbedding(nn.Module):
 
 
 class FrameEmbedding(nn.Module):
-    """What a frame's place in its clip adds to its embedding: [B, T, E] -> the same, zero at initialisation.
+    """What a frame's place in its clip adds to its embedding: pooled text [B, E] -> [B, frames, E], zero at first.
 
-    The place is the share of the clip that has passed, so it means the same at any number of frames. Dense layers over
-    both let a text such as "moving left" mean another thing in the first frame than in the last.
+    The place is the share of the clip that has passed, so it means the same at any number of frames. It multiplies the
+    text: "moving left" says one thing of the first frame and another of the last, which a sum of the two cannot say.
     """
 
-    width: int
     features: int
     dtype: Dtype
+    waves: int = 8  # half waves over the clip, 0 to 7: the place of an object is a smooth function of time
 
     @nn.compact
-    def __call__(self, embedding):
-        place = sinusoid(1000.0 * jnp.arange(embedding.shape[1]) / embedding.shape[1], self.width)
+    def __call__(self, text, frames: int):
+        angle = np.pi * np.arange(self.waves) * (np.arange(frames)[:, None] / frames)
+        place = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
         place = nn.Dense(self.features, dtype=self.dtype, name="place")(place)
-        y = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(nn.swish(embedding + place))
-        return nn.Dense(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="dense_1")(nn.swish(y))
+        text = nn.LayerNorm(dtype=self.dtype, name="norm")(text)
+        text = nn.Dense(self.features, dtype=self.dtype, name="text")(text)
+        zero = nn.initializers.zeros
+        return nn.Dense(self.features, kernel_init=zero, dtype=self.dtype, name="out")(place * text[:, None])
 
 
 def noise_fraction(logsnr):

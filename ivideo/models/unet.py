@@ -150,7 +150,7 @@ class VideoUNet(nn.Module):
         frames -= num_images
         video = jnp.broadcast_to(embedding[:, :1], (embedding.shape[0], frames, features))
         if self.frame_positions:
-            video += FrameEmbedding(width, features, self.dtype, name="frame_embedding")(video)
+            video += FrameEmbedding(features, self.dtype, name="frame_embedding")(pooled[:, 0], frames)
         return jnp.concatenate([video, embedding[:, 1:]], axis=1)
 
     def _layers(self, level, num_images):

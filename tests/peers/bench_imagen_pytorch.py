@@ -1,0 +1,235 @@
+r"""Speed of VideoUNet against imagen-pytorch's Unet3D, side by side on this machine's processor. A command, not a test:
+
+  python -m venv /tmp/peer && /tmp/peer/bin/pip install torch imagen-pytorch==2.1.0
+  python tests/peers/bench_imagen_pytorch.py --peer_python=/tmp/peer/bin/python [--pairs=7] [--json]
+
+Both networks predict v of one video of 16 × 32 × 32 under a text of 64 × 768, in float32, each with its own library's
+default threads: the forward pass alone, and a training step (mean squared error, backward, Adam). They stay loaded in
+two processes and take turns; the ratio is the median over pairs of neighbouring turns of the peer's time over ours.
+Exit code 1 where the parameters differ by more than 10%: the comparison would not be one.
+
+  each side has                  Unet3D (imagen-pytorch 2.1.0)        VideoUNet
+  resolutions                    32, 16, 8                            the same
+  channels down / up             128, 128, 256 / 128, 256, 256        128, 256, 256, both ways
+  residual blocks                1 a level and way, 2 in the middle   1 a level and way, 1 in the middle
+  attention to the text          in each block but at 32 × 32         the same
+  attention in time              after each level, each way, in the   in each block
+                                 middle and behind the stem
+  attention in space             none: its kind joins space and time  none
+  heads of 64 channels           4, in time with one key and value    channels / 64
+  convolution in time            after each spatial 3 × 3, and one a  none
+                                 channel before attention in time;
+                                 neither can be left out
+  downsampling                   pixels folded, 1 × 1                 3 × 3 of stride 2
+  upsampling                     1 × 1, channels unfolded (its        nearest, 3 × 3
+                                 nearest kind enlarges time as well)
+  stem, end                      3 × 3                                3 × 3
+
+What the peer has besides and lets one leave out is left out: joint attention, pooling of the text, global context,
+cross-embedded stem, last residual block. Its loop over the network is eager PyTorch, as it is used; ours is jitted.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+VIDEO = (1, 16, 32, 32, 3)
+TEXT = (1, 64, 768)
+OURS = {
+    "channels": (128, 256, 256),
+    "blocks": (1, 1, 1),
+    "strides": (1, 2, 2),
+    "spatial_attention": (False, False, False),
+    "cross_attention": (False, True, True),
+    "temporal": ("attention", "attention", "attention"),
+    "head_dim": 64,
+    "max_distance": 16,
+    "scan_unroll": 0,  # convolutions in loops are slow on a processor
+}
+PEER = {
+    "dim": 128,
+    "dim_mults": (1, 2, 2),
+    "num_resnet_blocks": 0,  # beside the one with attention that each level has
+    "attn_heads": 4,
+    "attn_dim_head": 64,
+    "layer_attns": False,
+    "attend_at_middle": False,
+    "layer_cross_attns": (False, True, True),
+    "time_causal_attn": False,
+    "text_embed_dim": TEXT[2],
+    "max_text_len": TEXT[1],
+    "attn_pool_text": False,
+    "use_global_context_attn": False,
+    "init_cross_embed": False,
+    "init_conv_kernel_size": 3,
+    "final_resnet_block": False,
+}
+CASES = ("forward", "training step")
+
+
+def ours():
+    """Our network: parameters, and a function a case that does it once."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from ivideo import flops
+    from ivideo.models.unet import VideoUNet
+
+    model = VideoUNet(**OURS)
+    key = jax.random.key(0)
+    z, v = jax.random.normal(key, (2, *VIDEO))
+    inputs = (z, jnp.zeros(1), jax.random.normal(key, TEXT), jnp.ones(TEXT[:2], bool))
+    params = jax.jit(model.init)(key, *inputs)
+    optimizer = optax.adam(1e-4)
+    state = [params, optimizer.init(params)]
+    apply = jax.jit(model.apply)
+
+    def update(params, opt_state):
+        grads = jax.grad(lambda p: ((model.apply(p, *inputs) - v) ** 2).mean())(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+
+    def train():
+        state[:] = jax.block_until_ready(step(*state))
+
+    count = sum(p.size for p in jax.tree.leaves(params))
+    cases = {"forward": lambda: jax.block_until_ready(apply(state[0], *inputs)), "training step": train}
+    return count, flops.count(model.apply, params, *inputs), cases
+
+
+def peer():
+    """The peer's network, likewise."""
+    import torch
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Its import asks the network for the width of a text encoder; that of T5 1.1 base is 768
+    transformers.T5Config.from_pretrained = classmethod(lambda cls, name, **_: cls(d_model=768))
+    from imagen_pytorch import Unet3D
+
+    torch.manual_seed(0)
+    unet = Unet3D(**PEER)
+    b, t, h, w, c = VIDEO
+    z, v = torch.randn(2, b, c, t, h, w)
+    logsnr, text, mask = torch.zeros(1), torch.randn(TEXT), torch.ones(TEXT[:2], dtype=torch.bool)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-4)
+
+    def apply():
+        return unet(z, logsnr, text_embeds=text, text_mask=mask)
+
+    def forward():
+        with torch.inference_mode():
+            apply()
+
+    def train():
+        optimizer.zero_grad()
+        ((apply() - v) ** 2).mean().backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    count = sum(p.numel() for p in unet.parameters())
+    return count, counter.get_total_flops(), {"forward": forward, "training step": train}
+
+
+def serve(side) -> None:
+    """A worker: says its sizes in a line, then for each line that names a case runs it and answers with its seconds."""
+    answer = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is not an answer
+    count, flops, cases = side()
+    print(json.dumps({"parameters": count, "forward_flops": flops}), file=answer, flush=True)
+    for line in sys.stdin:
+        case = cases[line.strip()]
+        case()  # compiles, and after the other side's turn fills the caches
+        times = []
+        while len(times) < 3:
+            start = time.perf_counter()
+            case()
+            times.append(time.perf_counter() - start)
+        print(json.dumps(statistics.median(times)), file=answer, flush=True)
+
+
+class Worker:
+    """A process that runs one side."""
+
+    def __init__(self, python: str, side: str):
+        command = [python, __file__, f"--worker={side}"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.sizes = self._read()
+
+    def _read(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(self._process.args)} ended with exit code {self._process.wait()}: see above")
+        return json.loads(line)
+
+    def seconds(self, case: str) -> float:
+        self._process.stdin.write(case + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(peer_python: str, pairs: int) -> dict:
+    """Sizes of both sides, milliseconds of each case on each, and the ratios."""
+    workers = {"ours": Worker(sys.executable, "ours"), "peer": Worker(peer_python, "peer")}
+    found = {name: dict(worker.sizes) for name, worker in workers.items()}
+    found["parameter_ratio"] = found["peer"]["parameters"] / found["ours"]["parameters"]
+    comparable = abs(found["parameter_ratio"] - 1) <= 0.1
+    for case in CASES if comparable else ():
+        turns = {name: [] for name in workers}
+        for _ in range(pairs + 1):
+            for name, worker in workers.items():
+                time.sleep(0.5)  # threads of the other side spin for a while after their work
+                turns[name].append(worker.seconds(case))
+        pairwise = [peer / ours for peer, ours in list(zip(turns["peer"], turns["ours"], strict=True))[1:]]
+        for name, times in turns.items():
+            found[name][f"{case} ms"] = 1e3 * statistics.median(times[1:])
+        found[case] = {"ratio": statistics.median(pairwise), "min": min(pairwise), "max": max(pairwise), "pairs": pairs}
+    for worker in workers.values():
+        worker.close()
+    return {**found, "comparable": comparable}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer_python", help="python of an environment with torch and imagen-pytorch 2.1.0")
+    parser.add_argument("--pairs", type=int, default=7, help="turns of each side that count")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        serve({"ours": ours, "peer": peer}[args.worker])
+        return 0
+    if not args.peer_python:
+        parser.error("--peer_python is missing: the python of an environment with torch and imagen-pytorch 2.1.0")
+    found = compare(args.peer_python, args.pairs)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{'':14}{'ours':>12}{'peer':>12}   peer / ours")
+        for key, unit, scale in (("parameters", "M", 1e6), ("forward_flops", "G", 1e9)):
+            a, b = (found[name][key] / scale for name in ("ours", "peer"))
+            print(f"{key.replace('_flops', ' FLOPs'):14}{a:11.2f}{unit}{b:11.2f}{unit}   {b / a:.2f}")
+        for case in CASES if found["comparable"] else ():
+            a, b = (found[name][f"{case} ms"] for name in ("ours", "peer"))
+            r = found[case]
+            print(f"{case:14}{a:9.1f} ms{b:9.1f} ms   {r['ratio']:.2f}  ({r['min']:.2f} to {r['max']:.2f})")
+    if not found["comparable"]:
+        print(f"parameters differ by more than 10% (peer / ours {found['parameter_ratio']:.2f})", file=sys.stderr)
+    return 0 if found["comparable"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
