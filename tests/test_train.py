@@ -93,18 +93,22 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
 
 def test_small_text_dropout_takes_the_share_it_is_told(parts):
     config, encoder, batch, _ = parts
-    seen = []
 
-    class Recorder:
-        def apply(self, variables, z, logsnr, text, mask, *, num_images):
-            seen.append(np.asarray(mask))
-            return jnp.zeros(z.shape)
+    @jax.jit
+    def mask_of(key):
+        seen = []
 
-    for i in range(60):
-        batch_loss(config, Recorder(), encoder.module, {}, encoder.params, batch, jax.random.key(i))
-    masks = np.concatenate(seen)
+        class Recorder:
+            def apply(self, variables, z, logsnr, text, mask, *, num_images):
+                seen.append(mask)
+                return jnp.zeros(z.shape)
+
+        batch_loss(config, Recorder(), encoder.module, {}, encoder.params, batch, key)
+        return seen[0]
+
+    masks = np.concatenate([mask_of(jax.random.key(i)) for i in range(60)])
     dropped = ~masks.any((1, 2))
-    assert 0.05 < dropped.mean() < 0.16  # 480 draws at 10%: five standard deviations are 7%
+    assert 0.05 < dropped.mean() < 0.16  # 480 draws at 10%: four standard deviations are 5.5%
     assert masks[~dropped].any(-1).all()  # a sample keeps all its texts or none
 
 

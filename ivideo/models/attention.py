@@ -7,6 +7,7 @@ N heads · D channels a head · S texts (the video's, then one a packed image) �
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Dtype = jnp.dtype
 
@@ -63,8 +64,8 @@ class TemporalAttention(nn.Module):
         table = (2 * reach + 1, *heads)
         bias = self.param("relative_bias", nn.initializers.zeros, table[:-1]).astype(jnp.float32)
         value = self.param("relative_value", nn.initializers.normal(1.0), table).astype(self.dtype)
-        offset = jnp.arange(frames)[None, :] - jnp.arange(frames)[:, None]
-        index = jnp.clip(offset, -reach, reach) + reach
+        offset = np.arange(frames)[None, :] - np.arange(frames)[:, None]
+        index = np.clip(offset, -reach, reach) + reach
 
         y = FrameNorm(dtype=self.dtype, name="norm")(x)
         q, k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(y) for name in "qkv")
