@@ -43,7 +43,7 @@ class TrainState:
 def learning_rate(config) -> optax.Schedule:
     """Linear warm-up, then constant or a cosine to zero at the last step."""
     t = config.train
-    warmup = min(t.warmup, t.steps)
+    warmup = min(t.warmup, t.steps - 1)  # a cosine needs a step of its own
     if t.decay == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, warmup, t.steps)
     return optax.join_schedules(

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from ivideo import generate, stages
-from ivideo.data import video_io
+from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
@@ -118,15 +118,15 @@ def test_small_weights_without_a_folder_are_the_demo_alone(tmp_path):
         generate.load_weights(config, str(tmp_path))
 
 
-def test_small_shipped_base_makes_a_video():
-    """The weights in the package belong to the demo config and give a clip that is neither black nor noise."""
+def test_small_shipped_base_follows_the_background():
+    """The weights in the package belong to the demo config, and its clips have the background they were asked for."""
     config = base.get_config("demo")
     config.sample.steps = 8
     params = generate.load_weights(config, None)
-    video = generate.sample_videos(
-        config, params, ["a white square moving right on a black background"], seeds=[(0, 0)]
-    )[0]
-    assert video.shape == (16, 12, 20, 3)
-    border = np.concatenate([video[:, 0].reshape(-1, 3), video[:, -1].reshape(-1, 3)])
-    assert np.median(border) < -0.6
-    assert video.std() > 0.1
+    prompts = [f"a red circle moving right on a {name} background" for name in ("black", "teal")]
+    videos = generate.sample_videos(config, params, prompts, seeds=[(0, 0), (0, 0)])
+    assert videos.shape == (2, 16, 12, 20, 3)
+    for video, name in zip(videos, ("black", "teal"), strict=True):
+        border = np.concatenate([video[:, 0], video[:, -1]], axis=1).reshape(-1, 3)
+        wanted = shapes.level(shapes.BACKGROUNDS[name])
+        np.testing.assert_allclose(np.median(border, axis=0), wanted, atol=0.15)
