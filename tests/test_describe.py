@@ -32,6 +32,7 @@ def test_small_parameters_of_the_small_base_by_hand(small):
         "down_1_resize": 9 * c0 * c1 + c1,
         "middle": residual(c1, c1) + layers,
         "noise_embedding": c0 * e + e + e * e + e,
+        "frame_embedding": (16 * e + e) + 2 * e + 2 * (e * e + e),  # 16 waves, a norm, two dense layers
         "out": 9 * c0 * folded + folded,
         "out_norm": 2 * c0,
         "stem": 9 * folded * c0 + c0,
