@@ -61,7 +61,7 @@ def test_small_mistakes_are_one_line(name, tmp_path):
 def test_small_help_shows_modes_and_an_example():
     done = ivideo("--helpshort")
     text = done.stdout + done.stderr
-    for part in ("--mode=sample", "--prompt", "--workdir", "configs/base.py:demo", "describe", "--overwrite"):
+    for part in ("--mode=sample", "--prompt", "--workdir", "configs/base.py:demo", "describe", "overwrite"):
         assert part in text
     assert "Traceback" not in text
 
