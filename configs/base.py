@@ -36,17 +36,17 @@ def demo():
     config.model.strides = (2, 2)
     config.model.spatial_attention = (False, True)
     config.model.cross_attention = (False, True)
-    config.model.temporal = ("none", "attention")
+    config.model.temporal = ("attention", "attention")
     config.model.head_dim = 32
     config.model.max_distance = 16
     config.model.frame_positions = True
+    config.model.data_std = 0.1  # plain colours: what a caption leaves open is mostly flat
     on_one_machine(config)
     config.train.batch_size = 8
     config.train.steps = 2400
     config.train.learning_rate = 8e-4
-    config.train.logsnr_shift = (
-        -2.5
-    )  # 16 frames of one object: its place is settled where a single frame is still noise
+    # 16 frames of one object: its place is settled where a single frame is still noise
+    config.diffusion.logsnr_shift = -2.5
     config.train.warmup = 100
     config.train.ema = 0.995
     config.train.checkpoint_every = 100

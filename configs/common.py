@@ -28,6 +28,7 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.model.frame_positions = (
         False  # whether a frame is told its place in the clip; attention's are relative either way
     )
+    config.model.data_std = 1.0  # of the data given its conditioning; 1 leaves all of v to the network
     config.model.guidance_input = False  # whether the network is told the guidance weight (distilled models)
     config.model.max_guidance = 16.0  # the largest guidance weight a distilled model is asked for
     config.model.remat = "full"  # what the backward pass recomputes: 'none', 'dots' (all but products), 'full'
@@ -41,6 +42,8 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.diffusion = ml_collections.ConfigDict()
     config.diffusion.logsnr_min = -20.0  # the cosine schedule's ends, as Video Diffusion Models
     config.diffusion.logsnr_max = 20.0
+    # Added to the schedule: below 0 for clips whose many frames or pixels tell the same (arXiv 2301.11093)
+    config.diffusion.logsnr_shift = 0.0
     config.diffusion.loss = "v"  # 'v', 'eps' (as Section 2.1 prints it), 'x', 'truncated_snr'
 
     config.data = ml_collections.ConfigDict()
@@ -64,9 +67,6 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.train.clip = 1.0  # largest global norm of a gradient
     config.train.ema = 0.9999
     config.train.text_dropout = 0.1  # share of texts left out, for guidance
-    config.train.logsnr_shift = (
-        0.0  # added to the training noise levels; below 0 for clips whose frames repeat one another
-    )
     config.train.image_weight = 1.0  # a packed image's weight in the loss, against a video frame's
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps

@@ -103,8 +103,13 @@ def init_params(config, key):
 
 
 def logsnr_fn(config):
-    """The stage's schedule, time -> log-SNR."""
-    return functools.partial(cosine_logsnr, **_ends(config))
+    """The stage's schedule, time -> log-SNR: the cosine schedule, shifted as the config asks."""
+    return lambda time: cosine_logsnr(time, **_ends(config)) + config.diffusion.logsnr_shift
+
+
+def time_fn(config):
+    """The inverse of the stage's schedule, log-SNR -> time."""
+    return lambda logsnr: cosine_time(logsnr - config.diffusion.logsnr_shift, **_ends(config))
 
 
 def denoiser(model, params, text, text_mask, **conditioning):
@@ -125,7 +130,7 @@ def guided_denoiser(config, model, params, text, text_mask, **conditioning):
             high=config.sample.weight,
             low=config.sample.low_weight,
             constant_steps=round(config.sample.constant_share * config.sample.steps),
-            time_fn=functools.partial(cosine_time, **_ends(config)),
+            time_fn=time_fn(config),
         )
     with_text = denoiser(model, params, text, text_mask, **conditioning)
     without = denoiser(model, params, text, jnp.zeros_like(text_mask), **conditioning)

@@ -93,7 +93,7 @@ def batch_loss(config, model, text_module, params, text_params, batch, key):
     mask = mask & keep.reshape(-1, *[1] * (mask.ndim - 1))
     count = video.shape[0]
     times = (jax.random.uniform(key_time) + jnp.arange(count) / count) % 1.0
-    logsnr = stages.logsnr_fn(config)(times) + config.train.logsnr_shift
+    logsnr = stages.logsnr_fn(config)(times)
     eps = jax.random.normal(key_noise, video.shape)
 
     def v_fn(z, logsnr):

@@ -22,12 +22,16 @@ def test_small_parameters_of_the_small_base_by_hand(small):
         shortcut = c_in * c + c if c_in != c else 0
         return (2 * c_in + 9 * c_in * c + c) + (e * 2 * c + 2 * c) + (2 * c + 9 * c * c + c) + shortcut
 
-    attention = 2 * c1 + 4 * c1 * c1
+    def attention(c):
+        return 2 * c + 4 * c * c
+
+    def temporal(c):
+        return attention(c) + distances * (c // head) * (1 + head)
+
     cross = d + 2 * c1 + 2 * c1 * c1 + 2 * d * c1
-    temporal = attention + distances * (c1 // head) * (1 + head)
-    layers = attention + cross + temporal
+    layers = attention(c1) + cross + temporal(c1)
     parts = {
-        "down_0": residual(c0, c0),
+        "down_0": residual(c0, c0) + temporal(c0),
         "down_1": residual(c1, c1) + layers,
         "down_1_resize": 9 * c0 * c1 + c1,
         "middle": residual(c1, c1) + layers,
@@ -38,7 +42,7 @@ def test_small_parameters_of_the_small_base_by_hand(small):
         "stem": 9 * folded * c0 + c0,
         "text_norm": 2 * d,
         "text_pooling": d + d + d * e + e + e * e + e,
-        "up_0": residual(2 * c0, c0),
+        "up_0": residual(2 * c0, c0) + temporal(c0),
         "up_1": residual(2 * c1, c1) + layers,
         "up_1_resize": 9 * c1 * c0 + c0,
     }
@@ -85,7 +89,7 @@ def test_small_conditioning_is_seen(small):
 
 def test_small_levels(small):
     shared = {"blocks": 1}
-    off = {"spatial_attention": False, "cross_attention": False, "temporal": "none"}
+    off = {"spatial_attention": False, "cross_attention": False, "temporal": "attention"}
     on = {"spatial_attention": True, "cross_attention": True, "temporal": "attention"}
     assert describe.facts(small)["levels"] == [
         {"height": 4, "width": 4, "channels": 8, **shared, **off},

@@ -192,15 +192,21 @@ def test_small_table_of_shares():
     wrong = {**RIGHT, "motion": False}
     unknown = {**RIGHT, "shape": None}
     seen, held = shapes.TRAIN[0], shapes.HELD_OUT[0]
-    table = prompt_following.summarize([(seen, RIGHT), (seen, wrong), (seen, wrong), (seen, unknown), (held, unknown)])
+    shapeless = {**RIGHT, "shape": False}
+    rows = [(seen, RIGHT), (seen, wrong), (seen, shapeless), (seen, unknown), (held, unknown)]
+    table = prompt_following.summarize(rows)
     assert table == {
-        "seen": {"clips": 4, "background": 1.0, "colour": 1.0, "motion": 0.5, "shape": 1.0, "all": 0.5},
-        "held_out": {"clips": 1, "background": 1.0, "colour": 1.0, "motion": 1.0, "shape": None, "all": 1.0},
-    }
+        "seen": {
+            "clips": 4, "background": 1.0, "colour": 1.0, "motion": 0.75, "shape": 2 / 3, "coarse": 0.75, "all": 0.5
+        },
+        "held_out": {
+            "clips": 1, "background": 1.0, "colour": 1.0, "motion": 1.0, "shape": None, "coarse": 1.0, "all": 1.0
+        },
+    }  # fmt: skip
     assert prompt_following.format_table(table).splitlines() == [
-        "| captions | clips | background | colour | motion | shape | all |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-        "| seen | 4 | 100.0% | 100.0% | 50.0% | 100.0% | 50.0% |",
-        "| held-out | 1 | 100.0% | 100.0% | 100.0% | – | 100.0% |",
+        "| captions | clips | background | colour | motion | these three | shape | all four |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| seen | 4 | 100.0% | 100.0% | 75.0% | 75.0% | 66.7% | 50.0% |",
+        "| held-out | 1 | 100.0% | 100.0% | 100.0% | 100.0% | – | 100.0% |",
     ]
     assert prompt_following.summarize([])["seen"]["all"] is None

@@ -84,7 +84,7 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
     key_time, key_noise, _ = jax.random.split(key, 3)
     video = np.concatenate([batch["video"], batch["images"]], axis=1)
     times = (float(jax.random.uniform(key_time)) + np.arange(8) / 8) % 1.0
-    logsnr = np.asarray(stages.logsnr_fn(config)(times)) + config.train.logsnr_shift
+    logsnr = np.asarray(stages.logsnr_fn(config)(times))
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
     eps = np.asarray(jax.random.normal(key_noise, video.shape), np.float64)
     np.testing.assert_allclose(value, np.mean((0.25 - (alpha * eps - sigma * video)) ** 2), rtol=1e-5)

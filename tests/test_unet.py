@@ -9,7 +9,7 @@ from configs import base
 from ivideo import stages
 from ivideo.models import blocks
 from ivideo.models.attention import TemporalAttention
-from ivideo.models.unet import VideoUNet
+from ivideo.models.unet import VideoUNet, skip_scale
 
 B, T, H, W, L, D = 2, 4, 8, 8, 6, 12
 
@@ -306,3 +306,28 @@ def test_small_paper_base_has_its_published_size():
     """5.6B parameters within 2%, counted without allocating one."""
     count = sum(p.size for p in jax.tree.leaves(stages.param_shapes(base.get_config("paper"))))
     assert abs(count / 5.6e9 - 1) < 0.02
+
+
+@pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
+def test_small_skip_and_scale_leave_a_unit_target(std):
+    """Of Gaussian data: without the network's part v is that of E[x | z], and that part has variance 1."""
+    logsnr = np.linspace(-12, 12, 9)
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr))) for s in (-1, 1))
+    skip, scale = (np.asarray(x, np.float64).ravel() for x in skip_scale(jnp.asarray(logsnr), std))
+    mean = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # E[x | z] / z
+    np.testing.assert_allclose(alpha - sigma * skip, mean, rtol=1e-4)
+    # v - skip z = (alpha - skip sigma) eps - (sigma + skip alpha) x
+    variance = (alpha - skip * sigma) ** 2 + (sigma + skip * alpha) ** 2 * std**2
+    np.testing.assert_allclose(variance / scale**2, 1, rtol=1e-3)
+    if std == 1:
+        np.testing.assert_array_equal([skip, scale], [np.zeros(9), np.ones(9)])
+
+
+def test_small_network_starts_from_the_skip():
+    """With its last layer at zero, as it is initialised, the network returns the noisy video's share alone."""
+    model = unet(data_std=0.5, cond_channels=3)
+    z, logsnr, text, mask = inputs()
+    params = awake(model, z, logsnr, text, mask, cond=z)
+    params["out"] = jax.tree.map(np.zeros_like, params["out"])
+    v = jax.jit(lambda z, cond: model.apply({"params": params}, z, logsnr, text, mask, cond=cond))(z, 1 - z)
+    np.testing.assert_allclose(v, skip_scale(jnp.asarray(logsnr), 0.5)[0] * z, rtol=1e-6)

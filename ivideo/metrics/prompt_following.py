@@ -18,6 +18,8 @@ import scipy.ndimage
 from ivideo.data import shapes
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
+# What frames too small to tell shapes apart can be judged by.
+COARSE = ("background", "colour", "motion")
 
 # From this height on all of the world's clips are read without an error, with noise of 0.1 too.
 MIN_SHAPE_HEIGHT = 12
@@ -255,11 +257,11 @@ def _shape(share: np.ndarray, objects: np.ndarray, good: np.ndarray, centres: np
 
 
 def summarize(scored: Iterable[tuple[shapes.Attributes, dict[str, bool | None]]]) -> dict[str, dict[str, float | None]]:
-    """The share of clips that are right, by attribute and in all, of seen and of held-out captions.
+    """The share of clips that are right, by attribute and jointly, of seen and of held-out captions.
 
     `scored`: (attributes, their `score`) of each clip. Returns {'seen': {'clips', 'background', 'colour', 'motion',
-    'shape', 'all'}, 'held_out': the same}; a share is None where no clip was measured for it, and 'all' is of the
-    attributes that were.
+    'shape', 'coarse', 'all'}, 'held_out': the same}: 'coarse' is of background, colour and motion together, 'all' of
+    the shape too where it was measured. A share is None where no clip was measured for it.
     """
     rows = {"seen": [], "held_out": []}
     for attrs, right in scored:
@@ -272,13 +274,15 @@ def _shares(row: list[dict[str, bool | None]]) -> dict[str, float | None]:
         return sum(values) / len(values) if values else None
 
     shares = {name: mean([r[name] for r in row if r[name] is not None]) for name in ATTRIBUTES}
-    return {"clips": len(row), **shares, "all": mean([all(v is not False for v in r.values()) for r in row])}
+    for name, together in (("coarse", COARSE), ("all", ATTRIBUTES)):
+        shares[name] = mean([all(r[a] is not False for a in together) for r in row])
+    return {"clips": len(row), **shares}
 
 
 def format_table(table: dict[str, dict[str, float | None]]) -> str:
     """The result of `summarize` as a Markdown table of percentages, '–' where nothing was measured."""
-    columns = (*ATTRIBUTES, "all")
-    lines = [f"| captions | clips | {' | '.join(columns)} |", "|---|--:|" + "--:|" * len(columns)]
+    columns = {**{a: a for a in COARSE}, "coarse": "these three", "shape": "shape", "all": "all four"}
+    lines = [f"| captions | clips | {' | '.join(columns.values())} |", "|---|--:|" + "--:|" * len(columns)]
     for name, row in table.items():
         cells = ["–" if row[c] is None else f"{100 * row[c]:.1f}%" for c in columns]
         lines.append(f"| {name.replace('_', '-')} | {row['clips']} | {' | '.join(cells)} |")

@@ -30,6 +30,7 @@ class VideoUNet(nn.Module):
     enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
     pixels into channels and back, so a stride of 2 there lets the whole network work at half size. With
     `frame_positions` a video's frames are told their place in the clip, beside what temporal attention knows of it.
+    `data_std` is the standard deviation of the data given its conditioning, where that is far below 1: see `skip_scale`.
     """
 
     channels: tuple[int, ...]
@@ -44,6 +45,7 @@ class VideoUNet(nn.Module):
     cond_channels: int = 0
     augmentation: bool = False
     frame_positions: bool = False
+    data_std: float = 1.0
     guidance_input: bool = False
     max_guidance: float = 16.0
     remat: str = "none"
@@ -128,7 +130,8 @@ class VideoUNet(nn.Module):
         x = nn.swish(FrameNorm(self.dtype, name="out_norm")(x))
         features = self.out_channels * self.strides[0] ** 2
         x = nn.Conv(features, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(x)
-        return depth_to_space(x, self.strides[0])
+        skip, scale = skip_scale(logsnr, self.data_std)
+        return skip * z[..., : self.out_channels] + scale * depth_to_space(x, self.strides[0])
 
     def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
         """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where frames differ."""
@@ -183,6 +186,19 @@ class VideoUNet(nn.Module):
             unroll=self.scan_unroll,
         )
         return scanned(**self._layers(level, num_images), name=name)
+
+
+def skip_scale(logsnr, data_std: float):
+    """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F has a unit variance to predict.
+
+    For data of standard deviation `data_std` (arXiv 2206.00364, Section 5, written for v): with F = 0, v is that of the
+    mean of x given z of Gaussian data. A standard deviation of 1 gives v = F. Without it, a network on data that is far
+    from unit variance has to copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
+    """
+    logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
+    alpha_2, sigma_2 = nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
+    variance = alpha_2 * data_std**2 + sigma_2
+    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, data_std / jnp.sqrt(variance)
 
 
 def _per_segment(text, text_mask, num_images):
