@@ -309,8 +309,8 @@ def test_small_paper_base_has_its_published_size():
 
 
 @pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
-def test_small_skip_and_scale_leave_a_unit_target(std):
-    """Of Gaussian data: without the network's part v is that of E[x | z], and that part has variance 1."""
+def test_small_skip_and_scale_leave_a_target_in_the_units_of_the_data(std):
+    """Of Gaussian data: without the network's part v is that of E[x | z], and that part has the data's variance."""
     logsnr = np.linspace(-12, 12, 9)
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr))) for s in (-1, 1))
     skip, scale = (np.asarray(x, np.float64).ravel() for x in skip_scale(jnp.asarray(logsnr), std))
@@ -318,7 +318,7 @@ def test_small_skip_and_scale_leave_a_unit_target(std):
     np.testing.assert_allclose(alpha - sigma * skip, mean, rtol=1e-4)
     # v - skip z = (alpha - skip sigma) eps - (sigma + skip alpha) x
     variance = (alpha - skip * sigma) ** 2 + (sigma + skip * alpha) ** 2 * std**2
-    np.testing.assert_allclose(variance / scale**2, 1, rtol=1e-3)
+    np.testing.assert_allclose(variance / scale**2, std**2, rtol=1e-3)
     if std == 1:
         np.testing.assert_array_equal([skip, scale], [np.zeros(9), np.ones(9)])
 

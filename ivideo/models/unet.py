@@ -30,7 +30,7 @@ class VideoUNet(nn.Module):
     enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
     pixels into channels and back, so a stride of 2 there lets the whole network work at half size. With
     `frame_positions` a video's frames are told their place in the clip, beside what temporal attention knows of it.
-    `data_std` is the standard deviation of the data given its conditioning, where that is far below 1: see `skip_scale`.
+    `data_std` is the standard deviation of the data given its conditioning, where far below 1: see `skip_scale`.
     """
 
     channels: tuple[int, ...]
@@ -189,16 +189,17 @@ class VideoUNet(nn.Module):
 
 
 def skip_scale(logsnr, data_std: float):
-    """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F has a unit variance to predict.
+    """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F need not hold the noise of z.
 
-    For data of standard deviation `data_std` (arXiv 2206.00364, Section 5, written for v): with F = 0, v is that of the
-    mean of x given z of Gaussian data. A standard deviation of 1 gives v = F. Without it, a network on data that is far
-    from unit variance has to copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
+    For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written for
+    v): skip z is v of the mean of x given z of Gaussian data, and F is in the data's units, near -x where z is mostly
+    noise. A standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance has to
+    copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
     """
     logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
     alpha_2, sigma_2 = nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
     variance = alpha_2 * data_std**2 + sigma_2
-    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, data_std / jnp.sqrt(variance)
+    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, variance**-0.5
 
 
 def _per_segment(text, text_mask, num_images):
