@@ -191,10 +191,10 @@ class VideoUNet(nn.Module):
 def skip_scale(logsnr, data_std: float):
     """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F need not hold the noise of z.
 
-    For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written for
-    v): skip z is v of the mean of x given z of Gaussian data, and F is in the data's units, near -x where z is mostly
-    noise. A standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance has to
-    copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
+    For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written
+    for v): skip z is v of the mean of x given z of Gaussian data, and F is in the data's units, near -x where z is
+    mostly noise. A standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance
+    has to copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
     """
     logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
     alpha_2, sigma_2 = nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
