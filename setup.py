@@ -39,6 +39,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pillow>=11", "pytest>=8", "ruff>=0.14"],
+        "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
     },
 )

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,12 +53,21 @@ def test_small_guidance_is_the_affine_combination(stage):
     mask = np.ones((2, config.text.length), bool)
     model = stages.build_model(config)
     z = stages.samplers.initial_noise(keys, stages.video_shape(config))
-    start = np.full(2, config.diffusion.logsnr_min, np.float32)
+    start = jnp.full(2, stages.logsnr_fn(config)(1.0))
     apply = jax.jit(lambda m: model.apply({"params": params}, z, start, text, m))
     with_text, without = (apply(m) for m in (mask, ~mask))
     wanted = np.clip(-(3 * with_text - 2 * without), -1, 1)  # at t = 1 the video is -v, to 1e-4
     got = stages.sample(config, model, params, text, mask, keys)
     np.testing.assert_allclose(got, wanted, atol=2e-3)
+
+
+def test_small_shifted_schedule_and_its_inverse(stage):
+    config, _ = stage
+    assert config.diffusion.logsnr_shift == -2.5
+    times = np.linspace(0.01, 0.99, 20)
+    logsnr = stages.logsnr_fn(config)(times)
+    np.testing.assert_allclose(logsnr, -2 * np.log(np.tan(np.pi / 2 * times)) - 2.5, atol=0.01)
+    np.testing.assert_allclose(stages.time_fn(config)(logsnr), times, atol=1e-5)
 
 
 def test_small_files_carry_what_made_them(stage, tmp_path, monkeypatch):
