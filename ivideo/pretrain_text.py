@@ -1,8 +1,8 @@
 """Trains the small byte encoder that the demo cascade ships in place of T5-XXL (Section 2.2), before any stage.
 
-First the task is to name a caption's shape, colour, background and motion from the mean of its embeddings, by one linear
-map: what is linear there is easy for a stage to attend to. That leaves the embedding of "blue" free to depend on the
-shape that is blue, and stages then fail at combinations they were not trained on. So a second part makes it depend
+First the task is to name a caption's shape, colour, background and motion from the mean of its embeddings, by one
+linear map: what is linear there is easy for a stage to attend to. That leaves the embedding of "blue" free to depend on
+the shape that is blue, and stages then fail at combinations they were not trained on. So a second part makes it depend
 less: the encoder is fitted to its own embeddings, averaged over the shapes, and over the colours for the shape's name.
 Captions of the held-out combinations are never shown.
 """
@@ -68,7 +68,7 @@ def batch_of(rng: np.random.Generator, size: int, length: int):
 
 
 def shape_span(attributes: shapes.Attributes) -> tuple[int, int, int]:
-    """Where a caption's word for the shape begins and ends, and where the caption ends, in tokens (bytes, end token)."""
+    """Where a caption's word for the shape begins and ends, and where the caption ends, in tokens."""
     text = shapes.caption(attributes)
     start = text.index(attributes.shape)
     return start, start + len(attributes.shape), len(text) + 1
@@ -77,8 +77,8 @@ def shape_span(attributes: shapes.Attributes) -> tuple[int, int, int]:
 def composed(embed) -> dict[shapes.Attributes, np.ndarray]:
     """Embeddings of the training captions in which colour and shape know nothing of each other, [tokens, D] each.
 
-    `embed(texts) -> [N, L, D]`. The word for the shape has the mean of its embeddings over the colours, all else the mean
-    over the shapes, background and motion being the same.
+    `embed(texts) -> [N, L, D]`. The word for the shape has the mean of its embeddings over the colours, all else the
+    mean over the shapes, background and motion being the same.
     """
     known = dict(zip(shapes.TRAIN, embed([shapes.caption(a) for a in shapes.TRAIN]), strict=True))
     targets = {}

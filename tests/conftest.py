@@ -25,6 +25,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import flags  # noqa: E402 - after what jax reads when it is imported
+from absl import flags
 
 flags.FLAGS.mark_as_parsed()
