@@ -116,6 +116,24 @@ def composed_batch(rng: np.random.Generator, targets, size: int, length: int):
     return *byte_tokens(texts, length), np.stack(wanted), np.stack(weights)
 
 
+def fit(name: str, loss_fn, params, batches, learning_rate: optax.Schedule, steps: int):
+    """Params after a step of Adam on each of `batches`, `steps` in all, of `loss_fn(params, *batch)`."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, opt_state, *batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for i, batch in enumerate(batches, 1):
+        params, opt_state, loss = step(params, opt_state, *batch)
+        if i % 100 == 0:
+            print(f"{name} step {i}/{steps}  loss {float(loss):.4f}", file=sys.stderr, flush=True)
+    return params
+
+
 def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1e-3):
     """The encoder's parameters after the second part of its training."""
     length = config.text.length
@@ -127,25 +145,14 @@ def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1
     rng = np.random.default_rng(config.seed + 1)
     targets = composed(embed)
     scale = np.mean(np.concatenate(list(targets.values())) ** 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    opt_state = optimizer.init(params)
 
     def loss_fn(params, tokens, mask, wanted, weights):
         error = ((module.apply({"params": params}, tokens, mask) - wanted) ** 2).mean(-1)
         return (error * weights).sum() / weights.sum() / scale
 
-    @jax.jit
-    def step(params, opt_state, *batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    for i in range(1, steps + 1):
-        params, opt_state, loss = step(params, opt_state, *composed_batch(rng, targets, batch_size, length))
-        if i % 100 == 0:
-            print(f"text composition step {i}/{steps}  loss {float(loss):.4f}", file=sys.stderr, flush=True)
-    return params
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
+    batches = (composed_batch(rng, targets, batch_size, length) for _ in range(steps))
+    return fit("text composition", loss_fn, params, batches, schedule, steps)
 
 
 def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3, overwrite=False) -> float:
@@ -159,9 +166,6 @@ def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3
     probe = Probe(encoder_module(config.text))
     tokens, mask, _ = batch_of(rng, 2, config.text.length)
     params = probe.init(jax.random.key(config.seed), tokens, mask)["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    opt_state = optimizer.init(params)
 
     def loss_fn(params, tokens, mask, wanted):
         logits = probe.apply({"params": params}, tokens, mask)
@@ -171,17 +175,9 @@ def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3
         ]
         return sum(losses).mean()
 
-    @jax.jit
-    def step(params, opt_state, *batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    for i in range(1, steps + 1):
-        params, opt_state, loss = step(params, opt_state, *batch_of(rng, batch_size, config.text.length))
-        if i % 100 == 0:
-            print(f"text step {i}/{steps}  loss {float(loss):.4f}", file=sys.stderr, flush=True)
-
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
+    batches = (batch_of(rng, batch_size, config.text.length) for _ in range(steps))
+    params = fit("text", loss_fn, params, batches, schedule, steps)
     params = {**params, "encoder": compose(config, probe.encoder, params["encoder"], steps=steps)}
     tokens, mask = byte_tokens([shapes.caption(a) for a in shapes.HELD_OUT], config.text.length)
     named = np.stack([l.argmax(-1) for l in probe.apply({"params": params}, tokens, mask)], axis=-1)

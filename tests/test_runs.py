@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def small(**changes):
     config = base.get_config("small")
-    config.update_from_flattened_dict({"train.log_every": 1, **changes})
+    config.update_from_flattened_dict(changes)
     return config
 
 

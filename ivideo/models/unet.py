@@ -131,7 +131,7 @@ class VideoUNet(nn.Module):
         features = self.out_channels * self.strides[0] ** 2
         x = nn.Conv(features, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(x)
         skip, scale = skip_scale(logsnr, self.data_std)
-        return skip * z[..., : self.out_channels] + scale * depth_to_space(x, self.strides[0])
+        return skip * z + scale * depth_to_space(x, self.strides[0])
 
     def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
         """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where frames differ."""
