@@ -10,10 +10,15 @@ from ivideo import describe
 
 @pytest.fixture
 def small():
-    return base.get_config("small")
+    """The small base with two levels whose layers differ."""
+    config = base.get_config("small")
+    config.model.channels, config.model.blocks, config.model.strides = (8, 16), (1, 1), (2, 2)
+    config.model.spatial_attention = config.model.cross_attention = (False, True)
+    config.model.temporal = ("attention", "attention")
+    return config
 
 
-def test_small_parameters_of_the_small_base_by_hand(small):
+def test_small_parameters_of_a_small_base_by_hand(small):
     """Levels of 8 and 16 channels, embeddings of 32, text of 128; one head of 8 channels or two, 33 distances."""
     e, d, c0, c1, head, distances = 32, 128, 8, 16, 8, 33
     folded = 3 * 2**2  # of 2 × 2 pixels
@@ -72,12 +77,12 @@ def test_small_paper_sizes_without_allocating():
 
 
 def test_small_conditioning_is_seen(small):
+    base_facts = describe.facts(small)
     small.model.cond_channels = 4
     small.model.augmentation = True
     found = describe.facts(small)
     assert found["input"] == {"kind": "video", "frames": 4, "height": 8, "width": 8, "channels": 4}
     assert found["output"] == {"frames": 4, "height": 8, "width": 8}
-    base_facts = describe.facts(base.get_config("small"))
     assert base_facts["input"]["kind"] == "noise"
     # four more channels of 2 × 2 pixels into the stem, and an embedding of the noise put on them
     more = 9 * 4 * 2**2 * 8 + base_facts["parts"]["noise_embedding"]

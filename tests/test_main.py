@@ -24,7 +24,7 @@ MISTAKES = {
     "unknown_mode": ([SMALL, "--mode=sampel"], ["sampel", "sample"]),
     "stray_word": ([SMALL, "train"], ["'train'", "--name=value"]),
     "no_workdir": ([SMALL], ["--workdir is missing"]),
-    "size": ([SMALL, "--config.video.height=9", "--workdir={tmp}/w"], ["9×8", "strides (2, 2)", "multiples of 4"]),
+    "size": ([SMALL, "--config.video.height=9", "--workdir={tmp}/w"], ["9×8", "strides (2,)", "multiples of 2"]),
     "accumulate": ([SMALL, "--config.train.accumulate=3", "--workdir={tmp}/w"], ["8", "3", "choose a multiple"]),
     "no_prompt": ([SMALL, "--mode=sample", "--out={tmp}/new.mp4"], ["--prompt", "--prompts_file"]),
     "no_out": ([SMALL, "--mode=sample", "--prompt=x"], ["--out is missing"]),

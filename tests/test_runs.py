@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,10 @@ from ivideo.train import PREEMPTED, init_state, train
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+STEPS = 40
+OPTIONS = {"train.steps": STEPS, "train.checkpoint_every": 8, "train.learning_rate": 3e-3}
+
+
 def small(**changes):
     config = base.get_config("small")
     config.update_from_flattened_dict(changes)
@@ -29,9 +34,9 @@ def small(**changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of twelve steps by the library's own loop."""
+    """A run of forty steps by the library's own loop."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small(**{"train.sample_every": 12})
+    config = small(**OPTIONS, **{"train.sample_every": STEPS})
     train(config, str(workdir), devices=jax.devices()[:1])
     return config, workdir
 
@@ -39,54 +44,55 @@ def trained(tmp_path_factory):
 def test_small_run_leaves_what_it_should(trained):
     _, workdir = trained
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]  # keep = 2
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["32", "40"]  # keep = 2
     assert any((workdir / "tensorboard").iterdir())
+
+
+def test_small_loss_falls(trained):
+    losses = [json.loads(line)["loss"] for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_small_finished_run_has_nothing_to_do(trained):
     config, workdir = trained
     before = (workdir / "metrics.jsonl").read_text()
     state = train(config, str(workdir), devices=jax.devices()[:1])
-    assert int(state.step) == 12
+    assert int(state.step) == STEPS
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_small_another_model_in_the_folder_is_refused(trained):
     config, workdir = trained
     config = config.copy_and_resolve_references()
-    config.model.channels = (8, 24)
+    config.model.channels = (16,)
     with pytest.raises(
-        UserError, match=r"checkpoints/12 is of another model: down_1/.* is .* there and .* in this config"
+        UserError, match=r"checkpoints/40 is of another model: down_0/.* is .* there and .* in this config"
     ):
         train(config, str(workdir), devices=jax.devices()[:1])
 
 
-def test_small_loss_that_is_not_finite_stops_the_run(tmp_path):
-    """The checkpoint from before stays the newest, and whole."""
-    config = small(**{"train.checkpoint_every": 2, "train.steps": 4})
-    train(config, str(tmp_path), devices=jax.devices()[:1])
+def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
+    """The checkpoints from before stay the newest, and whole."""
+    config, workdir = trained
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     broken = config.copy_and_resolve_references()
-    broken.train.steps = 8
+    broken.train.steps = STEPS + 8
     broken.train.image_weight = float("nan")
-    with pytest.raises(FloatingPointError, match="is nan at step 5 of stage base"):
+    with pytest.raises(FloatingPointError, match=f"is nan at step {STEPS + 1} of stage base"):
         train(broken, str(tmp_path), devices=jax.devices()[:1])
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
-    state, _ = outcome(tmp_path, 4)  # whole, and from before
-    assert int(state[("step",)]) == 4
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["32", "40"]
+    state, _ = outcome(tmp_path)  # whole, and from before
+    assert int(state[("step",)]) == STEPS
     assert all(np.isfinite(value).all() for value in state.values())
 
 
-def command(workdir, steps):
-    return [
-        sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", f"--workdir={workdir}",
-        f"--config.train.steps={steps}", "--config.train.checkpoint_every=5", "--config.train.warmup=4",
-    ]  # fmt: skip
-
-
-def start(workdir, steps):
+def start(workdir):
+    """The command that does what the fixture did."""
+    command = [sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-    return subprocess.Popen(command(workdir, steps), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def interrupt(process, workdir, after, sign):
@@ -100,9 +106,9 @@ def interrupt(process, workdir, after, sign):
     return process.wait(300)
 
 
-def outcome(workdir, steps):
+def outcome(workdir):
     """The last state on disk, and the losses by step: of a step done twice, those of the second time."""
-    config = small(**{"train.steps": steps, "train.warmup": 4})
+    config = small(**OPTIONS)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(config))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
@@ -113,26 +119,21 @@ def outcome(workdir, steps):
     }
 
 
-def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(tmp_path):
+def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_path):
     """kill -9, then SIGTERM, then to the end: params, EMA, optimizer and every loss bit for bit those of one run."""
-    steps = 60
-    whole = start(tmp_path / "whole", steps)
-    assert whole.wait(300) == 0, whole.stderr.read()
-
-    broken = tmp_path / "broken"
-    assert interrupt(start(broken, steps), broken, 13, signal.SIGKILL) == -signal.SIGKILL
-    killed_at = len((broken / "metrics.jsonl").read_text().splitlines())
-    assert 13 <= killed_at < steps
-    process = start(broken, steps)
-    assert interrupt(process, broken, killed_at + 9, signal.SIGTERM) == PREEMPTED
+    assert interrupt(start(tmp_path), tmp_path, 11, signal.SIGKILL) == -signal.SIGKILL
+    killed_at = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 11 <= killed_at < STEPS
+    process = start(tmp_path)
+    assert interrupt(process, tmp_path, killed_at + 9, signal.SIGTERM) == PREEMPTED
     assert "the same command goes on from there" in process.stderr.read()
-    process = start(broken, steps)
+    process = start(tmp_path)
     assert process.wait(300) == 0
     assert "going on from step" in process.stderr.read()
 
-    (state, metrics), (wanted, wanted_metrics) = outcome(broken, steps), outcome(tmp_path / "whole", steps)
+    (state, metrics), (wanted, wanted_metrics) = outcome(tmp_path), outcome(trained[1])
     assert state.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(state[name], wanted[name], err_msg=str(name))
     assert metrics == wanted_metrics
-    assert len(metrics) == steps
+    assert len(metrics) == STEPS
