@@ -4,7 +4,8 @@ paper  5.6B parameters. python -m ivideo.main --config=configs/base.py --config.
 demo   the base of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER makes it from
        nothing: about two hours for 5,700 steps on two cores of an AMD EPYC (0.8 steps a second). The weights in the
        package took as many steps, but not all with this network: until step 2,320 it had no temporal attention at its
-       finer level, and until step 2,858 data_std = 1. The text encoder's second part was trained after them.
+       finer level, and until step 2,858 data_std = 1; logsnr_max was 20 throughout. The text encoder's second part
+       was trained after them.
 small  a network of a few thousand parameters, for tests.
 """
 
@@ -50,6 +51,7 @@ def demo():
     config.train.learning_rate = 8e-4
     # 16 frames of one object: its place is settled where a single frame is still noise
     config.diffusion.logsnr_shift = -2.5
+    config.diffusion.logsnr_max = 5.0  # sampling on to 20 doubles the grain that is left on plain colours
     config.train.warmup = 100
     config.train.ema = 0.995
     config.train.checkpoint_every = 100

@@ -65,9 +65,11 @@ def test_small_guidance_is_the_affine_combination(stage):
 def test_small_shifted_schedule_and_its_inverse(stage):
     config, _ = stage
     assert config.diffusion.logsnr_shift == -2.5
+    assert (config.diffusion.logsnr_min, config.diffusion.logsnr_max) == (-20, 5)
     times = np.linspace(0.01, 0.99, 20)
     logsnr = stages.logsnr_fn(config)(times)
-    np.testing.assert_allclose(logsnr, -2 * np.log(np.tan(np.pi / 2 * times)) - 2.5, atol=0.01)
+    first, last = np.arctan(np.exp([-5 / 2, 20 / 2]))
+    np.testing.assert_allclose(logsnr, -2 * np.log(np.tan(first + times * (last - first))) - 2.5, atol=0.01)
     np.testing.assert_allclose(stages.time_fn(config)(logsnr), times, atol=1e-5)
 
 
