@@ -7,6 +7,7 @@ less: the encoder is fitted to its own embeddings, averaged over the shapes, and
 Captions of the held-out combinations are never shown.
 """
 
+import functools
 import os
 import string
 import sys
@@ -20,7 +21,7 @@ import optax
 from ivideo.data import shapes
 from ivideo.errors import UserError
 from ivideo.export import config_metadata, save_params
-from ivideo.text import encoder_module
+from ivideo.text import encode, encoder_module
 from ivideo.text.tokenizers import byte_tokens
 
 CHOICES = (shapes.SHAPES, tuple(shapes.COLOURS), tuple(shapes.BACKGROUNDS), shapes.MOTIONS)
@@ -116,8 +117,8 @@ def composed_batch(rng: np.random.Generator, targets, size: int, length: int):
     return *byte_tokens(texts, length), np.stack(wanted), np.stack(weights)
 
 
-def fit(name: str, loss_fn, params, batches, learning_rate: optax.Schedule, steps: int):
-    """Params after a step of Adam on each of `batches`, `steps` in all, of `loss_fn(params, *batch)`."""
+def fit(name: str, loss_fn, params, next_batch, learning_rate: optax.Schedule, steps: int):
+    """Params after `steps` of Adam on `loss_fn(params, *next_batch())`."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
     opt_state = optimizer.init(params)
 
@@ -127,8 +128,8 @@ def fit(name: str, loss_fn, params, batches, learning_rate: optax.Schedule, step
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    for i, batch in enumerate(batches, 1):
-        params, opt_state, loss = step(params, opt_state, *batch)
+    for i in range(1, steps + 1):
+        params, opt_state, loss = step(params, opt_state, *next_batch())
         if i % 100 == 0:
             print(f"{name} step {i}/{steps}  loss {float(loss):.4f}", file=sys.stderr, flush=True)
     return params
@@ -136,11 +137,9 @@ def fit(name: str, loss_fn, params, batches, learning_rate: optax.Schedule, step
 
 def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1e-3):
     """The encoder's parameters after the second part of its training."""
-    length = config.text.length
-    apply = jax.jit(lambda p, tokens, mask: module.apply({"params": p}, tokens, mask))
 
     def embed(texts):
-        return np.asarray(apply(params, *byte_tokens(texts, length)))
+        return np.asarray(jax.jit(functools.partial(encode, module))(params, *byte_tokens(texts, config.text.length)))
 
     rng = np.random.default_rng(config.seed + 1)
     targets = composed(embed)
@@ -151,8 +150,8 @@ def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1
         return (error * weights).sum() / weights.sum() / scale
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
-    batches = (composed_batch(rng, targets, batch_size, length) for _ in range(steps))
-    return fit("text composition", loss_fn, params, batches, schedule, steps)
+    next_batch = functools.partial(composed_batch, rng, targets, batch_size, config.text.length)
+    return fit("text composition", loss_fn, params, next_batch, schedule, steps)
 
 
 def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3, overwrite=False) -> float:
@@ -176,8 +175,8 @@ def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3
         return sum(losses).mean()
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
-    batches = (batch_of(rng, batch_size, config.text.length) for _ in range(steps))
-    params = fit("text", loss_fn, params, batches, schedule, steps)
+    next_batch = functools.partial(batch_of, rng, batch_size, config.text.length)
+    params = fit("text", loss_fn, params, next_batch, schedule, steps)
     params = {**params, "encoder": compose(config, probe.encoder, params["encoder"], steps=steps)}
     tokens, mask = byte_tokens([shapes.caption(a) for a in shapes.HELD_OUT], config.text.length)
     named = np.stack([l.argmax(-1) for l in probe.apply({"params": params}, tokens, mask)], axis=-1)

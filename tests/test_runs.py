@@ -20,37 +20,40 @@ from ivideo.errors import UserError
 from ivideo.train import PREEMPTED, init_state, train
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
 STEPS = 40
 OPTIONS = {"train.steps": STEPS, "train.checkpoint_every": 8, "train.learning_rate": 3e-3}
 
 
-def small(**changes):
+def run_config():
     config = base.get_config("small")
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(OPTIONS)
     return config
+
+
+def metrics_of(workdir):
+    """What the run wrote of its steps, a dict each."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of forty steps by the library's own loop."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small(**OPTIONS, **{"train.sample_every": STEPS})
+    config = run_config()
+    config.train.sample_every = STEPS
     train(config, str(workdir), devices=jax.devices()[:1])
     return config, workdir
 
 
 def test_small_run_leaves_what_it_should(trained):
     _, workdir = trained
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in metrics_of(workdir)] == list(range(1, STEPS + 1))
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["32", "40"]  # keep = 2
     assert any((workdir / "tensorboard").iterdir())
 
 
 def test_small_loss_falls(trained):
-    losses = [json.loads(line)["loss"] for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in metrics_of(trained[1])]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -108,15 +111,13 @@ def interrupt(process, workdir, after, sign):
 
 def outcome(workdir):
     """The last state on disk, and the losses by step: of a step done twice, those of the second time."""
-    config = small(**OPTIONS)
+    config = run_config()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(config))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     _, state = Checkpoints(workdir, keep=2).restore(like)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state)), {
-        line["step"]: line for line in lines
-    }
+    losses = {line["step"]: line for line in metrics_of(workdir)}
+    return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state)), losses
 
 
 def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_path):

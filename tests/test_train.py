@@ -38,16 +38,6 @@ def parts():
     return config, encoder, batch, state
 
 
-class Scale:
-    """In the network's place where any will do: the noisy video times a number."""
-
-    def __init__(self):
-        self.params = {"scale": np.float32(0.3)}
-
-    def apply(self, variables, z, logsnr, text, mask, *, num_images):
-        return variables["params"]["scale"] * z
-
-
 def run_step(config, encoder, batch, state, devices=1):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
@@ -115,9 +105,16 @@ def test_small_accumulation_averages_gradients(parts, monkeypatch):
     """Loss and gradient of a batch in two parts are the means of the parts' own."""
     config, encoder, batch, _ = parts
     config = config.copy_and_resolve_references()
-    model = Scale()
+
+    class Scale:
+        """In the network's place, where any will do: the noisy video times a number."""
+
+        def apply(self, variables, z, logsnr, text, mask, *, num_images):
+            return variables["params"]["scale"] * z
+
+    model, params = Scale(), {"scale": np.float32(0.3)}
     monkeypatch.setattr(stages, "build_model", lambda _: model)
-    state = TrainState(jnp.int32(0), model.params, model.params, make_optimizer(config).init(model.params))
+    state = TrainState(jnp.int32(0), params, params, make_optimizer(config).init(params))
     config.train.accumulate = 2
     config.train.text_dropout = 0.0
     (_, metrics) = run_step(config, encoder, batch, state)
