@@ -39,6 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "plot": ["matplotlib>=3.9"],
         "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
     },
 )

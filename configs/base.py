@@ -1,6 +1,8 @@
 """The base stage: text to 16 × 24 × 40 at 3 frames a second. Section 2.3.
 
 paper  5.6B parameters. python -m ivideo.main --config=configs/base.py --config.data.dir=DIR --workdir=DIR
+       Needs 44 GB for float32 parameters and their average (Adafactor keeps little more) on every device, before
+       activations: sharding is to come.
 demo   the base of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER makes it from
        nothing: about two hours for 5,700 steps on two cores of an AMD EPYC (0.8 steps a second). The weights in the
        package took as many steps, but not all with this network: until step 2,320 it had no temporal attention at its
@@ -21,7 +23,7 @@ def get_config(variant: str = "paper"):
 
 def paper():
     """Text to 16 × 24 × 40. The paper prints the parameter count alone; widths and depths are ours, to meet it."""
-    config = common.stage("base", "paper", frames=16, height=24, width=40, fps=3)
+    config = common.stage("base", "paper")
     config.model.channels = (960, 1920, 3840)
     config.model.blocks = (3, 4, 3)
     config.model.strides = (1, 2, 2)
@@ -32,9 +34,9 @@ def paper():
     return config
 
 
-def demo():
+def demo(variant="demo"):
     """Text to 16 × 12 × 20, on the captioned shapes."""
-    config = common.stage("base", "demo", frames=16, height=12, width=20, fps=3)
+    config = common.stage("base", variant)
     config.model.channels = (128, 128)
     config.model.blocks = (1, 1)
     config.model.strides = (2, 2)
@@ -45,58 +47,18 @@ def demo():
     config.model.max_distance = 16
     config.model.frame_positions = True
     config.model.data_std = 0.1  # plain colours: what a caption leaves open is mostly flat
-    on_one_machine(config)
-    config.train.batch_size = 8
+    common.on_one_machine(config)
     config.train.steps = 5700
     config.train.learning_rate = 8e-4
     # 16 frames of one object: its place is settled where a single frame is still noise
     config.diffusion.logsnr_shift = -2.5
     config.diffusion.logsnr_max = 5.0  # sampling on to 20 doubles the grain that is left on plain colours
-    config.train.warmup = 100
-    config.train.ema = 0.995
-    config.train.checkpoint_every = 100
     config.train.sample_every = 1000
     config.sample.steps = 32
-    config.sample.guidance = "constant"
     config.sample.weight = 0.5
-    config.sample.threshold = "static"
     return config
 
 
 def small():
-    """One level with every kind of layer that the base has, to compile and train in seconds."""
-    config = demo()
-    config.variant = "small"
-    config.video.frames, config.video.height, config.video.width = 4, 8, 8
-    config.model.channels = (8,)
-    config.model.blocks = (1,)
-    config.model.strides = (2,)
-    config.model.spatial_attention = (True,)
-    config.model.cross_attention = (True,)
-    config.model.temporal = ("attention",)
-    config.model.head_dim = 8
-    config.data.num_clips = 432
-    config.data.num_images = 2
-    config.train.batch_size = 8
-    config.train.steps = 12
-    config.train.warmup = 4
-    config.train.log_every = 1
-    config.train.checkpoint_every = 4
-    config.train.sample_every = 0
-    config.sample.steps = 4
-    return config
-
-
-def on_one_machine(config):
-    """Float32 on the captioned shapes, for a processor with a few cores."""
-    config.model.remat = "none"
-    config.model.scan_unroll = 0
-    config.model.dtype = "float32"
-    config.text = common.shipped_text()
-    config.data.source = "shapes"
-    config.data.num_clips = 432_000
-    config.data.workers = 0
-    config.data.num_images = 0
-    config.train.decay = "cosine"
-    config.train.log_every = 10
-    config.train.keep = 2
+    """The demo's kinds of layer at sizes that train in seconds."""
+    return common.shrunk(demo("small"))

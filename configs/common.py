@@ -4,30 +4,64 @@ import ml_collections
 
 PLACEHOLDER = ml_collections.config_dict.placeholder
 
+# The cascade (Section 2.2): what each stage makes, as (frames, height, width, frames a second). Every stage spans the
+# same 16/3 s, and is conditioned on what the stage before it makes. Its super-resolution is in time or in space.
+CASCADE = {
+    "paper": {
+        "base": (16, 24, 40, 3),
+        "tsr1": (32, 24, 40, 6),
+        "ssr1": (32, 48, 80, 6),
+        "ssr2": (32, 192, 320, 6),
+        "tsr2": (64, 192, 320, 12),
+        "tsr3": (128, 192, 320, 24),
+        "ssr3": (128, 768, 1280, 24),
+    },
+    "demo": {
+        "base": (16, 12, 20, 3),
+        "tsr1": (32, 12, 20, 6),
+        "ssr1": (32, 24, 40, 6),
+        "ssr2": (32, 96, 160, 6),
+        "tsr2": (64, 96, 160, 12),
+        "tsr3": (128, 96, 160, 24),
+        "ssr3": (128, 192, 320, 24),
+    },
+    "small": {
+        "base": (4, 8, 8, 3),
+        "tsr1": (8, 8, 8, 6),
+        "ssr1": (8, 16, 16, 6),
+        "ssr2": (8, 32, 32, 6),
+        "tsr2": (16, 32, 32, 12),
+        "tsr3": (32, 32, 32, 24),
+        "ssr3": (32, 64, 64, 24),
+    },
+}
 
-def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps: int) -> ml_collections.ConfigDict:
-    """The config of a stage that makes frames × height × width at fps, with the paper's training recipe."""
+
+def stage(name: str, variant: str) -> ml_collections.ConfigDict:
+    """The config of a stage of the cascade, with the paper's training recipe; its network is still to be described."""
+    stages = list(CASCADE[variant])
+    before = stages[stages.index(name) - 1] if name != stages[0] else None
+
     config = ml_collections.ConfigDict()
     config.stage = name
     config.variant = variant
     config.seed = 0  # of initialisation, noise and data order in training; --seed is the sampler's
 
-    config.video = ml_collections.ConfigDict()  # what the stage makes
-    config.video.frames = frames
-    config.video.height = height  # pixels
-    config.video.width = width  # pixels
-    config.video.fps = fps  # frames a second
+    config.video = _size(*CASCADE[variant][name])  # what the stage makes
+    config.cond = _size(*(CASCADE[variant][before] if before else (0, 0, 0, 0)))  # what it is given; base: nothing
+    config.cond.fill = "repeat"  # the frames between those given: 'repeat' them, or 'blank' with a mask channel
 
     config.model = (
         ml_collections.ConfigDict()
     )  # the fields of ivideo.models.unet.VideoUNet; one entry a level, finest first
     config.model.head_dim = 64  # channels a head, as Imagen
     config.model.max_distance = 64  # frames; relative positions further apart share one
-    config.model.cond_channels = 0  # channels of the conditioning video; 0: none
-    config.model.augmentation = False  # whether the network is told the noise put on the conditioning video
+    config.model.cond_channels = 3 if before else 0  # channels of the conditioning video; 4 with blank frames
+    config.model.augmentation = before is not None  # whether the network is told the noise put on that video
     config.model.frame_positions = (
         False  # whether a frame is told its place in the clip; attention's are relative either way
     )
+    config.model.prediction = "v"  # what the last layer stands for: 'v', or 'eps' to compare (Section 2.4)
     config.model.data_std = 1.0  # of the data given its conditioning; 1 leaves all of v to the network
     config.model.guidance_input = False  # whether the network is told the guidance weight (distilled models)
     config.model.max_guidance = 16.0  # the largest guidance weight a distilled model is asked for
@@ -67,6 +101,12 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
     config.train.clip = 1.0  # largest global norm of a gradient
     config.train.ema = 0.9999
     config.train.text_dropout = 0.1  # share of texts left out, for guidance
+    config.train.augmentation_min = -20.0  # log-SNR of the strongest noise on the conditioning video (Section 2.5)
+    # Largest deviation in pixels of a random blur on it, as Cascaded Diffusion Models; the paper names noise alone
+    config.train.augmentation_blur = 0.0
+    config.train.crop_frames = 0  # frames of the clips trained on; 0: as many as the stage makes
+    config.train.crop_height = 0  # pixels of the random crops trained on; 0: the whole frame
+    config.train.crop_width = 0
     config.train.image_weight = 1.0  # a packed image's weight in the loss, against a video frame's
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps
@@ -81,16 +121,30 @@ def stage(name: str, variant: str, *, frames: int, height: int, width: int, fps:
 
     config.sample = ml_collections.ConfigDict()
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
-    config.sample.steps = 256
+    config.sample.steps = 128 if before else 256
     config.sample.batch = 8  # videos made at a time
+    config.sample.augmentation_snr = 3.0  # signal to noise of the conditioning video; "such as 3 or 5" (Section 2.5)
+    config.sample.augmentation_blur = 0.0  # pixels of a Gaussian's deviation, on it before the noise
+    config.sample.window = (0, 0, 0)  # frames, height, width of the windows a large clip is made in; 0: all of it
+    config.sample.overlap = (0, 0, 0)  # of neighbouring windows
     config.sample.gamma = 0.3  # of the ancestral sampler, as Video Diffusion Models
-    config.sample.guidance = "oscillating"  # 'constant' or 'oscillating' (Section 2.6.2)
-    config.sample.weight = 15.0  # w; 'oscillating' alternates it with the low weight
+    oscillating = name in ("base", "tsr1", "ssr1")  # beyond 48 × 80 pixels it adds artifacts (Section 2.6.2)
+    config.sample.guidance = "oscillating" if oscillating else "constant"
+    config.sample.weight = 15.0 if oscillating else 6.0  # w; 'oscillating' alternates it with the low weight
     config.sample.low_weight = 1.0
     config.sample.constant_share = 0.1  # share of steps before the oscillation; the paper prints none
     config.sample.threshold = "dynamic"  # of the predicted video: 'none', 'static', 'dynamic'
     config.sample.percentile = 99.5  # of 'dynamic', as Imagen
     return config
+
+
+def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.ConfigDict:
+    size = ml_collections.ConfigDict()
+    size.frames = frames
+    size.height = height  # pixels
+    size.width = width  # pixels
+    size.fps = fps  # frames a second
+    return size
 
 
 def t5_xxl() -> ml_collections.ConfigDict:
@@ -109,6 +163,50 @@ def shipped_text() -> ml_collections.ConfigDict:
     text.length = 64  # bytes and an end token
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 384, 128, 3, 4, 32, 256
     return text
+
+
+def on_one_machine(config: ml_collections.ConfigDict) -> None:
+    """Float32 on the captioned shapes, for a processor with a few cores."""
+    config.model.remat = "none"
+    config.model.scan_unroll = 0
+    config.model.dtype = "float32"
+    config.text = shipped_text()
+    config.data.source = "shapes"
+    config.data.num_clips = 432_000
+    config.data.workers = 0
+    config.data.num_images = 0
+    config.train.batch_size = 8
+    config.train.warmup = 100
+    config.train.ema = 0.995
+    config.train.decay = "cosine"
+    config.train.log_every = 10
+    config.train.checkpoint_every = 100
+    config.train.keep = 2
+    config.train.sample_every = 0
+    config.sample.guidance = "constant"
+    config.sample.threshold = "static"
+
+
+def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A demo stage as one level with the layers of its coarsest, to compile and train in seconds, for tests."""
+    config.model.channels = (8,)
+    config.model.blocks = (1,)
+    config.model.strides = (2,)
+    for layer in ("spatial_attention", "cross_attention", "temporal"):
+        config.model[layer] = config.model[layer][-1:]
+    config.model.head_dim = 8
+    config.data.num_clips = 432
+    config.data.num_images = 2
+    config.train.batch_size = 8
+    config.train.steps = 12
+    config.train.warmup = 4
+    config.train.log_every = 1
+    config.train.checkpoint_every = 4
+    config.sample.steps = 4
+    for axis in ("frames", "height", "width"):
+        if config.train[f"crop_{axis}"]:
+            config.train[f"crop_{axis}"] = config.video[axis] // 2
+    return config
 
 
 def locked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

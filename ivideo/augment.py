@@ -1,4 +1,4 @@
-"""Noise conditioning augmentation (Section 2.5): super-resolution models see their conditioning video through noise.
+"""Conditioning augmentation (Section 2.5): super-resolution models see their conditioning video through noise.
 
 B batch, T frames, H height, W width, C channels. The noise goes on the low-resolution video, before it is upsampled
 (arXiv 2106.15282), and the model is told its level, logsnr [B].
@@ -64,3 +64,25 @@ def augment(key, video, logsnr) -> jax.Array:
     else:
         eps = jax.random.normal(key, video.shape, jnp.float32)
     return add_noise(video, eps, logsnr)
+
+
+def blur(video, deviation) -> jax.Array:
+    """Frames blurred by a Gaussian, the blurring augmentation of arXiv 2106.15282 (Section 4) for small frames.
+
+    At the frame's edges the Gaussian's part inside is normalised, so that a plain frame stays as it is.
+
+    Args:
+      video: [B, T, H, W, C].
+      deviation: [B], standard deviations in pixels; 0 leaves a clip as it is.
+
+    Returns:
+      float32 [B, T, H, W, C].
+    """
+
+    def rows(size):
+        distance = jnp.arange(size)[:, None] - jnp.arange(size)
+        weight = jnp.exp(-0.5 * (distance / jnp.maximum(deviation, 1e-3)[:, None, None]) ** 2)
+        return weight / weight.sum(axis=-1, keepdims=True)
+
+    height, width = video.shape[2:4]
+    return jnp.einsum("bhy,bwx,btyxc->bthwc", rows(height), rows(width), video, precision="highest")

@@ -6,20 +6,23 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ivideo import flops, stages
+from ivideo import cascade, flops, stages
 from ivideo.text import encoder_module
 
 
 def facts(config) -> dict:
     """All that `describe` prints, as numbers, strings and lists.
 
-    `input` is what the network sees at the stage's own size: noise, and where `kind` is "video" the conditioning video
-    beside it, of `channels` channels. A level has `blocks` on the way down and as many on the way up. Sizes are in
-    pixels, `fps` in frames a second, FLOPs those of one evaluation of the network on a batch of one.
+    `input` is the noise that the stage begins with, or where `kind` is "video" the clip that it enlarges, which its
+    network sees at the stage's own size as `channels` channels beside the noise. A level has `blocks` on the way down
+    and as many on the way up. Sizes are in pixels, `fps` in frames a second, FLOPs those of one evaluation of the
+    network on a batch of one.
     """
     frames, height, width, _ = stages.video_shape(config)
     size = {"frames": frames, "height": height, "width": width}
     cond = config.model.cond_channels
+    given = config.cond if config.cond.frames else config.video
+    given = {name: given[name] for name in ("frames", "height", "width", "fps")}
     params = stages.param_shapes(config)
     parts = {name: _size(part) for name, part in sorted(params.items())}
     return {
@@ -27,7 +30,7 @@ def facts(config) -> dict:
         "variant": config.variant,
         "parameters": sum(parts.values()),
         "parts": parts,
-        "input": {"kind": "video" if cond else "noise", **size, "channels": cond},
+        "input": {"kind": "video" if cond else "noise", **given, "channels": cond},
         "output": size,
         "fps": config.video.fps,
         "forward_flops": forward_flops(config),
@@ -46,9 +49,12 @@ def forward_flops(config, batch: int = 1) -> int:
 
 
 def describe(config, *, as_json: bool = False) -> None:
-    """Prints the facts of a config as a table, or as JSON."""
-    found = facts(config)
-    print(json.dumps(found, indent=2) if as_json else _table(found))
+    """Prints the facts of a stage's config as a table, or as JSON; of the cascade's, a line or an object a stage."""
+    found = [facts(stage) for stage in cascade.select(config)]
+    if not cascade.is_cascade(config):
+        print(json.dumps(found[0], indent=2) if as_json else _table(found[0]))
+    else:
+        print(json.dumps(found, indent=2) if as_json else _cascade_table(found))
 
 
 def _size(shapes) -> int:
@@ -74,11 +80,8 @@ def _text(config) -> dict:
 
 
 def _table(found: dict) -> str:
-    def video(size):
-        return f"{size['frames']} × {size['height']} × {size['width']}"
-
     given, text = found["input"], found["text"]
-    source = "noise" if given["kind"] == "noise" else f"noise and a video of {given['channels']} channels"
+    source = "noise" if given["kind"] == "noise" else f"a video at {given['fps']} frames a second"
     blocks = {"down_": 0, "middle": 0, "up_": 0}
     for name, size in found["parts"].items():
         kind = next((kind for kind in blocks if name.startswith(kind)), "rest")
@@ -87,8 +90,8 @@ def _table(found: dict) -> str:
     lines = [
         f"{found['stage']}:{found['variant']}",
         f"parameters  {found['parameters']:,} ({human(found['parameters'])}: {parts})",
-        f"input       {source}, {video(given)}",
-        f"output      {video(found['output'])} at {found['fps']} frames a second",
+        f"input       {source}, {_video(given)}",
+        f"output      {_video(found['output'])} at {found['fps']} frames a second",
         f"forward     {human_flops(found['forward_flops'])} for one video",
         f"text        {text['length']} tokens of {text['vocab']}, {text['layers']} layers of {text['dim']}, "
         f"{text['heads']} heads of {text['head_dim']}, inner {text['ff']} ({human(text['parameters'])} parameters)",
@@ -100,6 +103,20 @@ def _table(found: dict) -> str:
         pixels = f"{level['height']} × {level['width']}"
         rows.append((i, pixels, level["channels"], level["blocks"], *attention, level["temporal"]))
     return "\n".join(lines + columns(rows))
+
+
+def _video(size: dict) -> str:
+    return f"{size['frames']} × {size['height']} × {size['width']}"
+
+
+def _cascade_table(found: list[dict]) -> str:
+    rows = [("stage", "parameters", "input", "output", "frames a second", "forward, one video")]
+    for stage in found:
+        given = "noise" if stage["input"]["kind"] == "noise" else _video(stage["input"])
+        size = human(stage["parameters"])
+        flops = human_flops(stage["forward_flops"])
+        rows.append((stage["stage"], size, given, _video(stage["output"]), stage["fps"], flops))
+    return "\n".join([*columns(rows), f"in all {human(sum(stage['parameters'] for stage in found))} parameters"])
 
 
 def columns(rows) -> list[str]:

@@ -5,33 +5,110 @@ import os
 
 import numpy as np
 
+from ivideo import cascade, conditioning, stages
 from ivideo.data import shapes
 from ivideo.errors import UserError
-from ivideo.generate import load_weights, sample_videos
+from ivideo.metrics import fidelity
 from ivideo.metrics import prompt_following as metric
 
 
-def prompt_following(config, *, workdir=None, clips=96, seed=0, out=None, as_json=False, overwrite=False) -> dict:
-    """Samples clips of the captioned shapes, half of seen and half of held-out captions, and scores each attribute.
+def evaluate(config, *, workdir=None, clips=96, seed=0, out=None, as_json=False, overwrite=False, last=None) -> dict:
+    """Measures what makes videos from texts by `prompt_following`, a super-resolution stage by `super_resolution`.
 
-    Prints a table of the share that is right (JSON with `as_json`) and writes it with every clip's score to `out`.
+    `last` is the last stage of a cascade to run. Prints the result's table (JSON with `as_json`), and writes the result
+    to `out`. UserError where that exists.
     """
     if out is not None and os.path.exists(out) and not overwrite:
         raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
-    attributes = choose_captions(clips, seed)
-    params = load_weights(config, workdir)
-    seeds = [(seed, n) for n in range(len(attributes))]
-    videos = sample_videos(config, params, [shapes.caption(a) for a in attributes], seeds=seeds)
-    scored = [(a, metric.score(v, a)) for a, v in zip(attributes, videos, strict=True)]
-    table = metric.summarize(scored)
-    print(json.dumps(table) if as_json else metric.format_table(table))
+    configs = cascade.select(config, None, last)
+    options = {"workdir": workdir, "clips": clips, "seed": seed}
+    if configs[0].cond.frames:
+        result, table = super_resolution(config, **options), psnr_table
+    else:
+        result, table = prompt_following(configs, **options), following_table
+    print(json.dumps(result["table"]) if as_json else table(result["table"]))
     if out is not None:
-        rows = [{"caption": shapes.caption(a), "held_out": shapes.held_out(a), **s} for a, s in scored]
         temporary = f"{out}.tmp{os.getpid()}"
         with open(temporary, "w") as f:
-            json.dump({"table": table, "clips": rows}, f, indent=1, default=bool)
+            json.dump(result, f, indent=1, default=bool)
         os.replace(temporary, out)
-    return table
+    return result
+
+
+def prompt_following(configs, *, workdir=None, clips: int, seed: int) -> dict:
+    """Samples clips of the captioned shapes, half of seen and half of held-out captions, and scores each attribute.
+
+    `configs` are the stages to run, the first from a text. Returns {'table': shares that are right and the largest
+    drift, 'clips': what was found of each}.
+    """
+    attributes = choose_captions(clips, seed)
+    seeds = [(seed, n) for n in range(len(attributes))]
+    texts = [shapes.caption(a) for a in attributes]
+    videos = cascade.run(configs, texts, seeds=seeds, workdir=workdir)
+    scored = [(a, metric.score(v, a)) for a, v in zip(attributes, videos, strict=True)]
+    rows = [
+        {"caption": shapes.caption(a), "held_out": shapes.held_out(a), "drift": fidelity.drift(v), **s}
+        for (a, s), v in zip(scored, videos, strict=True)
+    ]
+    return {"table": {**metric.summarize(scored), "largest_drift": max(row["drift"] for row in rows)}, "clips": rows}
+
+
+def following_table(table: dict) -> str:
+    """The table of `prompt_following` in Markdown."""
+    table = dict(table)
+    drift = table.pop("largest_drift")
+    changed = f"largest change of a background's colour from first to last frame: {drift:.1f} of 255"
+    return f"{metric.format_table(table)}\n\n{changed}"
+
+
+def super_resolution(config, *, workdir=None, clips: int, seed: int) -> dict:
+    """PSNR and colour of a super-resolution stage on true clips of held-out captions, shrunk and enlarged again.
+
+    Beside it the trivial way back: bilinear in space, repeated frames in time. Returns {'table': dB over all clips at
+    once, 'clips': each clip's}, infinite where a clip is the true one, as repeated frames of what stands still are.
+    """
+    texts, videos = enlarged_again(config, workdir=workdir, clips=clips, seed=seed)
+    truth = videos["truth"]
+    rows = [
+        {
+            "caption": text,
+            **{name: fidelity.psnr(videos[name][n], truth[n]) for name in ("stage", "trivial")},
+            "colour_error": fidelity.colour_error(videos["stage"][n], truth[n]),
+        }
+        for n, text in enumerate(texts)
+    ]
+    overall = {name: fidelity.psnr(videos[name], truth) for name in ("stage", "trivial")}
+    overall["colour_error"] = float(np.mean([row["colour_error"] for row in rows]))
+    return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
+
+
+def enlarged_again(config, *, workdir=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """True clips of held-out captions, what a super-resolution stage is given of them, and two ways back.
+
+    Returns the captions, and clips [N, T, H, W, 3] in [-1, 1]: 'truth', 'given', 'trivial' and 'stage'.
+    """
+    attributes = choose_captions(2 * clips, seed)[clips:]
+    texts = [shapes.caption(a) for a in attributes]
+    frames, height, width, _ = stages.video_shape(config)
+    truth = np.stack(
+        [shapes.render(a, seed + n, frames=frames, height=height, width=width) for n, a in enumerate(attributes)]
+    )
+    factors = stages.factors(config)
+    given = np.asarray(conditioning.reduce(truth, **factors))
+    trivial = np.asarray(conditioning.enlarge(given, **factors))
+    params = cascade.load_weights(config, workdir)
+    made = cascade.sample_stage(config, params, texts, seeds=[(seed, n) for n in range(clips)], low=given)
+    return texts, {"truth": truth, "given": given, "trivial": trivial, "stage": made}
+
+
+def psnr_table(table: dict) -> str:
+    """The table of `super_resolution` in Markdown."""
+    gain = table["stage"] - table["trivial"]
+    return (
+        "| stage | clips | PSNR | bilinear, repeated frames | gain | colour error |\n|---|--:|--:|--:|--:|--:|\n"
+        f"| {table['name']} | {table['clips']} | {table['stage']:.2f} dB | {table['trivial']:.2f} dB | {gain:+.2f} dB "
+        f"| {table['colour_error']:.1f} of 255 |"
+    )
 
 
 def choose_captions(clips: int, seed: int) -> list[shapes.Attributes]:

@@ -43,6 +43,10 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
+flags.DEFINE_string("input", None, "A video file that the first stage, one of super-resolution, enlarges.")
+flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run; it needs --input.")
+flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")
+flags.DEFINE_bool("save_stages", False, "Write what every stage makes beside --out, as out.base.mp4, out.tsr1.mp4, …")
 flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look at small stages.", lower_bound=1)
 flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
@@ -54,9 +58,12 @@ def run() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
-    from ivideo import stages
+    from ivideo import cascade, stages
 
-    stages.check(config)
+    for stage in cascade.select(config):
+        stages.check(stage)
+    if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
+        raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
     if FLAGS.mode == "train":
         from ivideo.train import train
 
@@ -67,13 +74,14 @@ def run() -> None:
         generate(
             config, _prompts(), _needed("out"), workdir=FLAGS.workdir, seed=FLAGS.seed, num_videos=FLAGS.num_videos,
             in_folder=FLAGS.prompts_file is not None, zoom=FLAGS.zoom, overwrite=FLAGS.overwrite,
+            first=FLAGS.from_stage, last=FLAGS.to_stage, clip=FLAGS.input, save_stages=FLAGS.save_stages,
         )  # fmt: skip
     elif FLAGS.mode == "evaluate":
-        from ivideo.evaluate import prompt_following
+        from ivideo.evaluate import evaluate
 
-        prompt_following(
+        evaluate(
             config, workdir=FLAGS.workdir, clips=FLAGS.clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
-            overwrite=FLAGS.overwrite,
+            overwrite=FLAGS.overwrite, last=FLAGS.to_stage,
         )  # fmt: skip
     elif FLAGS.mode == "export":
         from ivideo.generate import export

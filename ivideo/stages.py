@@ -1,21 +1,29 @@
-"""From a stage's config to its parts: the network, its inputs, its denoiser, its sampler. Sections 2.1, 2.3, 2.6.
+"""From a stage's config to its parts: the network, its inputs, its denoiser, its sampler. Sections 2.1 to 2.3, 2.6.
 
 The only place, with `train`, that reads a config: what it calls takes explicit arguments.
 B batch · T frames · H, W height, width · C channels · L text tokens · D text channels
 """
 
 import functools
+import math
+import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ivideo import guidance, samplers
+from ivideo import augment, conditioning, guidance, samplers
 from ivideo.diffusion import LOSS_KINDS
 from ivideo.errors import UserError
 from ivideo.models.unet import VideoUNet
 from ivideo.schedules import cosine_logsnr, cosine_time
+from ivideo.windows import windowed
+
+# Folded into a video's key for the noise on its conditioning video: a number that no sampler step has
+_AUGMENTATION = np.uint32(2**32 - 2)
 
 CHOICES = {
+    "cond.fill": conditioning.FILLS,
     "diffusion.loss": LOSS_KINDS,
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("float32", "bfloat16"),
@@ -53,10 +61,50 @@ def check(config) -> None:
             f"config.train.batch_size = {config.train.batch_size} cannot be split into config.train.accumulate = "
             f"{config.train.accumulate} equal parts: choose a multiple"
         )
+    if config.cond.frames:
+        _check_conditioning(config)
     try:
-        build_model(config).check(config.video.height, config.video.width)
+        for height, width in {(config.video.height, config.video.width), training_shape(config)[1:3]}:
+            build_model(config).check(height, width)
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+def _check_conditioning(config) -> None:
+    for axis in ("frames", "height", "width"):
+        given, made, trained = config.cond[axis], config.video[axis], config.train[f"crop_{axis}"]
+        if given < 1 or made % given:
+            raise UserError(f"config.cond.{axis} = {given} does not divide config.video.{axis} = {made}: choose a part")
+        if trained > made or trained % (made // given):
+            raise UserError(
+                f"config.train.crop_{axis} = {trained}: expected a multiple of {made // given}, up to {made}, or 0"
+            )
+    if config.video.height * config.cond.width != config.video.width * config.cond.height:
+        raise UserError(
+            f"frames of {config.cond.height}×{config.cond.width} cannot become {config.video.height}×"
+            f"{config.video.width}: config.cond must have the aspect ratio of config.video"
+        )
+    if config.cond.fill == "blank" and config.model.data_std != 1:
+        raise UserError(
+            f"config.model.data_std = {config.model.data_std} counts on frames like those given: with config.cond.fill "
+            "= 'blank' it must be 1"
+        )
+    if not config.train.augmentation_min < np.log(config.sample.augmentation_snr) < config.diffusion.logsnr_max:
+        raise UserError(
+            f"config.sample.augmentation_snr = {config.sample.augmentation_snr}: expected a ratio whose logarithm is "
+            f"among the levels trained on, {config.train.augmentation_min} to {config.diffusion.logsnr_max}"
+        )
+    if not 0 <= config.sample.augmentation_blur <= config.train.augmentation_blur:
+        raise UserError(
+            f"config.sample.augmentation_blur = {config.sample.augmentation_blur}: expected pixels from 0 to those "
+            f"trained on, config.train.augmentation_blur = {config.train.augmentation_blur}"
+        )
+    wanted = 4 if config.cond.fill == "blank" else 3
+    if config.model.cond_channels != wanted:
+        raise UserError(
+            f"config.model.cond_channels = {config.model.cond_channels}: expected {wanted} with config.cond.fill = "
+            f"{config.cond.fill!r}"
+        )
 
 
 def build_model(config) -> VideoUNet:
@@ -68,6 +116,18 @@ def build_model(config) -> VideoUNet:
 def video_shape(config) -> tuple[int, int, int, int]:
     """[T, H, W, 3] of what the stage makes."""
     return (config.video.frames, config.video.height, config.video.width, 3)
+
+
+def training_shape(config) -> tuple[int, int, int, int]:
+    """[T, H, W, 3] of what the stage is trained on: what it makes, or crops of it."""
+    t = config.train
+    crop = (t.crop_frames, t.crop_height, t.crop_width)
+    return tuple(part or whole for part, whole in zip((*crop, 0), video_shape(config), strict=True))
+
+
+def factors(config) -> dict[str, int]:
+    """How much larger in `space` and in `time` a super-resolution stage makes what it is given."""
+    return {"space": config.video.height // config.cond.height, "time": config.video.frames // config.cond.frames}
 
 
 def model_inputs(config, batch: int) -> tuple[tuple, dict]:
@@ -137,13 +197,56 @@ def guided_denoiser(config, model, params, text, text_mask, **conditioning):
     return guidance.classifier_free(with_text, without, weight)
 
 
-def sample(config, model, params, text, text_mask, keys, *, on_step=None, **conditioning):
+def conditioning_video(config, low, key, logsnr, *, time: int | None = None):
+    """The network's `cond` [B, T, H, W, C] from clips of the stage before [B, t, h, w, 3], through noise of logsnr [B].
+
+    `key` is one, or [B]. `time` is the factor in time where it is not the config's: 1 for packed images.
+    """
+    sizes = factors(config) if time is None else {**factors(config), "time": time}
+    return conditioning.enlarge(augment.augment(key, low, logsnr), **sizes, fill=config.cond.fill)
+
+
+def video_keys(config, seeds):
+    """Keys [B] for sampling, one a (seed, number) pair. Every super-resolution stage has noise of its own."""
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), number) for seed, number in seeds])
+    if not config.cond.frames:
+        return keys
+    stage = np.uint32(zlib.crc32(config.stage.encode()))
+    return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
+
+
+def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=None, **given):
     """Videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L], from keys [B], one a video.
 
-    A video depends on its own key and text alone, not on the batch it is sampled in.
+    `low` [B, t, h, w, 3] is what a super-resolution stage is given, of any size that its network can work at.
+    A video depends on its own key, text and `low` alone, not on the batch it is sampled in.
     """
-    v_fn = guided_denoiser(config, model, params, text, text_mask, **conditioning)
-    z = samplers.initial_noise(keys, video_shape(config))
+    shape = video_shape(config)
+    if low is None:
+        v_fn = guided_denoiser(config, model, params, text, text_mask, **given)
+    else:
+        aug_logsnr = augment.sampling_logsnr(config.sample.augmentation_snr, low.shape[0])
+        noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, _AUGMENTATION))(keys)
+        if config.sample.augmentation_blur:
+            low = augment.blur(low, jnp.full(low.shape[:1], config.sample.augmentation_blur))
+        cond = conditioning_video(config, low, noise_keys, aug_logsnr)
+        shape = (*cond.shape[1:4], 3)
+
+        def denoise(z, cond, logsnr):
+            inputs = {"cond": cond, "aug_logsnr": aug_logsnr, **given}
+            return guided_denoiser(config, model, params, text, text_mask, **inputs)(z, logsnr)
+
+        denoise = windowed(
+            denoise,
+            window=config.sample.window,
+            overlap=config.sample.overlap,
+            multiple=math.prod(config.model.strides),
+        )
+
+        def v_fn(z, logsnr):
+            return denoise(z, cond, logsnr)
+
+    z = samplers.initial_noise(keys, shape)
     options = {
         "num_steps": config.sample.steps,
         "threshold": _threshold(config),

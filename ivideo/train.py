@@ -18,10 +18,10 @@ import numpy as np
 import optax
 from tensorboardX import SummaryWriter
 
-from ivideo import diffusion, joint, sharding, stages
+from ivideo import augment, conditioning, diffusion, joint, sharding, stages
 from ivideo.checkpoint import Checkpoints
 from ivideo.data.pipeline import make_iterator
-from ivideo.data.sources import make_source
+from ivideo.data.sources import Crop, make_source
 from ivideo.errors import UserError
 from ivideo.text import encode, load_encoder
 from ivideo.text.tokenizers import byte_tokens
@@ -75,7 +75,7 @@ def batch_loss(config, model, text_module, params, text_params, batch, key):
     Every sample has its own noise level, t ~ U(0, 1), spread evenly over the batch (arXiv 2107.00630, Appendix I). Text
     is left out of whole samples (Section 2.6.1).
     """
-    key_time, key_noise, key_text = jax.random.split(key, 3)
+    key_time, key_noise, key_text, key_cond = jax.random.split(key, 4)
     video = batch["video"]
     text = encode(text_module, text_params, batch["tokens"], batch["token_mask"])
     mask = batch["token_mask"]
@@ -96,10 +96,39 @@ def batch_loss(config, model, text_module, params, text_params, batch, key):
     logsnr = stages.logsnr_fn(config)(times)
     eps = jax.random.normal(key_noise, video.shape)
 
+    given = {}
+    if config.cond.frames:
+        given = conditioning_inputs(config, batch, key_cond)
+
     def v_fn(z, logsnr):
-        return model.apply({"params": params}, z, logsnr, text, mask, num_images=num_images)
+        return model.apply({"params": params}, z, logsnr, text, mask, num_images=num_images, **given)
 
     return diffusion.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights).mean()
+
+
+def conditioning_inputs(config, batch, key):
+    """What a super-resolution stage is given in training: a batch's own clips, reduced, through noise of random levels.
+
+    One level a clip (Section 2.5), and where the config asks one blur; a packed image is conditioned on itself, with
+    its clip's level and blur. Returns the network's `cond` [B, T + K, H, W, C] and `aug_logsnr` [B].
+    """
+    key_level, key_video, key_images, key_blur = jax.random.split(key, 4)
+    sizes = stages.factors(config)
+    ends = {"logsnr_min": config.train.augmentation_min, "logsnr_max": config.diffusion.logsnr_max}
+    count = batch["video"].shape[0]
+    level = augment.random_level(key_level, count, **ends)
+    # Squared: sharp clips have to be common enough to learn to keep them sharp
+    deviation = config.train.augmentation_blur * jax.random.uniform(key_blur, (count,)) ** 2
+
+    def reduced(video, time):
+        low = conditioning.reduce(video, space=sizes["space"], time=time)
+        return augment.blur(low, deviation) if config.train.augmentation_blur else low
+
+    cond = stages.conditioning_video(config, reduced(batch["video"], sizes["time"]), key_video, level)
+    if "images" in batch:
+        low = reduced(batch["images"], 1)
+        cond = joint.pack(cond, stages.conditioning_video(config, low, key_images, level, time=1))
+    return {"cond": cond, "aug_logsnr": level}
 
 
 def make_train_step(config, text_module):
@@ -142,9 +171,12 @@ def make_train_step(config, text_module):
 def make_data(config, encoder):
     """The endless iterator over this process's part of the stage's batches."""
     frames, height, width, _ = stages.video_shape(config)
+    crop = None
+    if stages.training_shape(config) != stages.video_shape(config):
+        crop = Crop(*stages.training_shape(config)[:3], **stages.factors(config))
     source = make_source(
         config.data.source, frames=frames, height=height, width=width, num_clips=config.data.num_clips,
-        data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps,
+        data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps, crop=crop,
     )  # fmt: skip
     return make_iterator(
         source, batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Makes the weights that the package ships, from nothing: the text encoder, then the base stage.
-# Usage: launch/train_demo.sh FOLDER. Safe to run again: each part goes on where it stopped.
+# Makes the weights that the package ships, from nothing: the text encoder, then the stages one after the other.
+# Usage: launch/train_demo.sh FOLDER [STAGE ...]. Safe to run again: each part goes on where it stopped. The stages do
+# not depend on each other, so they can be trained at the same time on several machines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=${1:?usage: launch/train_demo.sh FOLDER}
+folder=${1:?usage: launch/train_demo.sh FOLDER [STAGE ...]}
+shift
+stages=${*:-base tsr1 ssr1 ssr2 tsr2 tsr3 ssr3}
 mkdir -p "$folder"
 # Two host devices split the batch: XLA runs much of a CPU program on one thread a device
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS="--xla_force_host_platform_device_count=2"
 
 text=$folder/text.safetensors
 [ -e "$text" ] || python -m ivideo.main --config=configs/base.py:demo --mode=train_text --out="$text"
-python -m ivideo.main --config=configs/base.py:demo --config.text.checkpoint="$text" --workdir="$folder/base"
-python -m ivideo.main --config=configs/base.py:demo --config.text.checkpoint="$text" --mode=export \
-  --workdir="$folder/base" --out="$folder/base.safetensors" --overwrite
+for stage in $stages; do
+  config=(--config="configs/$stage.py:demo" --config.text.checkpoint="$text" --workdir="$folder/$stage")
+  python -m ivideo.main "${config[@]}"
+  python -m ivideo.main "${config[@]}" --mode=export --out="$folder/$stage.safetensors" --overwrite
+done

@@ -68,3 +68,17 @@ def test_small_augment_refuses_other_keys():
         augment.augment(jax.random.split(jax.random.key(0), 2), video, jnp.zeros(3))
     with pytest.raises(ValueError, match=r"typed key.*uint32"):
         augment.augment(jax.random.PRNGKey(0), video, jnp.zeros(3))
+
+
+def test_small_blur_spreads_a_point_by_its_deviation():
+    """Variances of the spread point are those of the Gaussian, one a clip; a plain frame stays plain to its edges."""
+    video = np.zeros((2, 1, 21, 31, 1), np.float32)
+    video[:, 0, 10, 15] = 1
+    deviation = np.array([0.0, 2.0], np.float32)
+    blurred = np.asarray(augment.blur(video, deviation), np.float64)[:, 0, :, :, 0]
+    np.testing.assert_allclose(blurred[0], video[0, 0, :, :, 0], atol=1e-6)
+    np.testing.assert_allclose(blurred[1].sum(), 1, atol=1e-3)
+    rows, columns = blurred[1].sum(axis=1), blurred[1].sum(axis=0)
+    np.testing.assert_allclose((rows * (np.arange(21) - 10) ** 2).sum(), 4, rtol=0.01)
+    np.testing.assert_allclose((columns * (np.arange(31) - 15) ** 2).sum(), 4, rtol=0.01)
+    np.testing.assert_allclose(augment.blur(np.full((2, 1, 8, 8, 3), 0.3, np.float32), deviation), 0.3, rtol=1e-5)

@@ -81,7 +81,7 @@ def test_small_conditioning_is_seen(small):
     small.model.cond_channels = 4
     small.model.augmentation = True
     found = describe.facts(small)
-    assert found["input"] == {"kind": "video", "frames": 4, "height": 8, "width": 8, "channels": 4}
+    assert found["input"] == {"kind": "video", "frames": 4, "height": 8, "width": 8, "fps": 3, "channels": 4}
     assert found["output"] == {"frames": 4, "height": 8, "width": 8}
     assert base_facts["input"]["kind"] == "noise"
     # four more channels of 2 × 2 pixels into the stem, and an embedding of the noise put on them

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ivideo.data import pipeline, shapes, sources, video_io
+from ivideo.errors import UserError
 
 SIZE = dict(frames=4, height=8, width=12)
 ARRAYS = ("video", "tokens", "token_mask", "images", "image_tokens", "image_token_mask")
@@ -223,6 +224,26 @@ def test_small_resizing_is_that_of_jax():
     )
 
 
+def test_small_crops_are_parts_of_their_clips():
+    """At places that are multiples of the steps, drawn from the clip: the same every time, others for other clips."""
+    size = dict(num_clips=20, seed=3, frames=16, height=24, width=40)
+    crop = sources.Crop(4, 8, 16, space=4, time=2)
+    whole, part = sources.ShapesSource(**size), sources.ShapesSource(**size, crop=crop)
+    places = set()
+    for i in range(20):
+        rng = np.random.default_rng((whole.clip(i)[1], 1))
+        place = crop.place(rng, frames=16, height=24, width=40)
+        assert [s.start % step for s, step in zip(place, (2, 4, 4), strict=True)] == [0, 0, 0]
+        assert part[i]["caption"] == whole[i]["caption"]
+        np.testing.assert_array_equal(part[i]["video"], whole[i]["video"][place])
+        places.add(tuple(s.start for s in place))
+    assert len(places) > 10
+    assert {p[0] for p in places} == {0, 2, 4, 6, 8, 10, 12}
+    assert part.image(0, np.random.default_rng(0))["image"].shape == (8, 16, 3)
+    with pytest.raises(UserError, match="the crop's height is 32 in a clip of 24, expected 1 to 24"):
+        sources.ShapesSource(**size, crop=sources.Crop(4, 32, 16))[0]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Two builds of one small set, with the network shut."""
@@ -275,6 +296,15 @@ def test_small_tfds_source_reads_what_was_prepared(prepared):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[5]["video"], source[5]["video"])
     batch = next(make_iterator(source, num_images=2))
     assert batch["video"].shape == (4, 4, 12, 20, 3) and batch["images"].shape == (4, 2, 12, 20, 3)
+
+
+def test_small_tfds_crops_are_parts_of_their_clips(prepared):
+    size = dict(frames=8, height=24, width=40, fps=None)
+    crop = sources.Crop(4, 8, 16, space=2)
+    whole, part = (sources.TFDSSource(prepared[0], **size, crop=c) for c in (None, crop))
+    place = crop.place(np.random.default_rng(5), frames=8, height=24, width=40)
+    np.testing.assert_array_equal(part[5]["video"], whole[5]["video"][place])
+    assert part.image(5, np.random.default_rng(0))["image"].shape == (8, 16, 3)
 
 
 def test_small_tfds_source_names_what_is_wrong(prepared):

@@ -9,7 +9,7 @@ from configs import base
 from ivideo import stages
 from ivideo.models import blocks
 from ivideo.models.attention import TemporalAttention
-from ivideo.models.unet import VideoUNet, skip_scale
+from ivideo.models.unet import VideoUNet, estimate_scale, skip_scale
 
 B, T, H, W, L, D = 2, 4, 8, 8, 6, 12
 
@@ -309,8 +309,8 @@ def test_small_paper_base_has_its_published_size():
 
 
 @pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
-def test_small_skip_and_scale_leave_a_target_in_the_units_of_the_data(std):
-    """Of Gaussian data: without the network's part v is that of E[x | z], and that part has the data's variance."""
+def test_small_skip_and_scale_leave_a_target_of_unit_variance(std):
+    """Of Gaussian data: without the network's part v is that of E[x | z], and that part has variance 1."""
     logsnr = np.linspace(-12, 12, 9)
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr))) for s in (-1, 1))
     skip, scale = (np.asarray(x, np.float64).ravel() for x in skip_scale(jnp.asarray(logsnr), std))
@@ -318,16 +318,53 @@ def test_small_skip_and_scale_leave_a_target_in_the_units_of_the_data(std):
     np.testing.assert_allclose(alpha - sigma * skip, mean, rtol=1e-4)
     # v - skip z = (alpha - skip sigma) eps - (sigma + skip alpha) x
     variance = (alpha - skip * sigma) ** 2 + (sigma + skip * alpha) ** 2 * std**2
-    np.testing.assert_allclose(variance / scale**2, std**2, rtol=1e-3)
+    np.testing.assert_allclose(variance / scale**2, 1, rtol=1e-3)
+    np.testing.assert_allclose(np.ravel(estimate_scale(jnp.asarray(logsnr), std)), mean, rtol=1e-4)
     if std == 1:
         np.testing.assert_array_equal([skip, scale], [np.zeros(9), np.ones(9)])
 
 
-def test_small_network_starts_from_the_skip():
-    """With its last layer at zero, as it is initialised, the network returns the noisy video's share alone."""
-    model = unet(data_std=0.5, cond_channels=3)
+def test_small_network_starts_from_what_it_is_given():
+    """With its last layer at zero, as it is initialised: v of E[x | z], for x of deviation 1/2 about the conditioning.
+
+    The conditioning is alpha' video + sigma' noise; of a video of unit variance it lets expect alpha' times itself.
+    """
+    model = unet(data_std=0.5, cond_channels=3, augmentation=True)
     z, logsnr, text, mask = inputs()
-    params = awake(model, z, logsnr, text, mask, cond=z)
+    cond, level = (1 - z) / 2, np.array([3.0, 1.0], np.float32)
+    given = {"cond": cond, "aug_logsnr": level}
+    params = drawn(shapes_of(model, z, logsnr, text, mask, **given))
     params["out"] = jax.tree.map(np.zeros_like, params["out"])
-    v = jax.jit(lambda z, cond: model.apply({"params": params}, z, logsnr, text, mask, cond=cond))(z, 1 - z)
-    np.testing.assert_allclose(v, skip_scale(jnp.asarray(logsnr), 0.5)[0] * z, rtol=1e-6)
+    v = jax.jit(lambda z, given: model.apply({"params": params}, z, logsnr, text, mask, **given))(z, given)
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
+    mean = cond * np.sqrt(1 / (1 + np.exp(-level)))[:, None, None, None, None]
+    x = mean + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (z - alpha * mean)
+    eps = (z - alpha * x) / sigma
+    np.testing.assert_allclose(v, alpha * eps - sigma * x, atol=2e-5)
+
+
+def test_small_network_that_knows_the_difference_is_small_does_not_see_noise_that_drowns_it():
+    """At a log-SNR of -16 its x is the same whatever the noise, though no weight is zero."""
+    model = unet(data_std=0.05, cond_channels=3, augmentation=True)
+    z, _, text, mask = inputs()
+    given = {"cond": (1 - z) / 2, "aug_logsnr": np.array([3.0, 1.0], np.float32)}
+    logsnr = np.full(2, -16, np.float32)
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
+    params = drawn(shapes_of(model, z, logsnr, text, mask, **given))
+    v_fn = jax.jit(lambda z: model.apply({"params": params}, z, logsnr, text, mask, **given))
+    x, other = (alpha * y - sigma * v_fn(y) for y in (z, z[::-1] + 1))
+    np.testing.assert_allclose(x, other, atol=1e-4)
+    assert np.std(x - given["cond"]) > 0.01  # what the network adds, of deviation 0.05 or so
+
+
+def test_small_eps_network_returns_its_v():
+    """The same weights read as eps: v = (F - sigma z) / alpha of what they give when read as v."""
+    z, logsnr, text, mask = inputs()
+    params = awake(unet(), z, logsnr, text, mask)
+    out, v = (jax.jit(unet(prediction=kind).apply)({"params": params}, z, logsnr, text, mask) for kind in ("v", "eps"))
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
+    np.testing.assert_allclose(v, (out - sigma * z) / alpha, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="with 'eps' it must be 1"):
+        unet(prediction="eps", data_std=0.5).check(H, W)
+    with pytest.raises(ValueError, match="model.prediction = 'x': choose one of v, eps"):
+        unet(prediction="x").check(H, W)

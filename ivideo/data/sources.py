@@ -12,6 +12,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -20,12 +21,40 @@ from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 
 
+class Crop(NamedTuple):
+    """A part of a clip to train on: its size, and `space` and `time`, of which its place is a multiple.
+
+    A crop then is made of whole pixels and frames of the clip that is `space` and `time` times smaller.
+    """
+
+    frames: int
+    height: int
+    width: int
+    space: int = 1
+    time: int = 1
+
+    def place(self, rng: np.random.Generator, *, frames: int, height: int, width: int) -> tuple[slice, slice, slice]:
+        """Where in a clip of this size the crop is, drawn by `rng`; UserError where it does not fit."""
+        slices = []
+        for name, part, whole, step in (
+            ("frames", self.frames, frames, self.time),
+            ("height", self.height, height, self.space),
+            ("width", self.width, width, self.space),
+        ):
+            if not 0 < part <= whole:
+                raise UserError(f"the crop's {name} is {part} in a clip of {whole}, expected 1 to {whole}.")
+            start = step * int(rng.integers((whole - part) // step + 1))
+            slices.append(slice(start, start + part))
+        return tuple(slices)
+
+
 class ShapesSource:
     """Clips of the captioned-shapes world, rendered when asked for; clip i is the same in every run.
 
     `attributes`: what to draw, e.g. `shapes.TRAIN`; clip i has attributes[i % len(attributes)], so every caption comes
     equally often where `num_clips` is a multiple of their number (and to within one clip elsewhere).
-    `frames`, `height`, `width`: the size of every clip. UserError where a number is not positive.
+    `frames`, `height`, `width`: the size of every clip. UserError where a number is not positive. `crop`: the part of
+    each clip that is drawn, at a place that follows from the clip.
     """
 
     def __init__(
@@ -37,6 +66,7 @@ class ShapesSource:
         frames: int,
         height: int,
         width: int,
+        crop: Crop | None = None,
     ):
         if not attributes:
             raise UserError("attributes is empty, expected one or more: pass e.g. shapes.TRAIN.")
@@ -45,7 +75,7 @@ class ShapesSource:
             raise UserError(f"seed is {seed}, expected 0 or more: pass another seed.")
         self.attributes = tuple(shapes.check_attributes(a) for a in attributes)
         self.num_clips, self.seed = num_clips, seed
-        self.frames, self.height, self.width = frames, height, width
+        self.frames, self.height, self.width, self.crop = frames, height, width, crop
 
     def __len__(self) -> int:
         return self.num_clips
@@ -59,14 +89,22 @@ class ShapesSource:
 
     def __getitem__(self, index: int) -> dict:
         attrs, seed = self.clip(index)
-        video = shapes.render(attrs, seed, frames=self.frames, height=self.height, width=self.width)
+        when, rows, columns = self._place(np.random.default_rng((seed, 1)))
+        times = shapes.frame_times(self.frames)[when]
+        video = shapes.render_at(attrs, seed, times, height=self.height, width=self.width)[:, rows, columns]
         return {"video": video, "caption": shapes.caption(attrs)}
+
+    def _place(self, rng: np.random.Generator) -> tuple[slice, slice, slice]:
+        if self.crop is None:
+            return slice(None), slice(None), slice(None)
+        return self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
         """One frame of clip `index`, chosen by `rng`, and the clip's caption; the other frames are not drawn."""
         attrs, seed = self.clip(index)
         time = shapes.frame_times(self.frames)[[rng.integers(self.frames)]]
-        image = shapes.render_at(attrs, seed, time, height=self.height, width=self.width)[0]
+        _, rows, columns = self._place(rng)
+        image = shapes.render_at(attrs, seed, time, height=self.height, width=self.width)[0, rows, columns]
         return {"image": image, "caption": shapes.caption(attrs)}
 
 
@@ -90,6 +128,7 @@ class TFDSSource:
         width: int,
         fps: video_io.Rate | None = None,
         start: float = 0.0,
+        crop: Crop | None = None,
         video_feature: str = "video",
         caption_feature: str = "caption",
     ):
@@ -110,6 +149,7 @@ class TFDSSource:
         self._features = (video_feature, caption_feature)
         self.split, self.data_dir = split, os.fspath(data_dir)
         self.frames, self.height, self.width, self.fps, self.start = frames, height, width, fps, start
+        self.crop = crop
 
     @staticmethod
     def _check_folder(data_dir: str | os.PathLike) -> None:
@@ -136,13 +176,20 @@ class TFDSSource:
     def __getitem__(self, index: int) -> dict:
         data, caption = self._read(index)
         video = resize_video(self._decode(index, data), height=self.height, width=self.width)
+        if self.crop is not None:
+            # At a place that follows from the clip
+            rng = np.random.default_rng(int(index))
+            video = video[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)]
         return {"video": video, "caption": caption}
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
         """One frame of clip `index`, chosen by `rng`, and the clip's caption."""
         data, caption = self._read(index)
         frame = self._decode(index, data)[[rng.integers(self.frames)]]
-        return {"image": resize_video(frame, height=self.height, width=self.width)[0], "caption": caption}
+        image = resize_video(frame, height=self.height, width=self.width)[0]
+        if self.crop is not None:
+            image = image[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)[1:]]
+        return {"image": image, "caption": caption}
 
 
 def make_source(
@@ -156,6 +203,7 @@ def make_source(
     data_dir: str = "",
     split: str = "train",
     fps: video_io.Rate | None = None,
+    crop: Crop | None = None,
 ) -> ShapesSource | TFDSSource:
     """The source called 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
 
@@ -165,10 +213,10 @@ def make_source(
         attributes = {"train": shapes.TRAIN, "held_out": shapes.HELD_OUT}
         if split not in attributes:
             raise UserError(f"split is {split!r}, expected one of {', '.join(attributes)}: choose one of them.")
-        size = dict(frames=frames, height=height, width=width)
+        size = dict(frames=frames, height=height, width=width, crop=crop)
         return ShapesSource(attributes[split], num_clips=num_clips, seed=seed, **size)
     if name == "tfds":
-        return TFDSSource(data_dir, split, frames=frames, height=height, width=width, fps=fps)
+        return TFDSSource(data_dir, split, frames=frames, height=height, width=width, fps=fps, crop=crop)
     raise UserError(f"the source is {name!r}, expected 'shapes' or 'tfds': choose one of them.")
 
 

@@ -9,6 +9,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ivideo.diffusion import expand
 from ivideo.models.attention import Dtype, FrameNorm, TextPooling
 from ivideo.models.blocks import (
     TEMPORAL,
@@ -21,6 +22,9 @@ from ivideo.models.blocks import (
     space_to_depth,
     upsample,
 )
+from ivideo.schedules import alpha_sigma
+
+PREDICTIONS = ("v", "eps")
 
 
 class VideoUNet(nn.Module):
@@ -30,7 +34,9 @@ class VideoUNet(nn.Module):
     enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
     pixels into channels and back, so a stride of 2 there lets the whole network work at half size. With
     `frame_positions` a video's frames are told their place in the clip, beside what temporal attention knows of it.
-    `data_std` is the standard deviation of the data given its conditioning, where far below 1: see `skip_scale`.
+    `prediction` says what the last layer stands for, 'v' or 'eps'; the network returns v either way (Section 2.4).
+    `data_std` is the standard deviation of the data given its conditioning, where far below 1: see `skip_scale` and
+    `expected`.
     """
 
     channels: tuple[int, ...]
@@ -45,6 +51,7 @@ class VideoUNet(nn.Module):
     cond_channels: int = 0
     augmentation: bool = False
     frame_positions: bool = False
+    prediction: str = "v"
     data_std: float = 1.0
     guidance_input: bool = False
     max_guidance: float = 16.0
@@ -64,6 +71,10 @@ class VideoUNet(nn.Module):
         for name in self.temporal:
             if name not in TEMPORAL:
                 raise ValueError(f"model.temporal has {name!r}: choose from {TEMPORAL}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"model.prediction = {self.prediction!r}: choose one of {', '.join(PREDICTIONS)}")
+        if self.prediction == "eps" and self.data_std != 1:
+            raise ValueError(f"model.data_std = {self.data_std} is for the prediction of v: with 'eps' it must be 1")
         stride = math.prod(self.strides)
         if height % stride or width % stride:
             raise ValueError(
@@ -102,7 +113,7 @@ class VideoUNet(nn.Module):
         embedding = self._embedding(logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, z.shape[1])
         context = (embedding, text, text_mask)
 
-        x = z if cond is None else jnp.concatenate([z, cond.astype(z.dtype)], axis=-1)
+        x = z if cond is None else jnp.concatenate([self._noisy_input(z, logsnr, cond, aug_logsnr), cond], axis=-1)
         x = space_to_depth(x.astype(self.dtype), self.strides[0])
         x = nn.Conv(self.channels[0], (3, 3), dtype=self.dtype, name="stem")(x)
 
@@ -130,8 +141,26 @@ class VideoUNet(nn.Module):
         x = nn.swish(FrameNorm(self.dtype, name="out_norm")(x))
         features = self.out_channels * self.strides[0] ** 2
         x = nn.Conv(features, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(x)
+        return self._as_v(depth_to_space(x, self.strides[0]), z, logsnr, cond, aug_logsnr)
+
+    def _noisy_input(self, z, logsnr, cond, aug_logsnr):
+        """What the stem sees of z; with `data_std` below 1, `estimated` of the difference from the given video."""
+        if self.data_std == 1:
+            return z
+        alpha, _ = alpha_sigma(expand(logsnr, z))
+        difference = z - alpha * expected(cond[..., : self.out_channels], aug_logsnr)
+        return difference * estimate_scale(logsnr, self.data_std) / self.data_std
+
+    def _as_v(self, x, z, logsnr, cond, aug_logsnr):
+        """v from what the last layer stands for: v, eps, or the part of v that `skip_scale` leaves to it."""
+        alpha, sigma = (expand(a, z) for a in alpha_sigma(logsnr))
+        if self.prediction == "eps":
+            return (x - sigma * z) / alpha  # eps = sigma z + alpha v
         skip, scale = skip_scale(logsnr, self.data_std)
-        return skip * z + scale * depth_to_space(x, self.strides[0])
+        if cond is None or self.data_std == 1:
+            return skip * z + scale * x
+        mean = expected(cond[..., : self.out_channels], aug_logsnr)
+        return skip * (z - alpha * mean) + scale * x - sigma * mean
 
     def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
         """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where frames differ."""
@@ -192,14 +221,38 @@ def skip_scale(logsnr, data_std: float):
     """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F need not hold the noise of z.
 
     For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written
-    for v): skip z is v of the mean of x given z of Gaussian data, and F is in the data's units, near -x where z is
-    mostly noise. A standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance
-    has to copy the noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
+    for v): skip z is v of the mean of x given z of Gaussian data, and F has unit variance at every noise level. A
+    standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance has to copy the
+    noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
     """
-    logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
-    alpha_2, sigma_2 = nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
+    alpha_2, sigma_2 = _squares(logsnr)
     variance = alpha_2 * data_std**2 + sigma_2
-    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, variance**-0.5
+    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, data_std * variance**-0.5
+
+
+def _squares(logsnr):
+    """alpha^2 and sigma^2: [B] -> two of [B, 1, 1, 1, 1]."""
+    logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
+    return nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
+
+
+def estimate_scale(logsnr, data_std: float):
+    """The factor k of the linear estimate k z of data of standard deviation `data_std`, from z of a noise level.
+
+    It falls to 0 where the noise drowns the data: a network that sees k z need not learn to look away from noise.
+    logsnr [B] -> [B, 1, 1, 1, 1].
+    """
+    alpha_2, sigma_2 = _squares(logsnr)
+    return jnp.sqrt(alpha_2) * data_std**2 / (alpha_2 * data_std**2 + sigma_2)
+
+
+def expected(cond, aug_logsnr):
+    """What a conditioning video lets expect of the video: itself, and the less the noisier it is. [B, F, H, W, C].
+
+    The mean of unit-variance data given alpha data + sigma noise. With `data_std` below 1 the network works on what
+    differs from it, so that before any training it repeats the video it is given.
+    """
+    return cond if aug_logsnr is None else cond * expand(alpha_sigma(aug_logsnr)[0], cond)
 
 
 def _per_segment(text, text_mask, num_images):

@@ -1,0 +1,61 @@
+"""The third spatial super-resolution: 192 × 320 to 768 × 1280 pixels, 128 frames. Section 2.3.
+
+paper  340M parameters. python -m ivideo.main --config=configs/ssr3.py --config.data.dir=DIR --workdir=DIR
+       Needs 5.4 GB for float32 parameters, their average and Adam's moments on every device, before activations:
+       sharding is to come.
+demo   a stage of the small cascade, on the captioned shapes; its weights are not in the package yet.
+small  a network of a few thousand parameters, for tests.
+"""
+
+from configs import common
+
+
+def get_config(variant: str = "paper"):
+    variants = {"paper": paper, "demo": demo, "small": small}
+    if variant not in variants:
+        raise common.unknown_variant(variant, variants)
+    return common.locked(variants[variant]())
+
+
+def paper():
+    """192 × 320 to 768 × 1280 pixels, by convolutions alone. Widths and depths are ours, to meet the printed count."""
+    config = common.stage("ssr3", "paper")
+    config.model.channels = (128, 256, 512, 1024)
+    config.model.blocks = (2, 2, 4, 4)
+    config.model.strides = (2, 2, 2, 2)
+    config.model.spatial_attention = (False, False, False, False)
+    config.model.cross_attention = (False, False, False, False)
+    config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
+    config.train.crop_frames = 16  # short clips; the paper prints no number
+    config.train.crop_height, config.train.crop_width = 256, 256
+    return config
+
+
+def demo(variant="demo"):
+    """96 × 160 to 192 × 320 pixels, on the captioned shapes; trained on crops."""
+    config = common.stage("ssr3", variant)
+    config.model.channels = (64, 64)
+    config.model.blocks = (1, 1)
+    config.model.strides = (4, 2)
+    config.model.spatial_attention = (False, False)
+    config.model.cross_attention = (False, False)
+    config.model.temporal = ("convolution", "convolution")
+    config.model.data_std = 0.03  # about the video that is given
+    config.diffusion.logsnr_shift = 2.0
+    config.diffusion.logsnr_max = 14.0
+    config.diffusion.loss = "x"
+    common.on_one_machine(config)
+    config.train.steps = 1200
+    config.train.learning_rate = 2e-3
+    config.train.crop_frames, config.train.crop_height, config.train.crop_width = 3, 64, 64
+    config.train.augmentation_min = 6.0
+    config.sample.sampler = "ddim"
+    config.sample.steps = 2
+    config.sample.weight = 0.0
+    config.sample.augmentation_snr = 1e4
+    return config
+
+
+def small():
+    """The demo's kinds of layer at sizes that train in seconds."""
+    return common.shrunk(demo("small"))

@@ -1,0 +1,61 @@
+"""The first temporal super-resolution: 16 to 32 frames of 24 × 40, 3 to 6 a second. Section 2.3.
+
+paper  1.7B parameters. python -m ivideo.main --config=configs/tsr1.py --config.data.dir=DIR --workdir=DIR
+       Needs 27 GB for float32 parameters, their average and Adam's moments on every device, before activations:
+       sharding is to come.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr1 makes it:
+       20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory.
+small  a network of a few thousand parameters, for tests.
+"""
+
+from configs import common
+
+
+def get_config(variant: str = "paper"):
+    variants = {"paper": paper, "demo": demo, "small": small}
+    if variant not in variants:
+        raise common.unknown_variant(variant, variants)
+    return common.locked(variants[variant]())
+
+
+def paper():
+    """16 to 32 frames of 24 × 40. Widths and depths are ours, to meet the printed parameter count."""
+    config = common.stage("tsr1", "paper")
+    config.model.channels = (640, 1280, 1280)
+    config.model.blocks = (4, 6, 6)
+    config.model.strides = (1, 2, 2)
+    config.model.spatial_attention = (False, False, True)
+    config.model.cross_attention = (False, False, True)
+    config.model.temporal = ("convolution", "convolution", "convolution")
+    return config
+
+
+def demo(variant="demo"):
+    """16 to 32 frames of 12 × 20, on the captioned shapes."""
+    config = common.stage("tsr1", variant)
+    config.model.channels = (64, 128)
+    config.model.blocks = (1, 1)
+    config.model.strides = (2, 2)
+    config.model.spatial_attention = (False, True)
+    config.model.cross_attention = (False, True)
+    config.model.temporal = ("convolution", "convolution")
+    config.model.head_dim = 32
+    config.model.data_std = 0.02  # about the video that is given
+    config.diffusion.logsnr_shift = 2.0
+    config.diffusion.logsnr_max = 14.0
+    config.diffusion.loss = "x"
+    common.on_one_machine(config)
+    config.train.steps = 2000
+    config.train.learning_rate = 1.5e-3
+    config.train.crop_frames = 8
+    config.train.augmentation_min = 9.0
+    config.sample.sampler = "ddim"
+    config.sample.steps = 2
+    config.sample.weight = 0.0
+    config.sample.augmentation_snr = 1e5
+    return config
+
+
+def small():
+    """The demo's kinds of layer at sizes that train in seconds."""
+    return common.shrunk(demo("small"))

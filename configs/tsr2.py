@@ -1,0 +1,61 @@
+"""The second temporal super-resolution: 32 to 64 frames of 192 × 320, 6 to 12 a second. Section 2.3.
+
+paper  780M parameters. python -m ivideo.main --config=configs/tsr2.py --config.data.dir=DIR --workdir=DIR
+       Needs 12 GB for float32 parameters, their average and Adam's moments on every device, before activations:
+       sharding is to come.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr2 makes it:
+       20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory.
+small  a network of a few thousand parameters, for tests.
+"""
+
+from configs import common
+
+
+def get_config(variant: str = "paper"):
+    variants = {"paper": paper, "demo": demo, "small": small}
+    if variant not in variants:
+        raise common.unknown_variant(variant, variants)
+    return common.locked(variants[variant]())
+
+
+def paper():
+    """32 to 64 frames of 192 × 320. Widths and depths are ours, to meet the printed parameter count."""
+    config = common.stage("tsr2", "paper")
+    config.model.channels = (128, 256, 512, 1024)
+    config.model.blocks = (2, 2, 6, 8)
+    config.model.strides = (2, 2, 2, 2)
+    config.model.spatial_attention = (False, False, False, False)
+    config.model.cross_attention = (False, False, False, True)
+    config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
+    return config
+
+
+def demo(variant="demo"):
+    """32 to 64 frames of 96 × 160, on the captioned shapes."""
+    config = common.stage("tsr2", variant)
+    config.model.channels = (64, 64)
+    config.model.blocks = (1, 1)
+    config.model.strides = (4, 2)
+    config.model.spatial_attention = (False, False)
+    config.model.cross_attention = (False, True)
+    config.model.temporal = ("convolution", "convolution")
+    config.model.head_dim = 32
+    config.model.data_std = 0.025  # about the video that is given
+    config.diffusion.logsnr_shift = 2.0
+    config.diffusion.logsnr_max = 14.0
+    config.diffusion.loss = "x"
+    common.on_one_machine(config)
+    config.train.steps = 1500
+    config.train.learning_rate = 2e-3
+    config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
+    config.train.augmentation_min = 9.0
+    config.sample.sampler = "ddim"
+    config.sample.steps = 2
+    config.sample.weight = 0.0
+    config.sample.augmentation_snr = 1e5
+    return config
+
+
+def small():
+    """The demo's kinds of layer at sizes that train in seconds."""
+    return common.shrunk(demo("small"))

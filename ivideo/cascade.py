@@ -1,0 +1,167 @@
+"""From texts to videos through one stage or several. Section 2.2.
+
+N videos · T, H, W frames, height, width
+"""
+
+import importlib.resources
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from ivideo import sharding, stages
+from ivideo.checkpoint import Checkpoints
+from ivideo.errors import UserError
+from ivideo.export import load_params
+from ivideo.text import load_encoder
+from ivideo.train import init_state
+
+SIZE = ("frames", "height", "width", "fps")
+
+
+def is_cascade(config) -> bool:
+    """Whether a config is of several stages (configs/cascade.py) and not of one."""
+    return "stages" in config
+
+
+def select(config, first: str | None = None, last: str | None = None) -> list:
+    """The configs of the stages to run, in order: all, or from `first` to `last`; of one stage's config, itself.
+
+    UserError where a name is unknown, the order is reversed, or a stage is not given what the one before it makes.
+    """
+    if not is_cascade(config):
+        if first or last:
+            raise UserError(
+                f"--from_stage and --to_stage choose among several stages, but the config is of {config.stage} alone: "
+                "use --config=configs/cascade.py"
+            )
+        return [config]
+    names = list(config.order)
+    for name in (first, last):
+        if name and name not in names:
+            raise UserError(f"stage {name!r} is unknown: choose from {', '.join(names)}")
+    begin, end = names.index(first or names[0]), names.index(last or names[-1])
+    if begin > end:
+        raise UserError(f"--from_stage={first} comes after --to_stage={last}: the order is {', '.join(names)}")
+    chosen = [config.stages[name] for name in names[begin : end + 1]]
+    for before, after in itertools.pairwise(chosen):
+        made, given = ({key: size[key] for key in SIZE} for size in (before.video, after.cond))
+        if made != given:
+            raise UserError(
+                f"{before.stage} makes {made} but {after.stage} is given {given}: "
+                f"config.stages.{after.stage}.cond must be config.stages.{before.stage}.video"
+            )
+    return chosen
+
+
+def load_weights(config, workdir: str | None):
+    """The stage's averaged parameters: the newest checkpoint's in `workdir`, or without one the package's (demo).
+
+    UserError where there is none, or where it is of another model.
+    """
+    if workdir is None:
+        path = importlib.resources.files("ivideo") / "demo" / "weights" / f"{config.stage}.safetensors"
+        if config.variant != "demo" or not os.path.exists(str(path)):
+            raise UserError(
+                f"--workdir is missing: the package has weights for the demo variant alone, not for {config.stage}:"
+                f"{config.variant}; give the folder of a training run"
+            )
+        return load_params(str(path), stages.param_shapes(config))
+    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
+    shapes = jax.eval_shape(lambda: init_state(config))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    checkpoints = Checkpoints(workdir, keep=config.train.keep)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(
+            f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"
+        )
+    return restored[1].ema
+
+
+def sample_stage(
+    config, params, prompts: Sequence[str], *, seeds: Sequence[tuple[int, int]], low=None, label: str | None = None
+) -> np.ndarray:
+    """One stage's videos [N, T, H, W, 3] in [-1, 1], one a prompt.
+
+    `low` [N, t, h, w, 3]: what a super-resolution stage is given. A video's noise follows from its (seed, number)
+    alone. Videos are made `config.sample.batch` at a time, split over the devices where these divide it, with a
+    progress bar, called `label` or by the stage's name, where there is a terminal. UserError where `low` is missing or
+    not wanted; FloatingPointError where a value is not finite.
+    """
+    if (low is None) == (config.cond.frames > 0):
+        raise UserError(
+            f"stage {config.stage} makes videos from noise: it takes no input"
+            if low is not None
+            else f"stage {config.stage} enlarges a video of {config.cond.height}×{config.cond.width}: give it --input"
+        )
+    encoder, model = load_encoder(config.text), stages.build_model(config)
+    size = min(config.sample.batch, len(prompts))
+    devices = jax.devices()
+    mesh = sharding.make_mesh(devices if size % len(devices) == 0 else devices[:1])
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    chunks = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+    with tqdm.tqdm(
+        total=config.sample.steps * len(chunks),
+        desc=label or config.stage,
+        unit="step",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        run = jax.jit(
+            lambda params, text, mask, keys, low: stages.sample(
+                config, model, params, text, mask, keys, low=low, on_step=lambda _: bar.update()
+            ),
+            in_shardings=(whole, split, split, split, split),
+            out_shardings=split,
+        )
+        videos = []
+        for chunk in chunks:
+            # The last chunk is filled up with its own last prompt: one shape, one compile
+            rows = [*chunk, *[chunk[-1]] * (size - len(chunk))]
+            tokens, mask = encoder.tokenize([prompts[i] for i in rows])
+            text = encoder.encode(jnp.asarray(tokens), jnp.asarray(mask))
+            keys = stages.video_keys(config, [seeds[i] for i in rows])
+            given = None if low is None else low[np.array(rows)]
+            videos.append(np.asarray(run(params, text, jnp.asarray(mask), keys, given))[: len(chunk)])
+        jax.effects_barrier()
+    videos = np.concatenate(videos)
+    if not np.isfinite(videos).all():
+        bad = int(np.flatnonzero(~np.isfinite(videos).all((1, 2, 3, 4)))[0])
+        raise FloatingPointError(
+            f"stage {config.stage} made values that are not finite for {prompts[bad]!r}: nothing was written; try "
+            "--config.model.dtype=float32 or an earlier checkpoint"
+        )
+    return videos
+
+
+def run(
+    configs: Sequence,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[tuple[int, int]],
+    workdir: str | None = None,
+    low=None,
+    on_stage: Callable = lambda config, videos: None,
+) -> np.ndarray:
+    """The last stage's videos [N, T, H, W, 3] of the stages in `configs` (see `select`), run one after the other.
+
+    Only one stage's weights are in memory at a time. `workdir` is the folder of a stage's training run, of several
+    stages a folder of such folders by the stages' names; None takes the package's weights. `on_stage(config, videos)`
+    is told what each stage made.
+    """
+    for number, config in enumerate(configs, 1):
+        label = f"{config.stage} ({number} of {len(configs)})" if len(configs) > 1 else None
+        path = os.path.join(workdir, config.stage) if workdir and len(configs) > 1 else workdir
+        params = load_weights(config, path)
+        low = sample_stage(config, params, prompts, seeds=seeds, low=low, label=label)
+        on_stage(config, low)
+        del params
+    return low

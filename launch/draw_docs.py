@@ -1,0 +1,71 @@
+"""Draws the pictures of the README from the weights in the package.
+
+  pip install '.[plot]' && python launch/draw_docs.py FOLDER
+
+FOLDER/stages.png: a frame of a held-out caption as each super-resolution stage is given it, enlarged the trivial way,
+enlarged by the stage, and true. FOLDER/star.png: frames of the whole cascade's video of the README's prompt.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import matplotlib
+import numpy as np
+
+from configs import cascade as cascade_config
+from ivideo import cascade, evaluate
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+PROMPT = "a red star moving right on a teal background"
+COLUMNS = {"given": "given", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "true"}
+
+
+def show(panel, frame, title=None) -> None:
+    panel.imshow(np.clip((frame + 1) / 2, 0, 1), interpolation="nearest")
+    panel.set(xticks=[], yticks=[])
+    if title:
+        panel.set_title(title, fontsize=9)
+
+
+def draw_stages(configs, path: pathlib.Path) -> None:
+    """A row a stage; an odd frame, which stages of super-resolution in time are not given. Below each way its error."""
+    figure, panels = pyplot.subplots(len(configs), 6, figsize=(13, 1.45 * len(configs)), layout="constrained")
+    for row, config in zip(panels, configs, strict=True):
+        _, videos = evaluate.enlarged_again(config, clips=1, seed=0)
+        number = len(videos["truth"][0]) // 2 + 1
+        times = config.video.frames // config.cond.frames
+        frames = {name: video[0][number // (times if name == "given" else 1)] for name, video in videos.items()}
+        top = row is panels[0]
+        for panel, (name, title) in zip(row, COLUMNS.items(), strict=False):
+            show(panel, frames[name], title if top else None)
+        for panel, name in zip(row[4:], ("trivial", "stage"), strict=True):
+            show(panel, 4 * (frames[name] - frames["truth"]), f"error × 4: {COLUMNS[name]}" if top else None)
+        row[0].set_ylabel(config.stage)
+    figure.savefig(path, dpi=100)
+
+
+def draw_star(configs, path: pathlib.Path) -> None:
+    """Six frames from the first to the last."""
+    video = cascade.run(configs, [PROMPT], seeds=[(0, 0)])[0]
+    figure, panels = pyplot.subplots(1, 6, figsize=(13, 1.6), layout="constrained")
+    for panel, number in zip(panels, np.linspace(0, len(video) - 1, 6).round().astype(int), strict=True):
+        show(panel, video[number], f"frame {number + 1} of {len(video)}")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = pathlib.Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    configs = cascade.select(cascade_config.get_config("demo"))
+    draw_stages(configs[1:], folder / "stages.png")
+    draw_star(configs, folder / "star.png")
+
+
+if __name__ == "__main__":
+    main()

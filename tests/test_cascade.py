@@ -1,0 +1,261 @@
+"""The seven stages: their published sizes, their chain, and the small cascade from a text to its last stage."""
+
+import importlib.resources
+import wave
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cascade as cascade_config
+from ivideo import augment, cascade, describe, evaluate, generate, stages
+from ivideo.data import shapes, video_io
+from ivideo.errors import UserError
+from ivideo.train import make_data
+
+# The paper's table: parameters, frames × height × width, frames a second, attention in space, the layer in time.
+PAPER = {
+    "base": (5.6e9, (16, 24, 40), 3, True, "attention"),
+    "tsr1": (1.7e9, (32, 24, 40), 6, True, "convolution"),
+    "ssr1": (1.4e9, (32, 48, 80), 6, True, "convolution"),
+    "ssr2": (1.2e9, (32, 192, 320), 6, True, "convolution"),
+    "tsr2": (780e6, (64, 192, 320), 12, False, "convolution"),
+    "tsr3": (630e6, (128, 192, 320), 24, False, "convolution"),
+    "ssr3": (340e6, (128, 768, 1280), 24, False, "convolution"),
+}
+PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background"]
+
+
+def random_params(config, seed=1):
+    """Every layer awake, without training."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: (0.1 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    config = cascade_config.get_config("small")
+    monkeypatch.setattr(cascade, "load_weights", lambda config, workdir: random_params(config))
+    return config
+
+
+def test_small_paper_stages_have_the_published_sizes():
+    config = cascade_config.get_config("paper")
+    assert list(config.order) == list(PAPER)
+    for name, (parameters, size, fps, attention, temporal) in PAPER.items():
+        stage = config.stages[name]
+        count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(stages.param_shapes(stage)))
+        assert abs(count / parameters - 1) < 0.02, f"{name}: {count / 1e9:.3f}B"
+        assert stages.video_shape(stage) == (*size, 3)
+        assert stage.video.fps == fps
+        assert any(stage.model.spatial_attention) == attention
+        assert set(stage.model.temporal) == {temporal}
+
+
+def test_small_paper_cascade_chains():
+    """Traced from noise to 128 × 768 × 1280: each stage takes what the one before it makes; every clip lasts 16/3 s."""
+    low = None
+    for config in cascade.select(cascade_config.get_config("paper")):
+        model = stages.build_model(config)
+        text = jax.ShapeDtypeStruct((1, config.text.length, config.text.dim), jnp.float32)
+        mask = jax.ShapeDtypeStruct((1, config.text.length), bool)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        given = {} if low is None else {"low": low}
+        low = jax.eval_shape(
+            lambda params, text, mask, keys, given, config=config, model=model: stages.sample(
+                config, model, params, text, mask, keys, **given
+            ),
+            stages.param_shapes(config), text, mask, keys, given,
+        )  # fmt: skip
+        assert low.shape == (1, *PAPER[config.stage][1], 3)
+        assert config.video.frames / config.video.fps == 16 / 3
+
+
+@pytest.mark.parametrize("variant", ["paper", "demo", "small"])
+def test_small_stages_agree_with_their_neighbours(variant):
+    for config in cascade.select(cascade_config.get_config(variant)):
+        stages.check(config)
+    config = cascade_config.get_config(variant)
+    config.stages.ssr2.cond.height *= 2
+    with pytest.raises(UserError, match=r"ssr1 makes .* but ssr2 is given .* must be config.stages.ssr1.video"):
+        cascade.select(config)
+
+
+def test_small_part_of_the_cascade_is_chosen():
+    config = cascade_config.get_config("small")
+    assert [c.stage for c in cascade.select(config, "ssr2", "tsr3")] == ["ssr2", "tsr2", "tsr3"]
+    assert [c.stage for c in cascade.select(config.stages.ssr1)] == ["ssr1"]
+    with pytest.raises(UserError, match="stage 'ssr4' is unknown: choose from base, tsr1"):
+        cascade.select(config, "ssr4")
+    with pytest.raises(UserError, match="--from_stage=ssr2 comes after --to_stage=tsr1"):
+        cascade.select(config, "ssr2", "tsr1")
+    with pytest.raises(UserError, match="the config is of ssr1 alone"):
+        cascade.select(config.stages.ssr1, "ssr1")
+
+
+def test_small_text_becomes_a_video_through_all_stages(small, tmp_path):
+    """From a sentence to the last stage's file, the stages' own beside it."""
+    out = tmp_path / "out"
+    paths = generate.generate(small, PROMPTS, str(out), seed=3, in_folder=True, save_stages=True)
+    frames, fps = video_io.read_video(paths[0])
+    assert (frames.shape, fps) == ((32, 64, 64, 3), 24)
+    for name in small.order[:-1]:
+        stage = small.stages[name]
+        size = stages.video_shape(stage)
+        if min(size[1:3]) >= 16:
+            frames, fps = video_io.read_video(out / f"001.{name}.mp4")
+            assert (frames.shape, fps) == (size, stage.video.fps)
+
+
+def test_small_enlarged_video_does_not_depend_on_its_batch(small):
+    """Its own seed, text and input alone: noise, and the noise on the input too, are drawn by the video."""
+    config, params = small.stages.ssr1, random_params(small.stages.ssr1)
+    low = np.random.default_rng(2).uniform(-1, 1, (2, 8, 8, 8, 3)).astype(np.float32)
+    seeds = [(3, 0), (3, 1)]
+    both = cascade.sample_stage(config, params, PROMPTS, seeds=seeds, low=low)
+    alone = cascade.sample_stage(config, params, PROMPTS[1:], seeds=seeds[1:], low=low[1:])
+    np.testing.assert_allclose(alone[0], both[1], atol=1e-4)
+    other = cascade.sample_stage(config, params, PROMPTS, seeds=[(3, 1), (4, 1)], low=low)
+    assert np.abs(other - both).reshape(2, -1).max(1).min() > 0.05
+
+
+def test_small_given_video_is_blurred_as_the_config_says(small):
+    """Blurred while sampling is blurred before it."""
+    config, params = small.stages.ssr1, random_params(small.stages.ssr1)
+    low = np.random.default_rng(2).uniform(-1, 1, (1, 8, 8, 8, 3)).astype(np.float32)
+    options = {"seeds": [(3, 0)]}
+    before = cascade.sample_stage(config, params, PROMPTS[:1], low=augment.blur(low, jnp.array([1.5])), **options)
+    config.sample.augmentation_blur = 1.5
+    np.testing.assert_allclose(cascade.sample_stage(config, params, PROMPTS[:1], low=low, **options), before, atol=1e-4)
+
+
+def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
+    """ssr1 is given 8 frames of 8 × 8 at 6 a second; the clip has 30 of 48 × 64 at 20."""
+    rng = np.random.default_rng(0)
+    clip = tmp_path / "clip.mp4"
+    video_io.write_video(clip, rng.uniform(-1, 1, (30, 48, 64, 3)).astype(np.float32), fps=20)
+    with caplog.at_level("INFO", logger="ivideo"):
+        paths = generate.generate(
+            small, PROMPTS[:1], str(tmp_path / "new.mp4"), first="ssr1", last="ssr2", clip=str(clip)
+        )
+    assert "30 frames of 48×64 at 20 a second, resampled to 8 of 8×8 at 6 for ssr1" in caplog.text
+    frames, fps = video_io.read_video(paths[0])
+    assert (frames.shape, fps) == ((8, 32, 32, 3), 6)
+
+
+def test_small_inputs_that_cannot_be(small, tmp_path):
+    def run(clip, **options):
+        generate.generate(small, PROMPTS[:1], str(tmp_path / "new.mp4"), clip=clip, **options)
+
+    missing = str(tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="stage base makes videos from noise; begin with --from_stage=tsr1"):
+        run(missing)
+    with pytest.raises(UserError, match=r"none.mp4"):
+        run(missing, first="ssr1")
+    with pytest.raises(UserError, match="stage ssr1 enlarges a video of 8×8: give it --input"):
+        run(None, first="ssr1")
+    for name, data in (("corrupt.mp4", b"\0\0\0\x18ftypmp42 not a video"), ("empty.mp4", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=name):
+            run(str(tmp_path / name), first="ssr1")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    with pytest.raises(UserError, match=r"sound.wav has audio streams and no video"):
+        run(str(tmp_path / "sound.wav"), first="ssr1")
+    video_io.write_video(tmp_path / "one.gif", np.zeros((1, 32, 32, 3), np.float32), fps=6)
+    with pytest.raises(UserError, match="has 1 frames, expected 2 or more"):
+        run(str(tmp_path / "one.gif"), first="ssr1")
+    assert not (tmp_path / "new.mp4").exists()
+
+
+def test_small_stage_trained_on_crops_works_at_other_sizes():
+    """The last stage is fully convolutional: its batches are crops, and it enlarges any size its strides divide."""
+    config = cascade_config.get_config("small").stages.ssr3
+    encoder = cascade.load_encoder(config.text)
+    batch = next(make_data(config, encoder))
+    assert batch["video"].shape[1:] == (config.train.crop_frames, config.train.crop_height, config.train.crop_width, 3)
+    assert batch["video"].shape[1:] != stages.video_shape(config)
+    for low in ((1, 3, 12, 20, 3), (1, 5, 8, 8, 3)):
+        video = cascade.sample_stage(
+            config, random_params(config), PROMPTS[:1], seeds=[(0, 0)], low=np.zeros(low, np.float32)
+        )
+        assert video.shape == (1, low[1], 2 * low[2], 2 * low[3], 3)
+
+
+def test_small_windows_are_sampled_without_seams():
+    """In windows: the same noise, and nearly the same video where the network is local."""
+    config = cascade_config.get_config("small").stages.ssr3
+    low = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 32, 3)).astype(np.float32)
+    params = random_params(config)
+    options = {"seeds": [(0, 0)], "low": low}
+    whole = cascade.sample_stage(config, params, PROMPTS[:1], **options)
+    config.sample.window, config.sample.overlap = (0, 32, 64), (0, 16, 0)
+    parts = cascade.sample_stage(config, params, PROMPTS[:1], **options)
+    assert parts.shape == whole.shape
+    assert np.abs(parts - whole).mean() < 0.25 * np.abs(whole - whole.mean()).mean()
+
+
+def test_small_evaluation_of_the_cascade(small, capsys, monkeypatch):
+    """Of true clips, whose backgrounds go from black to a little brighter."""
+
+    def true_clips(configs, texts, *, seeds, workdir):
+        frames, height, width, _ = stages.video_shape(configs[-1])
+        clips = [
+            shapes.render(shapes.parse_caption(t), n, frames=frames, height=height, width=width)
+            for t, (_, n) in zip(texts, seeds, strict=True)
+        ]
+        return np.stack(clips) + np.linspace(0, 2 / 127.5, frames)[:, None, None, None]
+
+    monkeypatch.setattr(cascade, "run", true_clips)
+    table = evaluate.evaluate(small, clips=6)["table"]
+    for group in ("seen", "held_out"):
+        assert (table[group]["clips"], table[group]["all"]) == (3, 1.0)
+    np.testing.assert_allclose(table["largest_drift"], 2, atol=1e-3)
+    out = capsys.readouterr().out
+    assert "| held-out | 3 | 100.0% |" in out
+    assert "first to last frame: 2.0 of 255" in out
+
+
+def test_small_describe_names_what_a_stage_is_given():
+    found = describe.facts(cascade_config.get_config("paper").stages.tsr2)
+    assert found["input"] == {"kind": "video", "frames": 32, "height": 192, "width": 320, "fps": 6, "channels": 3}
+    assert found["output"] == {"frames": 64, "height": 192, "width": 320}
+
+
+def test_small_evaluation_of_a_super_resolution_stage(small, capsys):
+    """What it is compared with is the trivial way back, measured here again."""
+    config = small.stages.tsr2
+    found = evaluate.evaluate(config, clips=3)
+    assert [shapes.held_out(shapes.parse_caption(row["caption"])) for row in found["clips"]] == [True] * 3
+    frames, height, width, _ = stages.video_shape(config)
+    errors = []
+    for number, row in enumerate(found["clips"]):
+        attributes = shapes.parse_caption(row["caption"])
+        truth = shapes.render(attributes, number, frames=frames, height=height, width=width)
+        errors.append(np.mean((truth[::2].repeat(2, axis=0) - truth) ** 2))
+        assert (row["trivial"] == np.inf) == (attributes.motion == "still")
+    np.testing.assert_allclose(found["table"]["trivial"], 10 * np.log10(4 / np.mean(errors)), rtol=1e-4)
+    assert "| tsr2 | 3 | " in capsys.readouterr().out
+
+
+def test_small_shipped_weights_fit_their_configs():
+    """From the first stage on, under 40 MB with the text encoder, each of the network its config describes."""
+    config = cascade_config.get_config("demo")
+    folder = importlib.resources.files("ivideo") / "demo" / "weights"
+    files = {p.name.removesuffix(".safetensors"): p for p in folder.iterdir()}
+    shipped = [name for name in config.order if name in files]
+    assert shipped == list(config.order)[: len(shipped)] and {*files} == {"text", *shipped}
+    assert sum(p.stat().st_size for p in files.values()) < 40e6
+    for name in shipped:
+        stage = config.stages[name]
+        shapes = jax.tree.map(lambda s: s.shape, stages.param_shapes(stage))
+        assert jax.tree.map(jnp.shape, cascade.load_weights(stage, None)) == shapes
+
+
+@pytest.mark.parametrize("name, gain", [("tsr1", 3), ("ssr1", 2)])
+def test_small_shipped_stage_is_better_than_the_trivial_way(name, gain):
+    """By decibels on held-out captions; the later stages, which take longer, are measured by --mode=evaluate."""
+    table = evaluate.super_resolution(cascade_config.get_config("demo").stages[name], clips=2, seed=5)["table"]
+    assert table["stage"] > table["trivial"] + gain

@@ -1,0 +1,86 @@
+"""Windows: they cover the clip, and blend to what the whole would have been."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ivideo import windows
+
+
+@pytest.mark.parametrize(("length", "window", "overlap"), [(10, 4, 1), (10, 4, 0), (7, 7, 3), (128, 16, 4), (9, 20, 5)])
+def test_small_windows_cover_and_overlap(length, window, overlap):
+    starts = windows.window_starts(length, window, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + window >= length
+    assert (starts[1:] - starts[:-1] <= window - overlap).all()
+    assert len(starts) == max(1, -(-(length - overlap) // (window - overlap)))  # and are no more than that takes
+    assert starts[-1] == max(0, length - window)
+
+
+def test_small_overlap_of_a_whole_window_is_refused():
+    with pytest.raises(ValueError, match=r"overlap=4 must be in 0 .. window - 1 = 3"):
+        windows.window_starts(10, 4, 4)
+
+
+def arrays(shape=(2, 6, 12, 20)):
+    rng = np.random.default_rng(0)
+    z, cond = (rng.normal(size=(*shape, 3)).astype(np.float32) for _ in range(2))
+    return z, cond, np.array([0.5, -1.0], np.float32)
+
+
+def test_small_windows_of_a_pointwise_function_are_the_whole():
+    def denoise(z, cond, logsnr):
+        return z * cond + logsnr[:, None, None, None, None]
+
+    whole = windows.windowed(denoise, window=(4, 8, 8), overlap=(1, 2, 3), multiple=2)(*arrays())
+    np.testing.assert_allclose(whole, denoise(*arrays()), atol=1e-6)
+
+
+def test_small_denoiser_sees_windows_alone():
+    seen = []
+
+    def denoise(z, cond, logsnr):
+        seen.append(z.shape)
+        return z
+
+    windows.windowed(denoise, window=(4, 8, 0), overlap=(1, 2, 3))(*arrays())
+    assert set(seen) == {(2, 4, 8, 20, 3)}
+    seen.clear()
+    windows.windowed(denoise, window=(0, 0, 40), overlap=(1, 2, 3))(*arrays())
+    assert seen == [(2, 6, 12, 20, 3)]
+
+
+def test_small_blend_has_no_seam():
+    """Windows that disagree by one are joined by a slope over the overlap, not by a step."""
+
+    def denoise(z, cond, logsnr):
+        # 0 in the first window, 1 in the second, told by their first pixel
+        return jnp.broadcast_to(cond[:, :1, :1, :1] > 0, z.shape).astype(jnp.float32)
+
+    z = np.zeros((1, 1, 1, 20, 1), np.float32)
+    cond = np.broadcast_to(np.arange(20.0)[:, None], z.shape)
+    row = windows.windowed(denoise, window=(0, 0, 12), overlap=(0, 0, 4))(z, cond, np.zeros(1))[0, 0, 0, :, 0]
+    np.testing.assert_allclose(row, [0] * 8 + [0.2, 0.4, 0.6, 0.8] + [1] * 8, atol=1e-6)
+
+
+def test_small_local_function_is_exact_away_from_borders():
+    """A blur over three pixels in windows that overlap by four differs from the whole in the overlaps alone."""
+    kernel = np.ones((1, 3, 1, 1), np.float32) / 3
+
+    def denoise(z, cond, logsnr):
+        frames = z[:, 0]
+        y = lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y[:, None]
+
+    z = np.random.default_rng(0).normal(size=(1, 1, 1, 20, 1)).astype(np.float32)
+    args = (z, z, np.zeros(1))
+    whole = denoise(*args)
+    parts = windows.windowed(denoise, window=(0, 0, 12), overlap=(0, 0, 4))(*args)
+    far = np.r_[0:8, 12:20]
+    np.testing.assert_allclose(parts[..., far, :], whole[..., far, :], atol=1e-6)
+
+
+def test_small_windows_off_the_strides_are_refused():
+    with pytest.raises(ValueError, match="A window of 6 in 12 must be a multiple of 4"):
+        windows.windowed(lambda z, c, l: z, window=(0, 6, 8), overlap=(0, 0, 0), multiple=4)(*arrays())
