@@ -34,9 +34,9 @@ def paper():
 def demo(variant="demo"):
     """96 × 160 to 192 × 320 pixels, on the captioned shapes; trained on crops."""
     config = common.stage("ssr3", variant)
-    config.model.channels = (64, 64)
+    config.model.channels = (32, 64)
     config.model.blocks = (1, 1)
-    config.model.strides = (4, 2)
+    config.model.strides = (2, 2)
     config.model.spatial_attention = (False, False)
     config.model.cross_attention = (False, False)
     config.model.temporal = ("convolution", "convolution")
@@ -45,7 +45,7 @@ def demo(variant="demo"):
     config.diffusion.logsnr_max = 14.0
     config.diffusion.loss = "x"
     common.on_one_machine(config)
-    config.train.steps = 1200
+    config.train.steps = 1000
     config.train.learning_rate = 2e-3
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 3, 64, 64
     config.train.augmentation_min = 6.0

@@ -33,9 +33,9 @@ def paper():
 def demo(variant="demo"):
     """32 to 64 frames of 96 × 160, on the captioned shapes."""
     config = common.stage("tsr2", variant)
-    config.model.channels = (64, 64)
+    config.model.channels = (32, 64)
     config.model.blocks = (1, 1)
-    config.model.strides = (4, 2)
+    config.model.strides = (2, 2)
     config.model.spatial_attention = (False, False)
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
@@ -45,7 +45,7 @@ def demo(variant="demo"):
     config.diffusion.logsnr_max = 14.0
     config.diffusion.loss = "x"
     common.on_one_machine(config)
-    config.train.steps = 1500
+    config.train.steps = 1800
     config.train.learning_rate = 2e-3
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
     config.train.augmentation_min = 9.0
