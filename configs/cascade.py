@@ -32,6 +32,6 @@ def _expect_generated(stages):
     """
     stages.ssr1.sample.augmentation_snr = 2000.0
     stages.ssr1.sample.augmentation_blur = 1.5
-    stages.ssr1.sample.weight = 1.5
+    stages.ssr1.sample.weight = 3.0
     stages.ssr1.sample.steps = 2
     stages.ssr2.sample.augmentation_snr = 1000.0

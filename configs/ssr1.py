@@ -4,8 +4,9 @@ paper  1.4B parameters. python -m ivideo.main --config=configs/ssr1.py --config.
        Needs 22 GB for float32 parameters, their average and Adam's moments on every device, before activations:
        sharding is to come.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr1 makes it:
-       about 50 minutes on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package are those of 3,000
-       steps; for the first 1,205 the blur was up to 1.5, and it was spread evenly throughout.
+       about 55 minutes for 6,000 steps on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package are of
+       as many steps, but until step 1,205 the blur was up to 1.5, spread evenly, and the learning rate fell to zero
+       at step 3,000 before its second half.
 small  a network of a few thousand parameters, for tests.
 """
 

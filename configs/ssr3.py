@@ -3,7 +3,8 @@
 paper  340M parameters. python -m ivideo.main --config=configs/ssr3.py --config.data.dir=DIR --workdir=DIR
        Needs 5.4 GB for float32 parameters, their average and Adam's moments on every device, before activations:
        sharding is to come.
-demo   a stage of the small cascade, on the captioned shapes; its weights are not in the package yet.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr3 makes it:
+       15 minutes for 1,000 steps on two cores of an AMD EPYC, 1.7 GB of memory.
 small  a network of a few thousand parameters, for tests.
 """
 
@@ -50,7 +51,7 @@ def demo(variant="demo"):
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 3, 64, 64
     config.train.augmentation_min = 6.0
     config.sample.sampler = "ddim"
-    config.sample.steps = 2
+    config.sample.steps = 1
     config.sample.weight = 0.0
     config.sample.augmentation_snr = 1e4
     return config

@@ -70,7 +70,7 @@ def init_state(config) -> TrainState:
 
 
 def batch_loss(config, model, text_module, params, text_params, batch, key):
-    """The mean denoising loss of a batch as the pipeline makes it, over `model.data_std`²: a float32 number.
+    """The mean denoising loss of a batch as the pipeline makes it: a float32 number.
 
     Every sample has its own noise level, t ~ U(0, 1), spread evenly over the batch (arXiv 2107.00630, Appendix I). Text
     is left out of whole samples (Section 2.6.1).
@@ -104,8 +104,8 @@ def batch_loss(config, model, text_module, params, text_params, batch, key):
         return model.apply({"params": params}, z, logsnr, text, mask, num_images=num_images, **given)
 
     loss = diffusion.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights).mean()
-    # In units of the data's spread: else its square goes into the gradients, which sink below Adam's epsilon
-    return loss / config.model.data_std**2
+    # That of x in units of the data's spread: else gradients shrink with its square, to below Adam's epsilon
+    return loss / config.model.data_std**2 if config.diffusion.loss == "x" else loss
 
 
 def conditioning_inputs(config, batch, key):

@@ -80,19 +80,20 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
     np.testing.assert_allclose(v_target(video, eps, jnp.asarray(logsnr)), alpha * eps - sigma * video, atol=1e-4)
 
 
-def test_small_loss_is_in_units_of_the_spread_of_the_data(parts):
-    """Gradients that shrink with the square of `data_std` fall below Adam's epsilon, and nothing is learned."""
+def test_small_loss_of_x_is_in_units_of_the_spread_of_the_data(parts):
+    """Else its gradients shrink with the square of `data_std`, to below Adam's epsilon, and little is learned."""
     config, encoder, batch, _ = parts
 
     class Constant:
         def apply(self, variables, z, logsnr, text, mask, *, num_images):
             return jnp.full(z.shape, 0.25)
 
-    def loss(data_std):
-        changed = small(**{"model.data_std": data_std})
+    def loss(kind, data_std):
+        changed = small(**{"diffusion.loss": kind, "model.data_std": data_std})
         return batch_loss(changed, Constant(), encoder.module, {}, encoder.params, batch, jax.random.key(5))
 
-    np.testing.assert_allclose(loss(0.1), 100 * loss(1.0), rtol=1e-5)
+    np.testing.assert_allclose(loss("x", 0.1), 100 * loss("x", 1.0), rtol=1e-5)
+    np.testing.assert_allclose(loss("v", 0.1), loss("v", 1.0), rtol=1e-5)
 
 
 def test_small_text_dropout_takes_the_share_it_is_told(parts):
