@@ -94,6 +94,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.train.batch_size = 2048  # videos a step over all devices, as Imagen; Imagen Video prints none
     config.train.accumulate = 1  # parts a batch is split into, whose gradients are averaged
     config.train.steps = 1_000_000
+    config.train.start = ""  # safetensors file of weights to begin with, of the same network; empty: none
     config.train.optimizer = "adam"  # 'adam' or 'adafactor'
     config.train.learning_rate = 1e-4
     config.train.warmup = 10_000  # steps

@@ -23,6 +23,7 @@ from ivideo.checkpoint import Checkpoints
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.errors import UserError
+from ivideo.export import load_params
 from ivideo.text import encode, load_encoder
 from ivideo.text.tokenizers import byte_tokens
 
@@ -62,9 +63,10 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.train.clip), optimizer)
 
 
-def init_state(config) -> TrainState:
-    """The state before the first step, from `config.seed`."""
-    params = stages.init_params(config, jax.random.key(config.seed))
+def init_state(config, params=None) -> TrainState:
+    """The state before the first step: of the parameters given, or of those that `config.seed` draws."""
+    if params is None:
+        params = stages.init_params(config, jax.random.key(config.seed))
     opt_state = make_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
 
@@ -189,6 +191,8 @@ def make_data(config, encoder):
 def train(config, workdir: str, *, devices=None) -> TrainState:
     """Trains the stage in `workdir` to `config.train.steps`, going on from its newest checkpoint.
 
+    Without a checkpoint it begins with the weights of the file `config.train.start`, or where that is empty with none;
+    UserError where they are of another network.
     `devices`: those to use, all unless given. SIGTERM saves and leaves with exit code 75. FloatingPointError at a loss
     or gradient that is not finite: the checkpoints stay as they were.
     """
@@ -208,7 +212,8 @@ def train(config, workdir: str, *, devices=None) -> TrainState:
         jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes), iterator
     )
     if restored is None:
-        state = jax.jit(lambda: init_state(config), out_shardings=whole)()
+        start = load_params(config.train.start, shapes.params) if config.train.start else None
+        state = jax.jit(lambda params: init_state(config, params), out_shardings=whole)(start)
     else:
         state = restored[1]
         log.info("going on from step %d of %s", restored[0], workdir)

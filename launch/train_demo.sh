@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the weights that the package ships, from nothing: the text encoder, then the stages one after the other.
-# Usage: launch/train_demo.sh FOLDER [STAGE ...]. Safe to run again: each part goes on where it stopped. The stages do
-# not depend on each other, so they can be trained at the same time on several machines.
+# Usage: launch/train_demo.sh FOLDER [STAGE ...]. Safe to run again: each part goes on where it stopped. tsr3
+# begins with the weights of tsr2; else the stages do not depend on each other, and can be trained at the same time on
+# several machines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?usage: launch/train_demo.sh FOLDER [STAGE ...]}
@@ -15,6 +16,7 @@ text=$folder/text.safetensors
 [ -e "$text" ] || python -m ivideo.main --config=configs/base.py:demo --mode=train_text --out="$text"
 for stage in $stages; do
   config=(--config="configs/$stage.py:demo" --config.text.checkpoint="$text" --workdir="$folder/$stage")
+  [ "$stage" != tsr3 ] || config+=(--config.train.start="$folder/tsr2.safetensors")
   python -m ivideo.main "${config[@]}"
   python -m ivideo.main "${config[@]}" --mode=export --out="$folder/$stage.safetensors" --overwrite
 done

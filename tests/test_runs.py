@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from configs import base
+from ivideo import stages
 from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
+from ivideo.export import save_params
 from ivideo.train import PREEMPTED, init_state, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,6 +75,21 @@ def test_small_another_model_in_the_folder_is_refused(trained):
         UserError, match=r"checkpoints/40 is of another model: down_0/.* is .* there and .* in this config"
     ):
         train(config, str(workdir), devices=jax.devices()[:1])
+
+
+def test_small_run_begins_with_the_weights_it_is_given(tmp_path):
+    """And so does their average; weights of another network are refused."""
+    config = run_config()
+    config.train.start = str(tmp_path / "start.safetensors")
+    config.train.steps, config.train.learning_rate = 1, 0.0
+    wanted = stages.init_params(config, jax.random.key(9))
+    save_params(config.train.start, wanted, metadata={}, dtype=np.float32)
+    state = train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
+    jax.tree.map(np.testing.assert_array_equal, state.params, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, wanted)
+    config.model.channels = (16,)
+    with pytest.raises(UserError, match=r"start.safetensors .* down_0/.* is .* there and .* in this config"):
+        train(config, str(tmp_path / "other"), devices=jax.devices()[:1])
 
 
 def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):

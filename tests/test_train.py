@@ -82,7 +82,7 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
 
 def test_small_loss_of_x_is_in_units_of_the_spread_of_the_data(parts):
     """Else its gradients shrink with the square of `data_std`, to below Adam's epsilon, and little is learned."""
-    config, encoder, batch, _ = parts
+    _, encoder, batch, _ = parts
 
     class Constant:
         def apply(self, variables, z, logsnr, text, mask, *, num_images):

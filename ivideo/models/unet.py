@@ -144,7 +144,7 @@ class VideoUNet(nn.Module):
         return self._as_v(depth_to_space(x, self.strides[0]), z, logsnr, cond, aug_logsnr)
 
     def _noisy_input(self, z, logsnr, cond, aug_logsnr):
-        """What the stem sees of z; with `data_std` below 1, the linear estimate of the difference from the given one."""
+        """What the stem sees of z; with `data_std` below 1, an estimate of the difference from the given video."""
         if self.data_std == 1:
             return z
         alpha, _ = alpha_sigma(expand(logsnr, z))
