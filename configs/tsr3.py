@@ -52,7 +52,7 @@ def demo(variant="demo"):
     config.sample.sampler = "ddim"
     config.sample.steps = 1
     config.sample.weight = 0.0
-    config.sample.augmentation_snr = 1e5
+    config.sample.augmentation_snr = 1e6
     return config
 
 
