@@ -6,7 +6,7 @@ paper  1.4B parameters. python -m ivideo.main --config=configs/ssr1.py --config.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr1 makes it:
        about 55 minutes for 6,000 steps on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package are of
        as many steps, but until step 1,205 the blur was up to 1.5, spread evenly, and the learning rate fell to zero
-       at step 3,000 before its second half.
+       at step 3,000 before its second half. Their loss was not yet in units of data_std.
 small  a network of a few thousand parameters, for tests.
 """
 

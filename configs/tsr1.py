@@ -4,7 +4,8 @@ paper  1.7B parameters. python -m ivideo.main --config=configs/tsr1.py --config.
        Needs 27 GB for float32 parameters, their average and Adam's moments on every device, before activations:
        sharding is to come.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr1 makes it:
-       20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory.
+       20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory. The loss of the weights in the
+       package was not yet in units of data_std.
 small  a network of a few thousand parameters, for tests.
 """
 

@@ -34,12 +34,12 @@ def show(panel, frame, title=None) -> None:
 def draw_stages(configs, path: pathlib.Path) -> None:
     """A row a stage; an odd frame, which stages of super-resolution in time are not given. Below each way its error."""
     figure, panels = pyplot.subplots(len(configs), 6, figsize=(13, 1.45 * len(configs)), layout="constrained")
-    for row, config in zip(panels, configs, strict=True):
+    for place, (row, config) in enumerate(zip(panels, configs, strict=True)):
+        top = place == 0
         _, videos = evaluate.enlarged_again(config, clips=1, seed=0)
         number = len(videos["truth"][0]) // 2 + 1
         times = config.video.frames // config.cond.frames
         frames = {name: video[0][number // (times if name == "given" else 1)] for name, video in videos.items()}
-        top = row is panels[0]
         for panel, (name, title) in zip(row, COLUMNS.items(), strict=False):
             show(panel, frames[name], title if top else None)
         for panel, name in zip(row[4:], ("trivial", "stage"), strict=True):
@@ -62,9 +62,10 @@ def main() -> None:
         sys.exit(__doc__)
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    configs = cascade.select(cascade_config.get_config("demo"))
-    draw_stages(configs[1:], folder / "stages.png")
-    draw_star(configs, folder / "star.png")
+    config = cascade_config.get_config("demo")
+    # Each with its own settings: those in a cascade expect what another stage made
+    draw_stages([cascade_config.STAGES[name].get_config("demo") for name in config.order[1:]], folder / "stages.png")
+    draw_star(cascade.select(config), folder / "star.png")
 
 
 if __name__ == "__main__":
