@@ -15,10 +15,7 @@ from configs import common
 
 
 def get_config(variant: str = "paper"):
-    variants = {"paper": paper, "demo": demo, "small": small}
-    if variant not in variants:
-        raise common.unknown_variant(variant, variants)
-    return common.locked(variants[variant]())
+    return common.variant(variant, paper=paper, demo=demo, small=small)
 
 
 def paper():

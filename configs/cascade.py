@@ -22,7 +22,7 @@ def get_config(variant: str = "paper"):
         config.stages[name] = STAGES[name].get_config(variant)
     if variant == "demo":
         _expect_generated(config.stages)
-    return common.locked(config)
+    return config.lock()
 
 
 def _expect_generated(stages):

@@ -13,10 +13,7 @@ from configs import common
 
 
 def get_config(variant: str = "paper"):
-    variants = {"paper": paper, "demo": demo, "small": small}
-    if variant not in variants:
-        raise common.unknown_variant(variant, variants)
-    return common.locked(variants[variant]())
+    return common.variant(variant, paper=paper, demo=demo, small=small)
 
 
 def paper():
@@ -42,17 +39,12 @@ def demo(variant="demo"):
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
     config.model.data_std = 0.02  # about the video that is given
-    config.diffusion.logsnr_shift = 2.0
-    config.diffusion.logsnr_max = 14.0
-    config.diffusion.loss = "x"
-    common.on_one_machine(config)
+    common.refining_on_one_machine(config)
     config.train.steps = 2000
     config.train.learning_rate = 1.5e-3
     config.train.crop_frames = 8
     config.train.augmentation_min = 9.0
-    config.sample.sampler = "ddim"
     config.sample.steps = 2
-    config.sample.weight = 0.0
     config.sample.augmentation_snr = 1e5
     return config
 

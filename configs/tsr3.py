@@ -12,10 +12,7 @@ from configs import common
 
 
 def get_config(variant: str = "paper"):
-    variants = {"paper": paper, "demo": demo, "small": small}
-    if variant not in variants:
-        raise common.unknown_variant(variant, variants)
-    return common.locked(variants[variant]())
+    return common.variant(variant, paper=paper, demo=demo, small=small)
 
 
 def paper():
@@ -41,17 +38,11 @@ def demo(variant="demo"):
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
     config.model.data_std = 0.025  # as tsr2, whose weights it begins with
-    config.diffusion.logsnr_shift = 2.0
-    config.diffusion.logsnr_max = 14.0
-    config.diffusion.loss = "x"
-    common.on_one_machine(config)
+    common.refining_on_one_machine(config)
     config.train.steps = 1500
     config.train.learning_rate = 1e-3
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
     config.train.augmentation_min = 11.0
-    config.sample.sampler = "ddim"
-    config.sample.steps = 1
-    config.sample.weight = 0.0
     config.sample.augmentation_snr = 1e6
     return config
 

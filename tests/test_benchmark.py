@@ -13,7 +13,9 @@ from ivideo.text import encoder_module
 
 @pytest.fixture(scope="module")
 def small():
-    return base.get_config("small")
+    config = base.get_config("small")
+    config.sample.weight = 1.0
+    return config
 
 
 @pytest.fixture(scope="module")
