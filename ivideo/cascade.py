@@ -122,7 +122,7 @@ def sample_stage(
             in_shardings=(whole, split, split, split, split),
             out_shardings=split,
         )
-        videos = []
+        videos = None
         for chunk in chunks:
             # The last chunk is filled up with its own last prompt: one shape, one compile
             rows = [*chunk, *[chunk[-1]] * (size - len(chunk))]
@@ -130,16 +130,22 @@ def sample_stage(
             text = encoder.encode(jnp.asarray(tokens), jnp.asarray(mask))
             keys = stages.video_keys(config, [seeds[i] for i in rows])
             given = None if low is None else low[np.array(rows)]
-            videos.append(np.asarray(run(params, text, jnp.asarray(mask), keys, given))[: len(chunk)])
+            made = np.asarray(run(params, text, jnp.asarray(mask), keys, given))[: len(chunk)]
+            _check_finite(config, made, [prompts[i] for i in chunk])
+            if videos is None:  # one array for all: at the end of the cascade a copy would be gigabytes
+                videos = np.empty((len(prompts), *made.shape[1:]), made.dtype)
+            videos[chunk.start : chunk.stop] = made
         jax.effects_barrier()
-    videos = np.concatenate(videos)
-    if not np.isfinite(videos).all():
-        bad = int(np.flatnonzero(~np.isfinite(videos).all((1, 2, 3, 4)))[0])
-        raise FloatingPointError(
-            f"stage {config.stage} made values that are not finite for {prompts[bad]!r}: nothing was written; try "
-            "--config.model.dtype=float32 or an earlier checkpoint"
-        )
     return videos
+
+
+def _check_finite(config, videos, prompts) -> None:
+    for video, prompt in zip(videos, prompts, strict=True):
+        if not np.isfinite(video).all():
+            raise FloatingPointError(
+                f"stage {config.stage} made values that are not finite for {prompt!r}: nothing was written; try "
+                "--config.model.dtype=float32 or an earlier checkpoint"
+            )
 
 
 def run(
