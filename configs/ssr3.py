@@ -45,7 +45,7 @@ def demo(variant="demo"):
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 3, 64, 64
     config.train.augmentation_min = 6.0
     config.sample.augmentation_snr = 1e4
-    config.sample.batch = 1  # at about 4 GB a video
+    config.sample.batch = 1  # bounds memory
     return config
 
 

@@ -44,7 +44,7 @@ def demo(variant="demo"):
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
     config.train.augmentation_min = 9.0
     config.sample.augmentation_snr = 1e5
-    config.sample.batch = 4  # at about 1 GB a video
+    config.sample.batch = 4  # bounds memory
     return config
 
 

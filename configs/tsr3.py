@@ -44,7 +44,7 @@ def demo(variant="demo"):
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
     config.train.augmentation_min = 11.0
     config.sample.augmentation_snr = 1e6
-    config.sample.batch = 2  # at about 1 GB a video
+    config.sample.batch = 2  # bounds memory
     return config
 
 
