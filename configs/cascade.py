@@ -28,10 +28,10 @@ def get_config(variant: str = "paper"):
 def _expect_generated(stages):
     """The small stages' sampling of what another stage made, where their own configs expect true clips.
 
-    The base draws blobs of the right colour, place and motion. More blur and guidance let ssr1 draw the text's shape.
+    The base draws blobs of the right colour, place and motion. Blur and guidance let ssr1 draw the text's shape.
     """
     stages.ssr1.sample.augmentation_snr = 2000.0
-    stages.ssr1.sample.augmentation_blur = 1.5
-    stages.ssr1.sample.weight = 3.0
+    stages.ssr1.sample.augmentation_blur = 1.0
+    stages.ssr1.sample.weight = 1.0
     stages.ssr1.sample.steps = 2
     stages.ssr2.sample.augmentation_snr = 1000.0
