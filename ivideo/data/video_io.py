@@ -249,9 +249,7 @@ def _opened(source: Path | bytes, expected: str):
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
             if not container.streams.video:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
-                raise VideoError(
-                    f"{name} has {kinds} streams and no video, expected {expected}: remove it from the set."
-                )
+                raise VideoError(f"{name} has {kinds} streams and no video, expected {expected}: use another.")
             yield container, container.streams.video[0]
     except VideoError:
         raise
@@ -259,7 +257,7 @@ def _opened(source: Path | bytes, expected: str):
     except Exception as error:
         raise VideoError(
             f"{name} cannot be read ({type(error).__name__}: {error}), expected {expected}: it is corrupt or not a "
-            "video, so write or download it again, or remove it from the set."
+            "video, so write or download it again, or use another."
         ) from error
 
 
@@ -282,8 +280,7 @@ def read_video(source: Path | bytes, *, min_frames: int = 2) -> tuple[np.ndarray
         _check_complete(source, stream, len(frames))
         if len(frames) < min_frames:
             raise VideoError(
-                f"{_name(source)} has {len(frames)} frames, expected {min_frames} or more: it is no clip, so remove it "
-                "from the set."
+                f"{_name(source)} has {len(frames)} frames, expected {min_frames} or more: it is no clip, so use another."
             )
         return np.stack(frames), Fraction(stream.average_rate or stream.guessed_rate or 0)
 
@@ -326,7 +323,7 @@ def sample_frames(
         if found is None or len(found) < frames:
             raise VideoError(
                 f"{_name(source)} ends after {len(found or ())} of these frames, expected {expected}, the last at "
-                f"{float(targets[-1]):.3f}: ask for a shorter clip or an earlier start, or remove it from the set."
+                f"{float(targets[-1]):.3f}: ask for a shorter clip or an earlier start, or use another."
             )
         return np.stack(found)
 
