@@ -280,7 +280,7 @@ def read_video(source: Path | bytes, *, min_frames: int = 2) -> tuple[np.ndarray
         _check_complete(source, stream, len(frames))
         if len(frames) < min_frames:
             raise VideoError(
-                f"{_name(source)} has {len(frames)} frames, expected {min_frames} or more: it is no clip, so use another."
+                f"{_name(source)} has {len(frames)} frames, expected {min_frames} or more: no clip, so use another."
             )
         return np.stack(frames), Fraction(stream.average_rate or stream.guessed_rate or 0)
 
