@@ -28,6 +28,7 @@ def paper():
     config.model.cross_attention = (True, True, True)
     config.model.temporal = ("attention", "attention", "attention")
     config.train.optimizer = "adafactor"
+    config.sample.mesh = common.mesh(frames=2, height=2, tensor=-1)
     return config
 
 

@@ -91,6 +91,11 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.data.num_images = 8  # independent images packed behind each video (Section 2.6); the paper prints no number
 
     config.train = ml_collections.ConfigDict()
+    config.train.mesh = mesh(fsdp=-1)
+    config.train.max_skipped = 100  # updates of a run left out since their gradient was not finite, before it stops
+    config.train.spike = 0.0  # mean losses so many times the usual take the run back to its checkpoint; 0: none do
+    config.train.max_rollbacks = 3  # such rollbacks before the run stops
+    config.train.hang_seconds = 1800.0  # that one step or checkpoint may take before the run leaves; 0: any
     config.train.batch_size = 2048  # videos a step over all devices, as Imagen; Imagen Video prints none
     config.train.accumulate = 1  # parts a batch is split into, whose gradients are averaged
     config.train.steps = 1_000_000
@@ -121,6 +126,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     )
 
     config.sample = ml_collections.ConfigDict()
+    config.sample.mesh = mesh(data=-1)
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
     config.sample.steps = 128 if before else 256
     config.sample.batch = 8  # videos made at a time
@@ -146,6 +152,17 @@ def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.Conf
     size.width = width  # pixels
     size.fps = fps  # frames a second
     return size
+
+
+def mesh(**sizes: int) -> ml_collections.ConfigDict:
+    """How many devices each axis has (ivideo.sharding); -1: all that are left. The product is the devices' number."""
+    mesh = ml_collections.ConfigDict()
+    mesh.data = sizes.get("data", 1)  # copies of the parameters, each with a part of the batch
+    mesh.fsdp = sizes.get("fsdp", 1)  # parts of the batch, and of parameters, their average and optimizer state
+    mesh.tensor = sizes.get("tensor", 1)  # parts of heads and inner channels
+    mesh.frames = sizes.get("frames", 1)  # parts of a video's frames
+    mesh.height = sizes.get("height", 1)  # parts of a frame's rows
+    return mesh
 
 
 def t5_xxl() -> ml_collections.ConfigDict:
@@ -176,6 +193,7 @@ def on_one_machine(config: ml_collections.ConfigDict) -> None:
     config.data.num_clips = 432_000
     config.data.workers = 0
     config.data.num_images = 0
+    config.train.mesh.data, config.train.mesh.fsdp = -1, 1
     config.train.batch_size = 8
     config.train.warmup = 100
     config.train.ema = 0.995

@@ -26,6 +26,7 @@ def paper():
     config.model.spatial_attention = (False, False, True, True)
     config.model.cross_attention = (False, False, True, True)
     config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
+    config.sample.mesh = common.mesh(frames=-1)
     return config
 
 

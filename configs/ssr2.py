@@ -25,6 +25,7 @@ def paper():
     config.model.spatial_attention = (False, False, False, True)
     config.model.cross_attention = (False, False, False, True)
     config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
+    config.sample.mesh = common.mesh(frames=-1)
     return config
 
 

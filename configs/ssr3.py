@@ -26,6 +26,8 @@ def paper():
     config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
     config.train.crop_frames = 16  # short clips; the paper prints no number
     config.train.crop_height, config.train.crop_width = 256, 256
+    config.sample.mesh = common.mesh(frames=4, height=-1)
+    config.sample.batch = 1  # bounds memory
     return config
 
 

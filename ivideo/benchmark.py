@@ -1,7 +1,7 @@
 """How fast a stage is on this machine: its forward pass, a training step, a guided sampling step.
 
 One device. Weights and data are drawn at random, since speed does not depend on them: no checkpoint and no data set is
-read. A training step takes `config.train.batch_size` videos and embeds their texts; the others take one video.
+read. A training step takes `config.train.batch_size` videos with embedded texts; the others take one video.
 """
 
 import json
@@ -18,8 +18,7 @@ import numpy as np
 from ivideo import flops, stages
 from ivideo.describe import columns, human, human_flops
 from ivideo.errors import UserError
-from ivideo.text import encoder_module
-from ivideo.train import TrainState, init_state, make_train_step
+from ivideo.train import TrainState, batch_shapes, make_train_step, model_flops, state_shapes
 
 SECONDS = 5.0  # of runs for each case, if these are no fewer than
 REPEATS = 3
@@ -91,41 +90,13 @@ def _sampling_step(config, state):
 
 
 def _training_step(config, state):
-    module = encoder_module(config.text)
-    batch = _random(_batch(config))
-    text_params = _random(_text_params(config))
-    plain = config.copy_and_resolve_references()
-    plain.model.remat = "none"
-    inputs = (state, batch, text_params)
-    count = flops.count(make_train_step(plain, module), *inputs)
-    return make_train_step(config, module), inputs, (0,), config.train.batch_size, count
-
-
-def _batch(config):
-    """The shapes of a batch as the data pipeline makes it."""
-    size, length, images = config.train.batch_size, config.text.length, config.data.num_images
-
-    def text(*lead):
-        return (jax.ShapeDtypeStruct((*lead, length), t) for t in (jnp.int32, jnp.bool_))
-
-    frames, *pixels = stages.video_shape(config)
-    batch = {"video": jax.ShapeDtypeStruct((size, frames, *pixels), jnp.float32)}
-    batch["tokens"], batch["token_mask"] = text(size)
-    if images:
-        batch["images"] = jax.ShapeDtypeStruct((size, images, *pixels), jnp.float32)
-        batch["image_tokens"], batch["image_token_mask"] = text(size, images)
-    return batch
-
-
-def _text_params(config):
-    """The shapes of the text encoder's parameters."""
-    tokens = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
-    return jax.eval_shape(encoder_module(config.text).init, jax.random.key(0), tokens, tokens)["params"]
+    inputs = (state, _random(batch_shapes(config)))
+    return make_train_step(config), inputs, (0,), config.train.batch_size, model_flops(config)
 
 
 def _state(config) -> TrainState:
     """A state before the first step, with parameters that take no compile to draw."""
-    shapes = jax.eval_shape(lambda: init_state(config))
+    shapes = state_shapes(config)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return zeros.replace(params=_random(shapes.params), ema=_random(shapes.params))
 
@@ -200,14 +171,14 @@ def _check_memory(config, device) -> None:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     # Gradients are a second set of parameters
-    trees = (state, state.params, _text_params(config))
+    trees = (state, state.params)
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
     if needed > limit:
         raise UserError(
-            f"{config.stage}:{config.variant} needs {human(needed, 'KMGTP')}B for parameters, optimizer and text "
-            f"encoder, but {_device_kind(device)} has {human(limit, 'KMGTP')}B: benchmark a smaller variant, such as "
+            f"{config.stage}:{config.variant} needs {human(needed, 'KMGTP')}B for parameters, their average and "
+            f"optimizer, but {_device_kind(device)} has {human(limit, 'KMGTP')}B: benchmark a smaller variant, such as "
             f"--config=configs/{config.stage}.py:demo, or take a larger device"
         )
 

@@ -5,6 +5,7 @@ N videos · T, H, W frames, height, width
 
 import importlib.resources
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
-from ivideo.train import init_state
+from ivideo.train import state_shapes
 
 SIZE = ("frames", "height", "width", "fps")
 
@@ -74,9 +75,9 @@ def load_weights(config, workdir: str | None):
         return load_params(str(path), stages.param_shapes(config))
     if not os.path.isdir(os.path.join(workdir, "checkpoints")):
         raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
-    shapes = jax.eval_shape(lambda: init_state(config))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    shapes = state_shapes(config)
+    where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
+    like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     restored = checkpoints.restore(like)
     checkpoints.close()
@@ -105,9 +106,8 @@ def sample_stage(
         )
     encoder, model = load_encoder(config.text), stages.build_model(config)
     size = min(config.sample.batch, len(prompts))
-    devices = jax.devices()
-    mesh = sharding.make_mesh(devices if size % len(devices) == 0 else devices[:1])
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    mesh = sampling_mesh(config, size)
+    video = sharding.logical(mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
     chunks = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
     with tqdm.tqdm(
         total=config.sample.steps * len(chunks),
@@ -115,28 +115,60 @@ def sample_stage(
         unit="step",
         disable=not sys.stderr.isatty(),
     ) as bar:
-        run = jax.jit(
-            lambda params, text, mask, keys, low: stages.sample(
-                config, model, params, text, mask, keys, low=low, on_step=lambda _: bar.update()
-            ),
-            in_shardings=(whole, split, split, split, split),
-            out_shardings=split,
-        )
+
+        def sample(params, text, mask, keys, low):
+            with sharding.layout(mesh):
+                keys = jax.random.wrap_key_data(keys)
+                tell = None if bar.disable else lambda _: bar.update()
+                return stages.sample(config, model, params, text, mask, keys, low=low, on_step=tell)
+
+        run = jax.jit(sample, out_shardings=video)
+        params = placed_params(config, params, mesh)
         videos = None
         for chunk in chunks:
             # The last chunk is filled up with its own last prompt: one shape, one compile
             rows = [*chunk, *[chunk[-1]] * (size - len(chunk))]
             tokens, mask = encoder.tokenize([prompts[i] for i in rows])
             text = encoder.encode(jnp.asarray(tokens), jnp.asarray(mask))
-            keys = stages.video_keys(config, [seeds[i] for i in rows])
+            keys = jax.random.key_data(stages.video_keys(config, [seeds[i] for i in rows]))
             given = None if low is None else low[np.array(rows)]
-            made = np.asarray(run(params, text, jnp.asarray(mask), keys, given))[: len(chunk)]
+            given = (np.asarray(text), mask, np.asarray(keys), given)
+            made = sharding.to_host(run(params, *sharding.on_mesh(given, mesh)))[: len(chunk)]
             _check_finite(config, made, [prompts[i] for i in chunk])
             if videos is None:  # one array for all: at the end of the cascade a copy would be gigabytes
                 videos = np.empty((len(prompts), *made.shape[1:]), made.dtype)
             videos[chunk.start : chunk.stop] = made
         jax.effects_barrier()
     return videos
+
+
+def sampling_mesh(config, size: int):
+    """The mesh of `config.sample.mesh` for `size` videos at a time; fewer devices where data does not divide these.
+
+    UserError where the mesh does not fit the devices, or would leave devices of another process without work.
+    """
+    mesh = sharding.make_mesh(config.sample.mesh)
+    parts = sharding.batch_parts(mesh)
+    if size % parts == 0:
+        return mesh
+    used = math.gcd(size, parts) * (mesh.size // parts)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{size} videos at a time of stage {config.stage} over {parts} parts of {jax.process_count()} processes' "
+            f"devices: make config.sample.batch a multiple of {parts}, or split frames and rows (config.sample.mesh)"
+        )
+    sizes = {**config.sample.mesh, "data": math.gcd(size, parts), "fsdp": 1}
+    return sharding.make_mesh(sizes, jax.devices()[:used])
+
+
+def placed_params(config, params, mesh):
+    """Parameters on the mesh, in the type that the network computes in: half the memory in bfloat16."""
+    dtype = jnp.dtype(config.model.dtype)
+    where = sharding.of_params(mesh, params)
+    cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        return cast(sharding.from_host(params, where))
+    return cast(jax.device_put(params, where))
 
 
 def _check_finite(config, videos, prompts) -> None:

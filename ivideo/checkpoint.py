@@ -1,9 +1,11 @@
 """Training states on disk: written by Orbax, checked by digests of our own, never lost.
 
 A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (the SHA-256 of every file there) and, should one be
-found damaged, damaged/STEP/.
+found damaged, damaged/STEP/. All processes of a program share that storage: Orbax writes from each of them, digests and
+moves are the first one's alone.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import logging
@@ -11,71 +13,109 @@ import os
 import pathlib
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
-from ivideo.export import check_shapes, shapes_of
+from ivideo.export import check_shapes
+from ivideo.files import write_json
 
 log = logging.getLogger("ivideo")
 
+WHOLE, UNCHECKED = "whole", "unchecked"  # what digests say of a checkpoint with which they find nothing wrong
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
+SAVE_SECONDS = 3600  # for all processes to write one checkpoint: shared storage can be slow
+REMOTE = "gs://"
+
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a training run. Saving goes on in the background."""
+    """The newest `keep` checkpoints of a training run. Saving goes on in the background.
+
+    Every process of a program makes one, and calls the same methods in the same order. With a working folder gs://...
+    there are no digests: Orbax's own checks remain.
+    """
 
     def __init__(self, workdir: str, *, keep: int):
-        self.workdir = pathlib.Path(workdir).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=options, item_handlers=handlers)
+        remote = str(workdir).startswith(REMOTE)
+        self.workdir = epath.Path(workdir if remote else os.path.abspath(workdir))
+        self._keep, self._first = keep, jax.process_index() == 0
+        self._has_digests = not remote
+        self._digester = concurrent.futures.ThreadPoolExecutor(1)
+        self._digesting = None  # the newest task of the digester
+        if remote:
+            log.info("%s is not on a file system: checkpoints without digests, checked by Orbax alone", workdir)
+        self._manager = self._open()
 
     def save(self, step: int, state, iterator) -> None:
-        """Starts saving the state and the data iterator's position; returns once they may change again."""
-        self.finish()
+        """Starts saving the state and the data iterator's position; returns once they may change again.
+
+        Raises what went wrong with the checkpoint before.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
-        self._manager.save(step, args=args)
+        if not self._manager.save(step, args=args):
+            log.warning("step %d is not saved: there is step %d already", step, self._manager.latest_step())
+        elif self._first and self._has_digests:
+            self._digest_path(step).unlink(missing_ok=True)  # of another checkpoint that had this step
+            self._digesting = self._digester.submit(self._write_digests, step)
 
     def finish(self) -> None:
-        """Waits for the checkpoint being saved, then writes the digests of those that have none."""
+        """Waits for the checkpoint being saved and for its digests; raises what went wrong with the saving."""
         self._manager.wait_until_finished()
-        steps = set(self._manager.all_steps())
-        folder = self.workdir / "digests"
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.json"):
-            if int(path.stem) not in steps:
-                path.unlink()
-        for step in steps:
-            if not self._digest_path(step).exists():
-                temporary = folder / f"{step}.tmp"
-                temporary.write_text(json.dumps(digests(self._path(step)), indent=1))
-                os.replace(temporary, self._digest_path(step))
+        if self._digesting is not None:
+            self._digesting.result()
 
     def restore(self, like, iterator=None):
         """The newest whole checkpoint as (step, state), or None where there is none; sets the iterator's position.
 
-        A damaged checkpoint is moved to damaged/, with a warning, and the one before it is tried. UserError where the
-        checkpoint is of another model, or where all are damaged.
+        `like`: the state's shapes with the shardings wanted, whatever devices saved it. A damaged checkpoint is moved
+        to damaged/, with a warning, and the one before it is tried. With an iterator, that is where training begins,
+        what a killed save has left is moved there too. UserError where the checkpoint is of another model, or where
+        all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            problem = self._damage(step)
-            if problem is None:
-                self._check_model(step, like)
-                try:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-                    state = self._manager.restore(step, args=args)["state"]
-                    if iterator is not None:
-                        load_state(iterator, self._path(step) / "data")
-                    return step, state
-                except Exception as e:  # what a damaged file raises depends on the byte
-                    problem = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-            self._set_aside(step, problem)
-        if steps:
+        self.finish()
+        if self._first:
+            self._sweep(temporary=iterator is not None)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, problem = None, _said(self._compare(step) if self._first else "")
+            if problem in (WHOLE, UNCHECKED):
+                state, problem = self._load(step, like, iterator, whole=problem == WHOLE)
+                problem = _said(problem)
+            if not problem:
+                return step, state
+            self._manager.close()
+            if self._first:
+                self._set_aside(str(step), problem)
+                log.warning("trying the checkpoint before %d", step)
+            _said("")  # none may look before it is moved
+            self._manager = self._open()
+        # Also when the next start finds nothing but these: it would begin anew where a run has been
+        if _said("damaged" if self._first and self._lost() else ""):
             raise UserError(
                 f"every checkpoint in {self.workdir / 'checkpoints'} is damaged (moved to {self.workdir / 'damaged'}): "
                 "copy a whole one back, or start anew in another --workdir"
             )
         return None
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self.finish()
+        self._manager.close()
+        self._digester.shutdown()
+
+    def _open(self):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+            single_host_load_and_broadcast=True,  # the same steps in all processes, whatever storage shows them
+            lightweight_initialize=True,  # reads no metadata, which may be damaged
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        return ocp.CheckpointManager(self.workdir / "checkpoints", options=options, item_handlers=handlers)
 
     def _path(self, step):
         return self.workdir / "checkpoints" / str(step)
@@ -83,42 +123,145 @@ class Checkpoints:
     def _digest_path(self, step):
         return self.workdir / "digests" / f"{step}.json"
 
-    def _damage(self, step):
-        """What is wrong with the checkpoint's files, or None. One killed before its digests were written has none."""
-        if not self._digest_path(step).exists():
-            return None
-        wanted, found = json.loads(self._digest_path(step).read_text()), digests(self._path(step))
+    def _write_digests(self, step):
+        """Waits for a checkpoint and writes its digests, in a thread: that may take as long as many training steps."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # raised in the main thread too
+            return
+        try:
+            folder = self._digest_path(step).parent
+            folder.mkdir(exist_ok=True)
+            write_json(self._digest_path(step), digests(self._path(step)))
+            kept = {self._digest_path(s).name for s in self._manager.all_steps()}
+            for path in folder.iterdir():
+                if path.name not in kept:
+                    path.unlink()
+        except OSError as e:
+            if self._path(step).exists():  # else it was not among the newest any more
+                log.warning("checkpoint %d has no digests (%s): Orbax's own checks remain", step, e)
+
+    def _compare(self, step):
+        """WHOLE, UNCHECKED, or what is wrong with the checkpoint's files."""
+        wanted = self._read_digests(step) if self._has_digests else None
+        if wanted is None:
+            return UNCHECKED
+        try:
+            found = digests(self._path(step))
+        except OSError as e:
+            return f"it cannot be read: {e}"
         for name in sorted(wanted.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
-            if wanted.get(name) != found[name]:
+            if name not in wanted:
+                return f"{name} was not there when it was written"
+            if wanted[name] != found[name]:
                 return f"{name} has changed since it was written"
+        return WHOLE
+
+    def _read_digests(self, step):
+        """What was written for the checkpoint, or None: one killed before its digests were written has none."""
+        path = self._digest_path(step)
+        try:
+            found = json.loads(path.read_text())
+            if isinstance(found, dict) and found:
+                return found
+            problem = f"it holds {str(found)[:50]}"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as e:
+            problem = _line(e)
+        log.warning("%s is damaged (%s): checkpoint %d is checked by Orbax alone", path, problem, step)
         return None
 
-    def _check_model(self, step, like):
+    def _load(self, step, like, iterator, *, whole):
+        """(state, what is wrong with it), of which one is empty; in every process its own part."""
+        path = self._path(step)
+        handler = ocp.StandardCheckpointHandler()  # not the manager: a process that fails alone would miss its barriers
+        unread = _check_model(path, handler, like)
         try:
-            found = shapes_of(self._manager.item_metadata(step)["state"]["params"])
-        except Exception:  # damage, which restoring will name
-            return
-        check_shapes(f"the checkpoint {self._path(step)}", found, shapes_of(like.params))
+            state = handler.restore(path / "state", args=ocp.args.StandardRestore(like))
+            if int(state.step) != step:
+                return None, f"it holds step {int(state.step)}"
+            if iterator is not None:
+                load_state(iterator, path / "data")
+            return state, ""
+        except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+            raise
+        except Exception as e:  # what a damaged file raises depends on the byte
+            if whole:
+                e.add_note(f"{path} is as it was written, by its digests: not set aside")
+                raise
+            return None, _line(unread or e)
 
-    def _set_aside(self, step, problem):
-        target = self.workdir / "damaged" / str(step)
+    def _sweep(self, *, temporary):
+        """Sets aside what has a checkpoint's place but is none, as Orbax would pass over it, and then fail to save."""
+        for path in sorted((self.workdir / "checkpoints").iterdir()):
+            if TEMPORARY in path.name:
+                if temporary:
+                    self._set_aside(path.name, "a save was killed before its end")
+            elif not path.is_dir():
+                self._set_aside(path.name, "it is a file, not a folder")
+            elif path.name not in map(str, self._manager.all_steps()):
+                self._set_aside(path.name, "its name is not a step")
+
+    def _set_aside(self, name, problem):
+        target = self.workdir / "damaged" / name
         while target.exists():
             target = target.with_name(target.name + "_")
         target.parent.mkdir(exist_ok=True)
-        os.rename(self._path(step), target)
-        self._digest_path(step).unlink(missing_ok=True)
-        self._manager.reload()
-        log.warning("checkpoint %d is damaged (%s): moved to %s, trying the one before", step, problem, target)
+        (self.workdir / "checkpoints" / name).rename(target)
+        self._digest_path(name).unlink(missing_ok=True)
+        log.warning("checkpoint %s is damaged (%s): moved to %s", name, problem, target)
 
-    def close(self):
-        """Waits for what is being saved."""
-        self.finish()
-        self._manager.close()
+    def _lost(self):
+        """Whether there are checkpoints among what was set aside."""
+        folder = self.workdir / "damaged"
+        return folder.exists() and any(TEMPORARY not in path.name for path in folder.iterdir())
+
+
+def _check_model(path, handler, like):
+    """UserError that names the first leaf in which a checkpoint differs from the state; why it cannot tell, or None."""
+    try:
+        found = handler.metadata(path / "state").tree
+        found, params = _shapes(found), _shapes(found["params"])
+    except Exception as e:  # restoring may do without what is damaged here
+        return e
+    check_shapes(f"the checkpoint {path}", params, _shapes(like.params))
+    check_shapes(f"the checkpoint {path}", found, _shapes(like))
+    return None
+
+
+def _shapes(tree):
+    return {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by its relative path."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    """The SHA-256 of every file below a folder, by its relative path; several files at a time, none whole in memory."""
+    folder = pathlib.Path(folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_digest, files), strict=True))
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(error):
+    while error.__cause__ is not None:  # Orbax tells where it was, its cause what is wrong
+        error = error.__cause__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:400] if text else ''}"
+
+
+def _said(text: str) -> str:
+    """In every process what the first of them says that says anything; returns once all have been asked."""
+    if jax.process_count() == 1:
+        return text
+    said = np.zeros(1000, np.uint8)
+    code = text.encode()[: said.size]
+    said[: len(code)] = np.frombuffer(code, np.uint8)
+    rows = multihost_utils.process_allgather(said)
+    return next((bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows if row.any()), "")

@@ -3,6 +3,7 @@
 import logging
 import os
 
+import jax
 import numpy as np
 
 from ivideo import cascade
@@ -50,6 +51,8 @@ def generate(
         low = np.repeat(read_clip(clip, configs[0])[None], len(rows), axis=0)
 
     def write(stage, videos, paths):
+        if jax.process_index():
+            return  # every process has all videos; the first one writes them
         for path, video, (prompt, (_, number)) in zip(paths, videos, rows, strict=True):
             metadata = config_metadata(config, prompt=prompt, seed=str(seed), number=str(number))
             video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)

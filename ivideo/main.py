@@ -5,6 +5,8 @@ sample     write videos for --prompt or --prompts_file to --out
 evaluate   score prompt-following on the captioned shapes, seen and held-out captions
 export     write the averaged weights of --workdir as a safetensors file to --out
 train_text train the small text encoder that the demo cascade ships; write it to --out
+compile    compile a stage for a TPU slice that is not there (--topology): memory, FLOPs, communication, a roofline
+goodput    where the time of the training run in --workdir went
 describe   print what a stage is: parameters, sizes, FLOPs, layers; nothing is allocated
 benchmark  time a stage's forward, training step and guided sampling step on this machine
 
@@ -25,7 +27,7 @@ from ml_collections import config_flags
 
 from ivideo.errors import UserError
 
-MODES = ("train", "sample", "evaluate", "export", "train_text", "describe", "benchmark")
+MODES = ("train", "sample", "evaluate", "export", "train_text", "describe", "benchmark", "compile", "goodput")
 FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "A stage's config file, as configs/base.py or configs/base.py:demo.")
@@ -39,7 +41,9 @@ flags.DEFINE_string(
     "prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …"
 )
 flags.DEFINE_string(
-    "out", None, "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate."
+    "out",
+    None,
+    "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate and compile.",
 )
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
@@ -50,6 +54,22 @@ flags.DEFINE_bool("save_stages", False, "Write what every stage makes beside --o
 flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look at small stages.", lower_bound=1)
 flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
+flags.DEFINE_string("topology", None, "The TPU slice that mode compile compiles for, such as v5e:4x4 or v5p:4x4x4.")
+flags.DEFINE_enum("what", "train", ("train", "sample"), "What mode compile compiles: a step of training or sampling.")
+flags.DEFINE_float(
+    "effort", -1.0, "How hard mode compile's compiler tries for speed: -1 takes minutes, 0 is what runs on TPUs take."
+)
+flags.DEFINE_string("profile_steps", None, "Steps of mode train to profile for xprof, as 10,15: to WORKDIR/profile.")
+flags.DEFINE_string(
+    "compile_cache", os.path.join("~", ".cache", "ivideo"), "Folder where compiled programs are kept for the next run; "
+    "empty: none. JAX_COMPILATION_CACHE_DIR goes before it.",
+)  # fmt: skip
+flags.DEFINE_bool(
+    "distributed", False, "One of several processes of a TPU pod, GKE or Slurm, which tell where they are."
+)
+flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes elsewhere; with the next two.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 flags.DEFINE_integer("clips", 96, "Clips that mode evaluate samples, half of them of held-out captions.", lower_bound=2)
 
 
@@ -58,6 +78,16 @@ def run() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
+    _keep_compiled()
+    if FLAGS.distributed or FLAGS.coordinator:
+        from ivideo.hosts import join
+
+        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if FLAGS.mode == "goodput":
+        from ivideo.goodput import report
+
+        report(_needed("workdir"), as_json=FLAGS.json)
+        return
     from ivideo import cascade, stages
 
     for stage in cascade.select(config):
@@ -65,9 +95,9 @@ def run() -> None:
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
     if FLAGS.mode == "train":
-        from ivideo.train import train
+        from ivideo.loop import train
 
-        train(config, _needed("workdir"))
+        train(config, _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "sample":
         from ivideo.generate import generate
 
@@ -95,10 +125,35 @@ def run() -> None:
         from ivideo.describe import describe
 
         describe(config, as_json=FLAGS.json)
+    elif FLAGS.mode == "compile":
+        from ivideo.compile import compile_stage
+
+        compile_stage(
+            config, _needed("topology"), what=FLAGS.what, effort=FLAGS.effort, as_json=FLAGS.json, out=FLAGS.out,
+            overwrite=FLAGS.overwrite,
+        )  # fmt: skip
     elif FLAGS.mode == "benchmark":
         from ivideo.benchmark import benchmark
 
         benchmark(config, as_json=FLAGS.json)
+
+
+def _keep_compiled() -> None:
+    """Compiled programs are kept on disk, by jax, for the next run of the same program."""
+    import jax
+
+    several = FLAGS.coordinator or FLAGS.distributed
+    if FLAGS.compile_cache and not jax.config.jax_compilation_cache_dir and FLAGS.mode != "compile" and not several:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compile_cache))
+
+
+def _profile_steps() -> tuple[int, int] | None:
+    if FLAGS.profile_steps is None:
+        return None
+    found = re.fullmatch(r"(\d+),(\d+)", FLAGS.profile_steps)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--profile_steps={FLAGS.profile_steps}: expected the first and the last step, such as 10,15")
+    return int(found[1]), int(found[2])
 
 
 def _needed(name: str) -> str:

@@ -1,27 +1,255 @@
-"""Where arrays live on the devices. The only file that names mesh axes."""
+"""Where arrays live on the devices: the mesh, the rules from logical axes to it, the layouts. Names the mesh's axes alone.
+
+data, fsdp  the batch is split over both; parameters, their average and the optimizer's state are split over fsdp
+tensor      heads of attention and inner channels of residual blocks, and their parameters
+frames      a video's frames
+height      a frame's rows
+
+A dimension that its devices do not divide is left whole, so a small network runs under any mesh.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ivideo.errors import UserError
 
-def make_mesh(devices=None):
-    """A mesh over which a batch is split: all devices, or those given."""
+AXES = ("data", "fsdp", "tensor", "frames", "height")
+
+# Logical axis of an activation: the mesh axes that it is split over.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "frames": ("frames",),
+    "height": ("height",),
+    # Attention over a whole frame takes its rows' devices for more frames; over all frames, its frames' for columns
+    "whole_frames": ("frames", "height"),
+    "columns": ("frames",),
+    "heads": ("tensor",),
+    "inner": ("tensor",),
+}
+VIDEO = ("batch", "frames", "height", None, None)  # [B, F, H, W, C]
+
+# Parameters of which a dimension is split over tensor, by the end of their names.
+TENSOR = (
+    (re.compile(r"residual/(conv_0|norm_1/groups)/(kernel|bias|scale)$"), -1),
+    (re.compile(r"residual/conv_1/kernel$"), -2),
+    (re.compile(r"attention/(q|k|v)/kernel$"), -2),
+    (re.compile(r"attention/out/kernel$"), -3),
+)
+WHOLE = 2**14  # parameters of fewer elements are on every device: to gather them would cost more than it saves
+
+_mesh = contextvars.ContextVar("mesh", default=None)
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
+    """The mesh of the sizes by axis, of which one may be -1 for all the devices that are left.
+
+    `devices`: those to use, all unless given. An axis without a size has 1; without sizes all devices are data.
+    UserError where the sizes' product is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    sizes = {"data": -1} if sizes is None else sizes
+    shape = mesh_shape(sizes, len(devices))
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(shape)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def replicated(mesh):
-    """The sharding of what every device holds whole: parameters, and all of the training state."""
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """The sizes of all axes for `count` devices; UserError where they cannot be."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    text = ", ".join(f"{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh of {text}: expected sizes of 1 or more, and at most one of -1 for what is left")
+    given = math.prod(size for size in shape if size != -1)
+    filled = [count // given if size == -1 else size for size in shape]
+    if math.prod(filled) != count:
+        raise UserError(
+            f"mesh of {text} on {count} devices: the sizes' product must be {count}, or divide it where one is -1; "
+            "set config.train.mesh or config.sample.mesh"
+        )
+    return tuple(filled)
+
+
+@contextlib.contextmanager
+def layout(mesh):
+    """Within it, `constrain` lays arrays out on this mesh. To be entered inside of the function that is traced."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def constrain(x, *axes: str | None):
+    """Lays x out by its dimensions' logical axes (`RULES`), in a `layout`; elsewhere returns it as it is."""
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, logical(mesh, x.shape, axes))
+
+
+def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int], over: int, unit: int = 1):
+    """fn(x, weights) on every device's own part of x and the rows or frames that it needs of its neighbours.
+
+    `axes`: dimensions of x that are split, with their logical axes; `over` is the one along which `halo` counts the
+    neighbours' elements, before and after, zeros at the ends. fn gives back x without them (a stride divides `unit`). A
+    dimension that its devices do not divide, in units, is whole, and fn is then given zeros alone.
+    Written out rather than left to the partitioner, whose gradients of a kernel are too large by a factor, where a
+    convolution is split in space and the mesh has other axes besides (jax 0.10, 0.11).
+    """
+    mesh = _mesh.get()
+    split = {d: RULES[a][0] for d, a in axes.items() if mesh is not None}
+    units = {d: unit if d == over else 1 for d in split}
+    split = {d: a for d, a in split.items() if mesh.shape[a] > 1 and x.shape[d] % (mesh.shape[a] * units[d]) == 0}
+
+    def local(x, weights):
+        edges = [jax.lax.slice_in_dim(x, x.shape[over] - halo[0], None, axis=over)]
+        edges.append(jax.lax.slice_in_dim(x, 0, halo[1], axis=over))
+        if over in split:
+            count = mesh.shape[split[over]]
+            for n, steps in enumerate([range(count - 1), range(1, count)]):
+                pairs = [(i, i + 1 - 2 * n) for i in steps]
+                # Who is sent nothing, at the ends, has zeros
+                edges[n] = jax.lax.ppermute(edges[n], split[over], pairs) if halo[n] else edges[n]
+        else:
+            edges = [jnp.zeros_like(edge) for edge in edges]
+        return fn(jnp.concatenate([edges[0], x, edges[1]], axis=over), weights)
+
+    if not split:
+        return local(x, weights)
+    spec = PartitionSpec(*(split.get(d) for d in range(x.ndim)))
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=set(split.values())
+    )(x, weights)
+
+
+def logical(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
+    """The sharding of an array of this shape whose dimensions have these logical axes; missing ones are whole."""
+    spec = []
+    for size, axis in zip(shape, axes, strict=False):
+        over = RULES[axis] if axis else ()
+        while over and size % math.prod(mesh.shape[name] for name in over):
+            over = over[:-1]
+        spec.append(over or None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh):
-    """The sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def of_params(mesh, shapes):
+    """Shardings of a tree of parameters, or of any state made of such trees (averages, an optimizer's moments).
+
+    Where `TENSOR` names a dimension it is split over tensor; of the others the largest that can be is split over fsdp.
+    """
+
+    def sharding(path, leaf):
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        return NamedSharding(mesh, PartitionSpec(*_param_spec(mesh, name, leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def _param_spec(mesh, name, shape):
+    spec = [None] * len(shape)
+    if math.prod(shape) < WHOLE:
+        return spec
+    for pattern, dimension in TENSOR:
+        # An optimizer's factored moments have a parameter's name but fewer dimensions
+        if pattern.search(name) and len(shape) >= -dimension and shape[dimension] % mesh.shape["tensor"] == 0:
+            spec[dimension] = "tensor"
+    free = [i for i, taken in enumerate(spec) if taken is None and shape[i] % mesh.shape["fsdp"] == 0]
+    if free and mesh.shape["fsdp"] > 1:
+        # Of equal dimensions the last: a layer's output
+        spec[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+    return spec
+
+
+def of_batch(mesh, shapes):
+    """Shardings of a tree of arrays [B, ...] that are split by the batch alone; of videos [B, T, H, W, C] by all."""
+
+    def sharding(leaf):
+        return logical(mesh, leaf.shape, VIDEO if len(leaf.shape) == 5 else VIDEO[:1])
+
+    return jax.tree.map(sharding, shapes)
+
+
+def batch_parts(mesh) -> int:
+    """How many parts of a batch are on devices of their own."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def process_part(mesh) -> tuple[int, int]:
+    """Which part of a batch this process has to read, as (index, count). Processes that split a video read the same."""
+    rows = np.arange(batch_parts(mesh)).reshape([mesh.shape[axis] for axis in RULES["batch"]] + [1, 1, 1])
+    rows = np.broadcast_to(rows, mesh.devices.shape)
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    parts = {p: tuple(sorted(set(rows[processes == p].tolist()))) for p in set(processes.ravel().tolist())}
+    distinct = sorted(set(parts.values()))
+    if sorted(row for part in distinct for row in part) != list(range(rows.max() + 1)) or any(
+        part != tuple(range(part[0], part[0] + len(distinct[0]))) for part in distinct
+    ):
+        raise UserError(
+            f"mesh of {dict(mesh.shape)} over {len(parts)} processes: each process must hold whole videos of its own, "
+            "or share all of them; make data × fsdp a multiple of the processes, or divide them"
+        )
+    return distinct.index(parts[jax.process_index()]), len(distinct)
 
 
 def to_devices(batch, mesh):
-    """This process's part of a batch, a tree of numpy arrays, as global arrays split over the mesh."""
-    sharding = split_batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """This process's part of a batch (`process_part`), a tree of numpy arrays, as global arrays on the mesh."""
+    index, count = process_part(mesh)
+
+    def place(x):
+        shape, first = (count * len(x), *x.shape[1:]), index * len(x)
+
+        def part(indices):
+            start, stop, _ = indices[0].indices(shape[0])
+            return x[(slice(start - first, stop - first), *indices[1:])]
+
+        sharding = of_batch(mesh, jax.ShapeDtypeStruct(shape, x.dtype))
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def from_host(tree, shardings):
+    """Arrays that every process has whole, as global arrays of these shardings."""
+
+    def place(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda indices: x[indices])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def on_mesh(tree, mesh):
+    """As `from_host`, every array split by its batch, clips by their frames too."""
+
+    def place(x):
+        axes = ("batch", "frames") if np.ndim(x) == 5 else ("batch",)
+        return from_host(x, logical(mesh, np.shape(x), axes))
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(x) -> np.ndarray:
+    """A global array whole, as numpy, in every process."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)

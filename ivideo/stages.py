@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import augment, conditioning, guidance, samplers
+from ivideo import augment, conditioning, guidance, samplers, sharding
 from ivideo.diffusion import LOSS_KINDS
 from ivideo.errors import UserError
 from ivideo.models.unet import VideoUNet
@@ -38,6 +38,7 @@ POSITIVE = (
     "video.frames", "video.height", "video.width", "video.fps", "train.batch_size", "train.accumulate", "train.steps",
     "train.log_every", "train.checkpoint_every", "train.keep", "sample.steps", "sample.batch", "text.length",
 )  # fmt: skip
+NOT_NEGATIVE = ("train.max_skipped", "train.spike", "train.max_rollbacks", "train.hang_seconds", "data.workers")
 SHARES = ("train.text_dropout", "train.ema", "sample.gamma", "sample.constant_share")
 
 
@@ -53,6 +54,9 @@ def check(config) -> None:
     for key in POSITIVE:
         if get(key) < 1:
             raise UserError(f"config.{key} = {get(key)}: expected 1 or more")
+    for key in NOT_NEGATIVE:
+        if get(key) < 0:
+            raise UserError(f"config.{key} = {get(key)}: expected 0 or more")
     for key in SHARES:
         if not 0 <= get(key) <= 1:
             raise UserError(f"config.{key} = {get(key)}: expected a share from 0 to 1")
@@ -203,7 +207,9 @@ def conditioning_video(config, low, key, logsnr, *, time: int | None = None):
     `key` is one, or [B]. `time` is the factor in time where it is not the config's: 1 for packed images.
     """
     sizes = factors(config) if time is None else {**factors(config), "time": time}
-    return conditioning.enlarge(augment.augment(key, low, logsnr), **sizes, fill=config.cond.fill)
+    # Its rows stay together: every row of the enlarged video is a sum over those near it
+    low = sharding.constrain(augment.augment(key, low, logsnr), "batch", "frames")
+    return sharding.constrain(conditioning.enlarge(low, **sizes, fill=config.cond.fill), *sharding.VIDEO)
 
 
 def video_keys(config, seeds):
@@ -246,7 +252,7 @@ def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=No
         def v_fn(z, logsnr):
             return denoise(z, cond, logsnr)
 
-    z = samplers.initial_noise(keys, shape)
+    z = sharding.constrain(samplers.initial_noise(keys, shape), *sharding.VIDEO)
     options = {
         "num_steps": config.sample.steps,
         "threshold": _threshold(config),

@@ -8,7 +8,6 @@ import pytest
 from configs import base
 from ivideo import benchmark, describe, flops, train
 from ivideo.errors import UserError
-from ivideo.text import encoder_module
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +46,14 @@ def test_small_flops_are_counted(small, found):
     # with and without the text, around which there is no product
     assert found["cases"]["sampling_step"]["flops"] == 2 * forward
 
-    module = encoder_module(small.text)
-    shapes = (
-        jax.eval_shape(lambda: train.init_state(small)),
-        benchmark._batch(small),
-        benchmark._text_params(small),
-    )
-    assert found["cases"]["training_step"]["flops"] == flops.count(train.make_train_step(small, module), *shapes)
+    shapes = train.state_shapes(small), train.batch_shapes(small)
+    assert found["cases"]["training_step"]["flops"] == flops.count(train.make_train_step(small), *shapes)
 
 
 def test_small_rematerialised_flops_are_not_the_models(small, found):
     config = small.copy_and_resolve_references()
     config.model.remat = "full"
-    state = jax.eval_shape(lambda: train.init_state(config))
+    state = train.state_shapes(config)
     *_, count = benchmark._training_step(config, state)
     assert count == found["cases"]["training_step"]["flops"]
 

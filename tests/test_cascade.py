@@ -12,7 +12,7 @@ from configs import cascade as cascade_config
 from ivideo import augment, cascade, describe, evaluate, generate, stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
-from ivideo.train import make_data
+from ivideo.loop import make_data
 
 # The paper's table: parameters, frames × height × width, frames a second, attention in space, the layer in time.
 PAPER = {

@@ -1,28 +1,59 @@
 """Checkpoints: what is saved comes back bit for bit, damage is found, named and survived."""
 
+import functools
+import hashlib
+import json
 import logging
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ivideo.checkpoint import Checkpoints
+from ivideo.checkpoint import Checkpoints, digests
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import ShapesSource
 from ivideo.errors import UserError
 from ivideo.text.tokenizers import byte_tokens
-from ivideo.train import TrainState
+
+# Of Orbax's reads that were still under way when one failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def state_of(step, width=3):
-    params = {"layer": {"kernel": jnp.arange(width * 4, dtype=jnp.float32).reshape(width, 4) + step}}
-    return TrainState(jnp.int32(step), params, jax.tree.map(lambda p: p / 2, params), {"m": jnp.ones(5) * step})
+@flax.struct.dataclass
+class State:
+    """As a training state, with what a checkpoint looks at."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
 
 
-def like(width=3):
+def state_of(step, *, width=64, seed=0):
+    """Numbers that do not compress: of the files written, the largest holds them."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    params = {"layer": {"kernel": jax.random.normal(key, (width, 64)), "bias": jnp.arange(3.0) + step}}
+    return State(jnp.int32(step), params, ({"m": jnp.ones(5) * step}, ()))
+
+
+def like(width=64):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, width))
+    shapes = jax.eval_shape(lambda: state_of(0, width=width))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def iterator():
@@ -30,90 +61,538 @@ def iterator():
     return make_iterator(source, batch_size=2, seed=0, tokenize=byte_tokens, text_length=8)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Checkpoints of steps 1, 2, 3, of which two are kept, and the batches that follow the newest."""
+def iterator_at(step):
     data = iterator()
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    for _ in range(step):
+        next(data)
+    return data
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Checkpoints of steps 1, 2, 3, of which two are kept, and the batches that follow each."""
+    workdir = tmp_path_factory.mktemp("run")
+    data = iterator()
+    checkpoints = Checkpoints(workdir, keep=2)
     for step in (1, 2, 3):
         next(data)
         checkpoints.save(step, state_of(step), data)
     checkpoints.close()
-    return tmp_path, next(data)
+    data = iterator()
+    return workdir, [next(data) for _ in range(4)]
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    """A copy of them, to be damaged."""
+    shutil.copytree(original[0], tmp_path / "run")
+    return tmp_path / "run", original[1]
 
 
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_small_newest_state_and_data_position_come_back(saved):
-    workdir, following = saved
-    data = iterator()
-    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
-    assert step == 3
-    assert_same(state, state_of(3))
-    assert_same(next(data), following)
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "3"]
-    assert sorted(p.name for p in (workdir / "digests").iterdir()) == ["2.json", "3.json"]
+def names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def largest(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def truncate(folder):
-    file = largest(folder)
+def test_small_newest_state_and_data_position_come_back(saved):
+    workdir, batches = saved
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 3
+    assert_same(state, state_of(3))
+    assert_same(next(data), batches[3])
+    assert names(workdir / "checkpoints") == ["2", "3"]
+    assert names(workdir / "digests") == ["2.json", "3.json"]
+    assert names(workdir / "damaged") == []
+
+
+# What becomes of checkpoint 3, given its folder
+
+
+def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def flip(folder):
-    file = largest(folder)
+def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize(
-    "damage", [truncate, flip, lambda folder: largest(folder).unlink()], ids=["cut", "flip", "gone"]
-)
-def test_small_damaged_newest_is_set_aside_and_the_one_before_used(saved, damage, caplog):
-    workdir, _ = saved
+def zero(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def empty_file(file):
+    file.write_bytes(b"")
+
+
+def scribble(file):
+    file.write_bytes(b"\xff{not json")
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def become_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def become_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def lose_all(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def become_the_one_before(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("2"), folder)
+
+
+def add_a_file(folder):
+    (folder / "state" / "notes.txt").write_text("mine")
+
+
+def of(name, damage):
+    """The damage, done to one file or folder of the checkpoint."""
+    return lambda folder: damage(folder / name)
+
+
+def big(damage):
+    return lambda folder: damage(largest(folder))
+
+
+DATA = "data/process_0-of-1.json"
+# name: the damage, what the digests say of it, and what is said without them: None where Orbax sees nothing wrong
+DAMAGES = {
+    "cut": (big(cut), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
+    "flipped": (big(flip), r"ocdbt.process_0/d/\w+ has changed", None),
+    "zeros": (big(zero), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
+    "emptied": (big(empty_file), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
+    "gone": (big(remove), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
+    "file-is-folder": (big(become_folder), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
+    "unreadable": (big(lambda file: file.chmod(0)), "cannot be read: .*Permission", "ermission"),
+    "extra-file": (add_a_file, "notes.txt was not there", None),
+    "empty-folder": (lose_all, "_CHECKPOINT_METADATA is missing", "FileNotFoundError"),
+    "is-a-file": (become_file, "it is a file", "it is a file"),
+    "is-step-2": (become_the_one_before, "has changed", "it holds step 2"),
+    "no-state": (of("state", remove), "state/.* is missing", "FileNotFoundError"),
+    "data-gone": (of(DATA, remove), f"{DATA} is missing", "holds no process_"),
+    "data-garbage": (of(DATA, scribble), f"{DATA} has changed", "UnicodeDecodeError"),
+    "data-emptied": (of(DATA, empty_file), f"{DATA} has changed", "JSONDecodeError"),
+    "tree-gone": (of("state/_METADATA", remove), "state/_METADATA is missing", "_METADATA"),
+    "tree-garbage": (of("state/_METADATA", scribble), "state/_METADATA has changed", "Error"),
+    "manifest-gone": (of("state/manifest.ocdbt", remove), "state/manifest.ocdbt is missing", "Error"),
+    "manifest-flipped": (of("state/manifest.ocdbt", flip), "state/manifest.ocdbt has changed", "manifest.ocdbt"),
+    "step-metadata-gone": (of("_CHECKPOINT_METADATA", remove), "_CHECKPOINT_METADATA is missing", None),
+    "step-metadata-garbage": (of("_CHECKPOINT_METADATA", scribble), "_CHECKPOINT_METADATA has changed", None),
+}
+CASES = [(name, digested) for name in DAMAGES for digested in (True, False) if digested or DAMAGES[name][2]]
+
+
+def contents(path):
+    """What there is, and whether it has been touched."""
+    stats = {p.relative_to(path): p.lstat() for p in [path, *path.rglob("*")]}
+    return {name: (stat.st_mode, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def assert_training_goes_on_from_2(workdir, data, batches):
+    """The data follow step 2, and the step that was set aside is saved again, and one more."""
+    assert names(workdir / "checkpoints") == ["2"]
+    assert_same(next(data), batches[2])
+    checkpoints = Checkpoints(workdir, keep=2)
+    assert checkpoints.restore(like(), data)[0] == 2
+    for step in (3, 4):
+        next(data)
+        checkpoints.save(step, state_of(step, seed=10), data)
+    checkpoints.close()
+    assert names(workdir / "checkpoints") == ["3", "4"]
+    assert names(workdir / "digests") == ["3.json", "4.json"]
+    for step in (3, 4):
+        written = json.loads((workdir / "digests" / f"{step}.json").read_text())
+        assert written == digests(workdir / "checkpoints" / str(step))
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 4
+    assert_same(state, state_of(4, seed=10))
+
+
+@pytest.mark.parametrize(("name", "digested"), CASES, ids=[f"{n}-{'digests' if d else 'orbax'}" for n, d in CASES])
+def test_small_damaged_newest_is_set_aside_and_the_one_before_used(saved, caplog, name, digested):
+    if name == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    workdir, batches = saved
+    damage, by_digests, by_orbax = DAMAGES[name]
+    if not digested:
+        (workdir / "digests" / "3.json").unlink()
     damage(workdir / "checkpoints" / "3")
-    with caplog.at_level(logging.WARNING, "ivideo"):
-        step, state = Checkpoints(workdir, keep=2).restore(like(), iterator())
+    damaged = contents(workdir / "checkpoints" / "3")
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 2
     assert_same(state, state_of(2))
-    assert "checkpoint 3 is damaged" in caplog.text
-    assert (workdir / "damaged" / "3").is_dir()  # moved, never deleted
+    (message,) = (r.getMessage() for r in caplog.records if "is damaged" in r.getMessage())
+    assert message.startswith("checkpoint 3 is damaged (")
+    assert re.search(by_digests if digested else by_orbax, message), message
+    assert names(workdir / "damaged") == ["3"]
+    assert contents(workdir / "damaged" / "3") == damaged  # moved, never deleted
+    assert_training_goes_on_from_2(workdir, data, batches)
+    assert contents(workdir / "damaged" / "3") == damaged
 
 
-def test_small_truncated_without_digests_is_found_too(saved, caplog):
-    """A run killed between a save and its digests has Orbax's own errors to go by."""
-    workdir, _ = saved
+@pytest.mark.parametrize("name", [name for name in DAMAGES if DAMAGES[name][2] is None and name != "flipped"])
+def test_small_harmless_damage_without_digests_changes_no_number(saved, name):
+    """What Orbax does not see it does not read either. A flipped byte among the numbers needs digests."""
+    workdir, batches = saved
     (workdir / "digests" / "3.json").unlink()
-    truncate(workdir / "checkpoints" / "3")
-    step, state = Checkpoints(workdir, keep=2).restore(like(), iterator())
+    DAMAGES[name][0](workdir / "checkpoints" / "3")
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 3
+    assert_same(state, state_of(3))
+    assert_same(next(data), batches[3])
+
+
+@pytest.mark.parametrize("text", [b"", b"not json", b"\xff\xfe\x00", b"[1, 2]", b"{}", b'{"state/_METADATA": "ab'])
+def test_small_damaged_digests_are_named_and_the_checkpoint_checked_without(saved, caplog, text):
+    workdir, batches = saved
+    (workdir / "digests" / "3.json").write_bytes(text)
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 3
+    assert_same(state, state_of(3))
+    assert_same(next(data), batches[3])
+    assert re.search(r"digests/3.json is damaged \(.+\): checkpoint 3 is checked by Orbax alone", caplog.text)
+    assert names(workdir / "damaged") == []
+    # And a checkpoint that is damaged too is still found
+    cut(largest(workdir / "checkpoints" / "3"))
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 2
     assert_same(state, state_of(2))
-    assert "checkpoint 3 is damaged" in caplog.text
+    assert_training_goes_on_from_2(workdir, data, batches)
+
+
+@pytest.mark.parametrize("digested", [True, False], ids=["digests", "orbax"])
+def test_small_checkpoint_under_another_step_is_set_aside(saved, caplog, digested):
+    """Taken for step 7 it would have its step's random numbers, learning rate and name."""
+    workdir, batches = saved
+    (workdir / "checkpoints" / "3").rename(workdir / "checkpoints" / "7")
+    (workdir / "digests" / "3.json").rename(workdir / "digests" / ("7.json" if digested else "3.json"))
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 2
+    assert_same(state, state_of(2))
+    assert "checkpoint 7 is damaged (it holds step 3)" in caplog.text
+    assert names(workdir / "damaged") == ["7"]
+    assert_training_goes_on_from_2(workdir, data, batches)
+
+
+@pytest.mark.parametrize("name", ["03", "3.bak", "step_3"])
+def test_small_folder_that_is_no_step_is_set_aside(saved, caplog, name):
+    workdir, batches = saved
+    (workdir / "checkpoints" / "3").rename(workdir / "checkpoints" / name)
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 2
+    assert_same(state, state_of(2))
+    assert f"checkpoint {name} is damaged (its name is not a step)" in caplog.text
+    assert names(workdir / "damaged") == [name]
+    assert_training_goes_on_from_2(workdir, data, batches)
+
+
+def test_small_what_a_killed_save_left_is_set_aside_by_training_alone(saved, caplog):
+    """Who only samples may be looking at a run that is saving just then."""
+    workdir, batches = saved
+    left = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
+    (workdir / "checkpoints" / "3").rename(left)
+    (left / "commit_success.txt").unlink()
+    remove(left / "data")
+    step, _ = Checkpoints(workdir, keep=2).restore(like())
+    assert step == 2
+    assert left.is_dir()
+    data = iterator()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), data)
+    assert step == 2
+    assert_same(state, state_of(2))
+    assert f"checkpoint {left.name} is damaged (a save was killed before its end)" in caplog.text
+    assert names(workdir / "damaged") == [left.name]
+    assert_training_goes_on_from_2(workdir, data, batches)
+
+
+def test_small_run_killed_in_its_first_save_begins_anew(saved):
+    workdir, _ = saved
+    for step in ("2", "3"):
+        (workdir / "checkpoints" / step).rename(workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp")
+    for _ in range(2):
+        assert Checkpoints(workdir, keep=2).restore(like(), iterator()) is None
+
+
+def test_small_second_damage_of_the_same_step_is_kept_beside_the_first(saved):
+    workdir, batches = saved
+    for _ in range(2):
+        cut(largest(workdir / "checkpoints" / "3"))
+        data = iterator()
+        checkpoints = Checkpoints(workdir, keep=2)
+        assert checkpoints.restore(like(), data)[0] == 2
+        checkpoints.save(3, state_of(3), data)
+        checkpoints.close()
+    assert names(workdir / "damaged") == ["3", "3_"]
+    remove(workdir / "checkpoints" / "3")
+    assert_training_goes_on_from_2(workdir, iterator_at(2), batches)
 
 
 def test_small_all_damaged_is_an_error_that_says_where_they_are(saved):
+    """At every start: one that began anew would train for days beside what could be mended."""
     workdir, _ = saved
     for step in ("2", "3"):
-        truncate(workdir / "checkpoints" / step)
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged .*damaged"):
-        Checkpoints(workdir, keep=2).restore(like(), iterator())
+        cut(largest(workdir / "checkpoints" / step))
+    for _ in range(2):
+        with pytest.raises(UserError, match="every checkpoint in .* is damaged .*damaged"):
+            Checkpoints(workdir, keep=2).restore(like(), iterator())
+    assert names(workdir / "damaged") == ["2", "3"]
 
 
-def test_small_checkpoint_of_another_model_is_refused_and_kept(saved):
+@pytest.mark.parametrize("digested", [True, False], ids=["digests", "orbax"])
+def test_small_checkpoint_of_another_model_is_refused_and_kept(saved, digested):
     workdir, _ = saved
+    if not digested:
+        shutil.rmtree(workdir / "digests")
     with pytest.raises(
-        UserError, match=r"of another model: layer/kernel is \(3, 4\) there and \(7, 4\) in this config"
+        UserError, match=r"checkpoints/3 is of another model: layer/kernel is \(64, 64\) there and \(7, 64\) in this"
     ):
         Checkpoints(workdir, keep=2).restore(like(width=7), iterator())
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+    other = like().replace(opt_state=({"m": like().opt_state[0]["m"], "v": like().step}, ()))
+    with pytest.raises(UserError, match=r"of another model: opt_state/0/v is absent there and \(\) in this config"):
+        Checkpoints(workdir, keep=2).restore(other, iterator())
+    assert names(workdir / "checkpoints") == ["2", "3"]
+    assert names(workdir / "damaged") == []
+
+
+def test_small_failure_that_is_not_the_files_sets_nothing_aside(saved, monkeypatch):
+    """Digests tell that the files are whole; without them, what the device says is not about files."""
+    workdir, _ = saved
+
+    def fail(error, *_, **__):
+        raise error
+
+    def fails_with(error):
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+            patch.setattr(ocp.StandardCheckpointHandler, "restore", functools.partial(fail, error))
+            Checkpoints(workdir, keep=2).restore(like(), iterator())
+        return caught.value
+
+    assert "is as it was written" in fails_with(OSError("the network is gone")).__notes__[0]
+    (workdir / "digests" / "3.json").unlink()
+    fails_with(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 60 GiB"))
+    assert names(workdir / "checkpoints") == ["2", "3"]
+    assert Checkpoints(workdir, keep=2).restore(like(), iterator())[0] == 3
 
 
 def test_small_empty_folder_has_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path, keep=2).restore(like(), iterator()) is None
+
+
+def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):
+    """A run that is killed before its next checkpoint has them."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state_of(1), iterator())
+    deadline = time.time() + 60
+    while not (tmp_path / "digests" / "1.json").exists():
+        assert time.time() < deadline
+        time.sleep(0.01)
+    assert json.loads((tmp_path / "digests" / "1.json").read_text()) == digests(tmp_path / "checkpoints" / "1")
+    checkpoints.close()
+
+
+def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
+    workdir, _ = saved
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save(3, state_of(3, seed=10), iterator())
+    checkpoints.close()
+    assert "step 3 is not saved: there is step 3 already" in caplog.text
+    assert names(workdir / "digests") == ["2.json", "3.json"]
+    step, state = Checkpoints(workdir, keep=2).restore(like())
+    assert step == 3
+    assert_same(state, state_of(3))
+
+
+def test_small_restoring_waits_for_the_checkpoint_being_saved(saved):
+    """As a run does that takes back a spike."""
+    workdir, _ = saved
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save(4, state_of(4), iterator())
+    step, state = checkpoints.restore(like())
+    assert step == 4
+    assert_same(state, state_of(4))
+
+
+def test_small_digests_are_sha256_and_read_in_pieces(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "abc").write_bytes(b"abc")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(64 << 20)
+    wanted = {
+        "deep/abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "large": hashlib.sha256(bytes(64 << 20)).hexdigest(),
+    }
+    tracemalloc.start()
+    try:
+        assert digests(tmp_path) == wanted
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_small_remote_folder_has_no_digests(saved, monkeypatch, caplog):
+    """As gs://, played here by a folder."""
+    workdir, _ = saved
+    shutil.rmtree(workdir / "digests")
+    monkeypatch.setattr("ivideo.checkpoint.REMOTE", str(workdir))
+    with caplog.at_level(logging.INFO, "ivideo"):
+        checkpoints = Checkpoints(str(workdir), keep=2)
+    assert "without digests" in caplog.text
+    checkpoints.save(4, state_of(4), iterator())
+    checkpoints.close()
+    assert names(workdir / "digests") == []
+    cut(largest(workdir / "checkpoints" / "4"))
+    step, state = Checkpoints(str(workdir), keep=2).restore(like(), iterator())
+    assert step == 3
+    assert_same(state, state_of(3))
+    assert names(workdir / "damaged") == ["4"]
+
+
+def placed(count, *, rows=True):
+    """Shardings of the state over so many devices, its kernel split along rows or columns."""
+    mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
+    split = PartitionSpec("x") if rows else PartitionSpec(None, "x")
+    kernel = like().params["layer"]["kernel"].shape
+    return jax.tree.map(lambda s: NamedSharding(mesh, split if s.shape == kernel else PartitionSpec()), like())
+
+
+def shapes_at(shardings):
+    return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), like(), shardings)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(8, True), (8, False), (2, True), (2, False), (1, True)])
+def test_small_state_of_eight_devices_comes_back_on_others(tmp_path, count, rows):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = jax.device_put(state_of(5), placed(8))
+    assert len(state.params["layer"]["kernel"].sharding.device_set) == 8
+    checkpoints.save(5, state, iterator())
+    checkpoints.close()
+    wanted = placed(count, rows=rows)
+    step, found = Checkpoints(tmp_path, keep=2).restore(shapes_at(wanted), iterator())
+    assert step == 5
+    assert_same(found, state_of(5))
+    assert jax.tree.map(lambda x: x.sharding, found) == wanted
+    shards = found.params["layer"]["kernel"].addressable_shards
+    assert {s.data.shape for s in shards} == {(64 // count, 64) if rows else (64, 64 // count)}
+
+
+def outcome(step, checkpoints, damaged, position=None):
+    return {"step": step, "kept": checkpoints, "damaged": damaged, "clips": int(position or 2 * step)}
+
+
+def process(index, port, workdir):
+    """One of two: saves, and restores after damage that each sees of itself or not; prints what it found."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    from absl import flags
+    from jax.experimental import multihost_utils
+
+    flags.FLAGS.mark_as_parsed()
+    logging.basicConfig(level=logging.WARNING)
+    workdir, wanted = pathlib.Path(workdir), placed(jax.device_count())
+    newest = workdir / "checkpoints" / "3"
+
+    def state_at(step):
+        return jax.tree.map(
+            lambda x, w: jax.make_array_from_callback(x.shape, w, lambda at: x[at]),
+            jax.tree.map(np.asarray, state_of(step)),
+            wanted,
+        )
+
+    def save(steps, data):
+        checkpoints = Checkpoints(workdir, keep=2)
+        for step in steps:
+            next(data)
+            checkpoints.save(step, state_at(step), data)
+        checkpoints.close()
+
+    def restore_after(damage):
+        multihost_utils.sync_global_devices("before")
+        if index == "0":
+            damage()
+        multihost_utils.sync_global_devices("after")
+        data = iterator()
+        checkpoints = Checkpoints(workdir, keep=2)
+        step, state = checkpoints.restore(shapes_at(wanted), data)
+        checkpoints.close()
+        whole = state_of(step)
+        jax.tree.map(
+            lambda x, w: [np.testing.assert_array_equal(s.data, w[s.index]) for s in x.addressable_shards], state, whole
+        )
+        assert names(workdir / "digests") == [f"{name}.json" for name in names(workdir / "checkpoints")]
+        position = data.get_state()["global_next_index"]
+        return outcome(step, names(workdir / "checkpoints"), names(workdir / "damaged"), position), data
+
+    def without_digests():
+        (workdir / "digests" / "3.json").unlink()
+        cut(largest(newest / "state" / "ocdbt.process_1"))  # which process 1 alone reads
+
+    save((1, 2, 3), iterator())
+    found = {}
+    found["whole"], _ = restore_after(lambda: None)
+    found["flipped"], data = restore_after(lambda: flip(largest(newest)))
+    save((3,), data)
+    found["alone"], data = restore_after(without_digests)
+    save((3, 4), data)
+    found["last"], _ = restore_after(lambda: None)
+    print(json.dumps(found))
+
+
+def test_small_two_processes_agree(tmp_path):
+    """Both see damage that only the first looks for, or that only the second meets; what is moved is moved once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(i), str(port), str(tmp_path)],
+            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        (first, log), (second, other) = (p.communicate(timeout=300) for p in processes)
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], log[-3000:] + other[-3000:]
+    found = json.loads(first.splitlines()[-1])
+    assert found == json.loads(second.splitlines()[-1])
+    assert found == {
+        "whole": outcome(3, ["2", "3"], []),
+        "flipped": outcome(2, ["2"], ["3"]),
+        "alone": outcome(2, ["2"], ["3", "3_"]),
+        "last": outcome(4, ["3", "4"], ["3", "3_"]),
+    }
+    assert log.count("checkpoint 3 is damaged") == 2
+    assert other.count("checkpoint 3 is damaged") == 0
+
+
+if __name__ == "__main__":
+    process(*sys.argv[1:])

@@ -1,5 +1,7 @@
 """Training: the loss and the step against their formulas, one device against eight."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +11,9 @@ import pytest
 from configs import base
 from ivideo import sharding, stages
 from ivideo.diffusion import v_target
+from ivideo.loop import make_data
 from ivideo.text import load_encoder
-from ivideo.train import (
-    TrainState,
-    batch_loss,
-    learning_rate,
-    make_data,
-    make_optimizer,
-    make_train_step,
-)
+from ivideo.train import TrainState, batch_loss, embed, learning_rate, make_optimizer, make_train_step
 
 
 def small(**changes):
@@ -28,40 +24,56 @@ def small(**changes):
 
 @pytest.fixture(scope="module")
 def parts():
-    """A config, its encoder, a batch with packed images, and a state after the first step, when nothing is zero."""
+    """A config, a batch with packed images and embedded texts, and a state in which nothing is zero."""
     config = small()
     encoder = load_encoder(config.text)
     batch = jax.tree.map(jnp.asarray, next(make_data(config, encoder)))
+    batch |= embed(encoder.module, encoder.params, batch)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config))
-    state = TrainState(jnp.int32(0), params, params, make_optimizer(config).init(params))
-    return config, encoder, batch, state
+    return config, batch, state_of(config, params)
 
 
-def run_step(config, encoder, batch, state, devices=1):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
-    step = jax.jit(make_train_step(config, encoder.module), in_shardings=(whole, split, whole), out_shardings=whole)
-    return step(*jax.device_put((state, batch, encoder.params), (whole, split, whole)))
+def state_of(config, params, step=0):
+    return TrainState(jnp.int32(step), params, params, make_optimizer(config).init(params), jnp.int32(0))
+
+
+def run_step(config, batch, state, **sizes):
+    mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    where = sharding.of_params(mesh, state)
+    step = jax.jit(make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
+    names = step_inputs(batch)
+    return step(jax.device_put(state, where), jax.device_put(names, sharding.of_batch(mesh, names)))
+
+
+def step_inputs(batch):
+    return {name: value for name, value in batch.items() if "tokens" not in name}
 
 
 @pytest.fixture(scope="module")
 def one_device(parts):
     """What a step on one device returns: state and metrics."""
-    return run_step(*parts)
+    return run_step(*parts, data=1)
 
 
-def test_small_one_device_and_eight_agree(parts, one_device):
-    """The same loss and gradient norm to 1e-5: the noise does not depend on the mesh."""
-    (one, metrics_one), (eight, metrics_eight) = one_device, run_step(*parts, devices=8)
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "frames": 2, "height": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_small_one_device_and_eight_agree(parts, one_device, sizes, monkeypatch):
+    """The same loss and gradient norm to 1e-5 on any mesh: the noise does not depend on it."""
+    monkeypatch.setattr(sharding, "WHOLE", 1)  # else nothing of a network this small is split
+    (one, metrics_one), (eight, metrics_eight) = one_device, run_step(*parts, **sizes)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics_eight[name], metrics_one[name], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.ema, eight.ema)
+    split = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(eight.params)]
+    assert all(split) == (sizes == {"data": 8})
 
 
 def test_small_loss_is_the_mean_squared_error_of_v(parts):
     """With the network a constant, the loss is a number that numpy works out from the same noise."""
-    config, encoder, batch, _ = parts
+    config, batch, _ = parts
     key = jax.random.key(5)
 
     class Constant:
@@ -69,7 +81,7 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
             assert num_images == 2
             return jnp.full(z.shape, 0.25)
 
-    value = batch_loss(config, Constant(), encoder.module, {}, encoder.params, batch, key)
+    value = batch_loss(config, Constant(), {}, batch, key)
     key_time, key_noise, _ = jax.random.split(key, 3)
     video = np.concatenate([batch["video"], batch["images"]], axis=1)
     times = (float(jax.random.uniform(key_time)) + np.arange(8) / 8) % 1.0
@@ -82,7 +94,7 @@ def test_small_loss_is_the_mean_squared_error_of_v(parts):
 
 def test_small_loss_of_x_is_in_units_of_the_spread_of_the_data(parts):
     """Else its gradients shrink with the square of `data_std`, to below Adam's epsilon, and little is learned."""
-    _, encoder, batch, _ = parts
+    _, batch, _ = parts
 
     class Constant:
         def apply(self, variables, z, logsnr, text, mask, *, num_images):
@@ -90,14 +102,14 @@ def test_small_loss_of_x_is_in_units_of_the_spread_of_the_data(parts):
 
     def loss(kind, data_std):
         changed = small(**{"diffusion.loss": kind, "model.data_std": data_std})
-        return batch_loss(changed, Constant(), encoder.module, {}, encoder.params, batch, jax.random.key(5))
+        return batch_loss(changed, Constant(), {}, batch, jax.random.key(5))
 
     np.testing.assert_allclose(loss("x", 0.1), 100 * loss("x", 1.0), rtol=1e-5)
     np.testing.assert_allclose(loss("v", 0.1), loss("v", 1.0), rtol=1e-5)
 
 
 def test_small_text_dropout_takes_the_share_it_is_told(parts):
-    config, encoder, batch, _ = parts
+    config, batch, _ = parts
 
     @jax.jit
     def mask_of(key):
@@ -108,7 +120,7 @@ def test_small_text_dropout_takes_the_share_it_is_told(parts):
                 seen.append(mask)
                 return jnp.zeros(z.shape)
 
-        batch_loss(config, Recorder(), encoder.module, {}, encoder.params, batch, key)
+        batch_loss(config, Recorder(), {}, batch, key)
         return seen[0]
 
     masks = np.concatenate([mask_of(jax.random.key(i)) for i in range(60)])
@@ -119,7 +131,7 @@ def test_small_text_dropout_takes_the_share_it_is_told(parts):
 
 def test_small_accumulation_averages_gradients(parts, monkeypatch):
     """Loss and gradient of a batch in two parts are the means of the parts' own."""
-    config, encoder, batch, _ = parts
+    config, batch, _ = parts
     config = config.copy_and_resolve_references()
 
     class Scale:
@@ -130,14 +142,14 @@ def test_small_accumulation_averages_gradients(parts, monkeypatch):
 
     model, params = Scale(), {"scale": np.float32(0.3)}
     monkeypatch.setattr(stages, "build_model", lambda _: model)
-    state = TrainState(jnp.int32(0), params, params, make_optimizer(config).init(params))
+    state = state_of(config, params)
     config.train.accumulate = 2
     config.train.text_dropout = 0.0
-    (_, metrics) = run_step(config, encoder, batch, state)
+    (_, metrics) = run_step(config, batch, state, data=1)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed + 1), 0), 2)
-    halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], batch) for i in range(2)]
+    halves = [jax.tree.map(lambda x, i=i: x[i::2], step_inputs(batch)) for i in range(2)]
     loss = jax.jit(jax.value_and_grad(
-        lambda p, half, key: batch_loss(config, model, encoder.module, p, encoder.params, half, key)
+        lambda p, half, key: batch_loss(config, model, p, half, key)
     ))  # fmt: skip
     (loss_0, grads_0), (loss_1, grads_1) = (loss(state.params, h, k) for h, k in zip(halves, keys, strict=True))
     np.testing.assert_allclose(metrics["loss"], (loss_0 + loss_1) / 2, rtol=1e-5)
@@ -181,3 +193,14 @@ def test_small_adafactor_holds_no_full_second_moment():
     params = {"w": jnp.zeros((256, 512))}
     state = make_optimizer(config).init(params)
     assert max(x.size for x in jax.tree.leaves(state)) <= 512
+
+
+@pytest.mark.parametrize("name", ["video", "text"])
+def test_small_update_that_is_not_finite_is_left_out_and_counted(parts, name):
+    config, batch, state = parts
+    broken = {**batch, name: batch[name].at[3].set(jnp.nan)}
+    new, metrics = run_step(config, broken, state, data=1)
+    assert not np.isfinite(metrics["loss"])
+    assert (int(new.step), int(new.skipped), float(metrics["skipped"])) == (1, 1, 1)
+    for kind in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(new, kind), getattr(state, kind))

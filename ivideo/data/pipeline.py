@@ -118,23 +118,25 @@ def make_iterator(
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 2,
+    part: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches of numpy arrays, of which each JAX process gets its own part.
+    """An endless iterator of batches of numpy arrays, or of one part of every batch.
 
-    `source`: see `ivideo.data.sources`. `batch_size`: clips over all processes together. `seed`: of the order and of
+    `source`: see `ivideo.data.sources`. `batch_size`: clips over all parts together. `seed`: of the order and of
     the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`. `num_workers`: processes that
     prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass a `source`
     and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0: none, in
-    line); `prefetch`: batches kept ready by each process, which bounds the memory.
+    line); `prefetch`: batches kept ready by each process, which bounds the memory. `part`: (index, count), of several
+    processes that read a part each (`sharding.process_part`).
 
     A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
     positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
     other clips with their own captions.
 
     Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
-    count of processes and workers. UserError where batch_size does not divide among the processes.
+    count of parts and workers. UserError where batch_size does not divide among the parts.
     """
-    shard = grain.sharding.ShardByJaxProcess()
+    shard = grain.sharding.ShardOptions(shard_index=part[0], shard_count=part[1])
     if batch_size < 1 or batch_size % shard.shard_count:
         raise UserError(
             f"batch_size is {batch_size} over {shard.shard_count} processes, expected a positive multiple of "

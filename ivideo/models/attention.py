@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo.sharding import VIDEO, constrain
+
 Dtype = jnp.dtype
 
 
@@ -18,15 +20,15 @@ def _heads(channels: int, head_dim: int) -> int:
     return channels // head_dim
 
 
-def _softmax(logits, dtype, axis=-1):
+def _softmax(logits, dtype):
     """Softmax in float32 whatever the activations are: bfloat16 sums over thousands of keys lose whole tokens."""
-    return jax.nn.softmax(logits.astype(jnp.float32), axis=axis).astype(dtype)
+    return jax.nn.softmax(logits.astype(jnp.float32)).astype(dtype)
 
 
 class SpatialAttention(nn.Module):
     """Self-attention within each frame: [B, F, H, W, C] -> the same, residual, the identity at initialisation.
 
-    H and W stay separate axes in every product, so that a sharded height is never merged into tokens.
+    Where rows are split over devices, these take whole frames for it instead: a frame's pixels all see each other.
     """
 
     head_dim: int
@@ -34,14 +36,17 @@ class SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        channels = x.shape[-1]
+        b, f, h, w, channels = x.shape
         heads = (_heads(channels, self.head_dim), self.head_dim)
         y = FrameNorm(dtype=self.dtype, name="norm")(x)
-        q, k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(y) for name in "qkv")
-        logits = jnp.einsum("bfhwnd,bfyxnd->bfnhwyx", q * self.head_dim**-0.5, k)
-        weights = _softmax(logits, self.dtype, axis=(-2, -1))
-        y = jnp.einsum("bfnhwyx,bfyxnd->bfhwnd", weights, v)
-        return x + _out(channels, self.dtype)(y)
+        y = constrain(y, "batch", "whole_frames", None, None, None).reshape(b, f, h * w, channels)
+        q, k, v = (_split_heads(heads, self.dtype, name)(y) for name in "qkv")
+        q, k, v = (constrain(a, "batch", "whole_frames", None, "heads", None) for a in (q, k, v))
+        weights = _softmax(jnp.einsum("bfpnd,bfqnd->bfnpq", q * self.head_dim**-0.5, k), self.dtype)
+        y = jnp.einsum("bfnpq,bfqnd->bfpnd", weights, v)
+        y = _out(channels, self.dtype)(y).reshape(x.shape)
+        y = constrain(y, "batch", "whole_frames", None, None, None)
+        return x + constrain(y, *VIDEO)
 
 
 class TemporalAttention(nn.Module):
@@ -67,12 +72,14 @@ class TemporalAttention(nn.Module):
         offset = np.arange(frames)[None, :] - np.arange(frames)[:, None]
         index = np.clip(offset, -reach, reach) + reach
 
-        y = FrameNorm(dtype=self.dtype, name="norm")(x)
-        q, k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(y) for name in "qkv")
+        pixels = ("batch", None, "height", "columns")  # where frames are split over devices, these take columns instead
+        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *pixels, None)
+        q, k, v = (constrain(_split_heads(heads, self.dtype, name)(y), *pixels, "heads", None) for name in "qkv")
         logits = jnp.einsum("bthwnd,bshwnd->bhwnts", q * self.head_dim**-0.5, k)
         weights = _softmax(logits + jnp.moveaxis(bias[index], -1, 0), self.dtype)
         y = jnp.einsum("bhwnts,bshwnd->bthwnd", weights, v) + jnp.einsum("bhwnts,tsnd->bthwnd", weights, value[index])
-        return x + _out(channels, self.dtype)(y)
+        y = constrain(_out(channels, self.dtype)(y), *pixels, None)
+        return x + constrain(y, *VIDEO)
 
 
 class CrossAttention(nn.Module):
@@ -95,10 +102,9 @@ class CrossAttention(nn.Module):
         text = jnp.concatenate([null, text.astype(self.dtype)], axis=2)
         mask = jnp.concatenate([jnp.ones_like(text_mask[..., :1]), text_mask], axis=-1)
 
-        q = nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name="q")(
-            FrameNorm(dtype=self.dtype, name="norm")(x)
-        )
-        k, v = (nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(text) for name in "kv")
+        q = _split_heads(heads, self.dtype, "q")(FrameNorm(dtype=self.dtype, name="norm")(x))
+        q = constrain(q, *VIDEO[:4], "heads", None)
+        k, v = (_split_heads(heads, self.dtype, name)(text) for name in "kv")
 
         def attend(q, k, v, mask, frame):
             # `frame` is f where every frame has a text of its own, absent where all frames share one
@@ -146,6 +152,10 @@ class FrameNorm(nn.Module):
     def __call__(self, x):
         groups = max(g for g in range(1, self.max_groups + 1) if x.shape[-1] % g == 0)
         return nn.GroupNorm(groups, reduction_axes=(-3, -2, -1), dtype=self.dtype, name="groups")(x)
+
+
+def _split_heads(heads: tuple[int, int], dtype: Dtype, name: str):
+    return nn.DenseGeneral(heads, use_bias=False, dtype=dtype, name=name)
 
 
 def _out(channels: int, dtype: Dtype):

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention
+from ivideo.sharding import VIDEO, constrain, with_halo
 
 TEMPORAL = ("attention", "convolution", "none")
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, skip, embedding, text, text_mask):
         if skip is not None:
-            x = jnp.concatenate([x, skip], axis=-1)
+            x = constrain(jnp.concatenate([x, skip], axis=-1), *VIDEO)
         x = ResBlock(self.channels, self.dtype, name="residual")(x, embedding)
         if self.temporal == "convolution":
             x = self._in_time(TemporalConvolution(self.dtype, name="temporal_convolution"), x)
@@ -46,6 +47,7 @@ class Block(nn.Module):
         if self.temporal == "attention":
             layer = TemporalAttention(self.head_dim, self.max_distance, self.dtype, name="temporal_attention")
             x = self._in_time(layer, x)
+        x = constrain(x, *VIDEO)
         return x, x
 
     def _in_time(self, layer, x):
@@ -65,13 +67,14 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding):
         y = nn.swish(FrameNorm(self.dtype, name="norm_0")(x))
-        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_0")(y)
+        y = convolution(self.channels, self.dtype, "conv_0")(y)
+        y = constrain(y, *VIDEO[:4], "inner")
         modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="modulation")(nn.swish(embedding))
-        scale, shift = jnp.split(modulation[:, :, None, None], 2, axis=-1)
+        scale, shift = jnp.split(constrain(modulation, "batch")[:, :, None, None], 2, axis=-1)
         y = nn.swish(FrameNorm(self.dtype, name="norm_1")(y) * (1 + scale) + shift)
-        y = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_1")(y)
+        y = convolution(self.channels, self.dtype, "conv_1", kernel_init=nn.initializers.zeros)(y)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
+            x = nn.Dense(self.channels, dtype=self.dtype, dot_general=_product_of_rows, name="shortcut")(x)
         return x + y
 
 
@@ -87,7 +90,40 @@ class TemporalConvolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, (3, channels, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         y = nn.swish(FrameNorm(self.dtype, name="norm")(x))
-        return x + convolve_frames(y, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        y = convolve_frames(constrain(y, *VIDEO), kernel.astype(self.dtype))
+        return x + constrain(y, *VIDEO) + bias.astype(self.dtype)
+
+
+def convolution(features: int, dtype: Dtype, name: str, *, stride: int = 1, **options):
+    """A 3×3 convolution of every frame, [B, F, H, W, C] -> [B, F, H / stride, W / stride, features], zero-padded."""
+    return nn.Conv(
+        features,
+        (3, 3),
+        strides=(stride, stride),
+        dtype=dtype,
+        conv_general_dilated=_convolve_rows,
+        name=name,
+        **options,
+    )
+
+
+def _convolve_rows(x, kernel, strides, padding, **options):
+    """`lax.conv_general_dilated` of x [B·F, H, W, C], whose rows may be split over devices."""
+    pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+
+    def convolve(x, kernel):
+        return lax.conv_general_dilated(x, kernel, strides, [(0, 0), pads[1]], **options)
+
+    return with_halo(convolve, x, kernel, axes={1: "height"}, over=1, halo=pads[0], unit=strides[0])
+
+
+def _product_of_rows(x, kernel, dimensions, **options):
+    """`lax.dot_general` of x [B, F, H, W, C], whose rows may be split over devices."""
+
+    def product(x, kernel):
+        return lax.dot_general(x, kernel, dimensions, **options)
+
+    return with_halo(product, x, kernel, axes={2: "height"}, over=2, halo=(0, 0))
 
 
 def convolve_frames(x, kernel):
@@ -95,25 +131,25 @@ def convolve_frames(x, kernel):
 
     Matrix products on the CPU, a convolution on TPU and GPU: each is the faster one there.
     """
-    return lax.platform_dependent(x, kernel, cpu=frames_as_products, default=frames_as_convolution)
+
+    def convolve(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=frames_as_products, default=frames_as_convolution)
+
+    return with_halo(convolve, x, kernel, axes={1: "frames", 2: "height"}, over=1, halo=(1, 1))
 
 
 def frames_as_convolution(x, kernel):
-    """`convolve_frames` as one 2-D convolution over [T, H·W]."""
+    """A convolution along the frames, [B, T + 2, H, W, C] -> [B, T, H, W, C'], as one 2-D convolution over [T, H·W]."""
     b, t, h, w, c = x.shape
     numbers = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(
-        x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), ((1, 1), (0, 0)), dimension_numbers=numbers
-    )
-    return y.reshape(b, t, h, w, kernel.shape[-1])
+    y = lax.conv_general_dilated(x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), "VALID", dimension_numbers=numbers)
+    return y.reshape(b, t - 2, h, w, kernel.shape[-1])
 
 
 def frames_as_products(x, kernel):
-    """`convolve_frames` as three matrix products, shifted by a frame."""
-    frames = x.shape[1]
-    past = jnp.pad(x @ kernel[0], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :frames]
-    future = jnp.pad(x @ kernel[2], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))[:, 1:]
-    return past + x @ kernel[1] + future
+    """The same as three matrix products, of frames shifted by one."""
+    past, future = x[:, :-2] @ kernel[0], x[:, 2:] @ kernel[2]
+    return past + x[:, 1:-1] @ kernel[1] + future
 
 
 def upsample(x, factor: int):

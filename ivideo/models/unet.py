@@ -16,6 +16,7 @@ from ivideo.models.blocks import (
     Block,
     FrameEmbedding,
     ScalarEmbedding,
+    convolution,
     depth_to_space,
     noise_fraction,
     remat_policy,
@@ -23,6 +24,7 @@ from ivideo.models.blocks import (
     upsample,
 )
 from ivideo.schedules import alpha_sigma
+from ivideo.sharding import VIDEO, constrain
 
 PREDICTIONS = ("v", "eps")
 
@@ -109,21 +111,21 @@ class VideoUNet(nn.Module):
                     f"{'needs' if wanted[name] else 'has no input for'} it: see its model config"
                 )
 
-        text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
+        text = constrain(nn.LayerNorm(dtype=self.dtype, name="text_norm")(text), "batch")
         embedding = self._embedding(logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, z.shape[1])
-        context = (embedding, text, text_mask)
+        context = (constrain(embedding, "batch"), text, text_mask)
 
+        z = constrain(z, *VIDEO)
+        cond = cond if cond is None else constrain(cond, *VIDEO)
         x = z if cond is None else jnp.concatenate([self._noisy_input(z, logsnr, cond, aug_logsnr), cond], axis=-1)
         x = space_to_depth(x.astype(self.dtype), self.strides[0])
-        x = nn.Conv(self.channels[0], (3, 3), dtype=self.dtype, name="stem")(x)
+        x = constrain(convolution(self.channels[0], self.dtype, "stem")(x), *VIDEO)
 
         skips = []
         for level, channels in enumerate(self.channels):
             if level:
                 stride = self.strides[level]
-                x = nn.Conv(channels, (3, 3), strides=(stride, stride), dtype=self.dtype, name=f"down_{level}_resize")(
-                    x
-                )
+                x = constrain(convolution(channels, self.dtype, f"down_{level}_resize", stride=stride)(x), *VIDEO)
             x, skip = self._level(level, f"down_{level}", num_images)(x, None, *context)
             skips.append(skip)
 
@@ -135,13 +137,14 @@ class VideoUNet(nn.Module):
             skip = skips.pop()[::-1] * jnp.asarray(2**-0.5, self.dtype)
             x, _ = self._level(level, f"up_{level}", num_images)(x, skip, *context)
             if level:
-                x = upsample(x, self.strides[level])
-                x = nn.Conv(self.channels[level - 1], (3, 3), dtype=self.dtype, name=f"up_{level}_resize")(x)
+                x = constrain(upsample(x, self.strides[level]), *VIDEO)
+                x = constrain(convolution(self.channels[level - 1], self.dtype, f"up_{level}_resize")(x), *VIDEO)
 
         x = nn.swish(FrameNorm(self.dtype, name="out_norm")(x))
         features = self.out_channels * self.strides[0] ** 2
-        x = nn.Conv(features, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(x)
-        return self._as_v(depth_to_space(x, self.strides[0]), z, logsnr, cond, aug_logsnr)
+        x = convolution(features, jnp.float32, "out", kernel_init=nn.initializers.zeros)(x)
+        x = constrain(depth_to_space(x, self.strides[0]), *VIDEO)
+        return self._as_v(x, z, logsnr, cond, aug_logsnr)
 
     def _noisy_input(self, z, logsnr, cond, aug_logsnr):
         """What the stem sees of z; with `data_std` below 1, an estimate of the difference from the given video."""

@@ -1,0 +1,206 @@
+"""Compiles a stage's real programs for a named TPU slice, on a machine without one, and says what they need there.
+
+TPU's own compiler (libtpu) does it, so a program that does not fit fails here as it would there. Its bytes and FLOPs are
+for one chip and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run can
+beat, not a measurement, and without the time of communication between chips.
+"""
+
+import json
+import math
+import os
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+from ivideo import sharding, stages, train
+from ivideo.chips import CHIPS
+from ivideo.describe import columns, forward_flops, human, human_flops
+from ivideo.errors import UserError
+from ivideo.files import write_json
+from ivideo.hlo import Program
+
+# Least effort at speed: minutes in place of an hour on two cores. The compiler then keeps no activations in on-chip
+# memory between operations, so the bytes are more than those of a run: an upper estimate
+EFFORT = -1.0
+
+
+def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json=False, out=None, overwrite=False):
+    """Prints what `measure` finds as a table or JSON, writes it as JSON to `out`, and returns it."""
+    if out is not None and os.path.exists(out) and not overwrite:
+        raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
+    found = measure(config, topology, what=what, effort=effort)
+    print(json.dumps(found, indent=2) if as_json else table(found))
+    if out is not None:
+        write_json(out, found)
+    return found
+
+
+def measure(config, topology: str, *, what: str = "train", effort: float = EFFORT) -> dict:
+    """Compiles the training step, or one step of the distilled sampler for one video, and returns what it needs.
+
+    `topology` is a slice's name, such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`). `flops`,
+    `bytes` and `memory` are a chip's; `model_flops` are all chips' (see `ivideo.flops`), without rematerialisation.
+    UserError where the topology is unknown, the mesh does not fit it, or the program does not fit the chips: then it
+    says what to change.
+    """
+    devices, chip = topology_devices(topology)
+    group = config.train if what == "train" else config.sample
+    mesh = sharding.make_mesh(group.mesh, devices)
+    program = training_program if what == "train" else sampling_program
+    fn, args, out_shardings, donated = program(config, mesh)
+    model_flops = count_flops(config, what)
+    params = args[0].params if what == "train" else args[0]
+    began = time.perf_counter()
+    lowered = jax.jit(fn, donate_argnums=donated, out_shardings=out_shardings).lower(*args)
+    try:
+        compiled = lowered.compile({"exec_time_optimization_effort": effort})
+    except jax.errors.JaxRuntimeError as e:
+        raise _does_not_fit(e, config, topology, what) from e
+    seconds = time.perf_counter() - began
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = CHIPS[chip]
+    times = {"flops": program.flops / peak.flops, "bytes": program.bytes / peak.bandwidth}
+    roofline = max(times.values())
+    return {
+        "stage": config.stage, "variant": config.variant, "what": what,
+        "topology": topology, "chip": chip, "chips": len(devices), "mesh": dict(mesh.shape),
+        "batch": config.train.batch_size if what == "train" else 1,
+        "accumulate": config.train.accumulate if what == "train" else 1,
+        "remat": config.model.remat if what == "train" else "none",
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        "model_flops": model_flops, "flops": program.flops, "bytes": program.bytes,
+        "memory": {
+            "arguments": arguments, "temporaries": temporary, "results": results,
+            "total": arguments + temporary + results, "capacity": peak.memory,
+        },
+        "collectives": program.collectives(params),
+        "peaks": {"flops_per_second": peak.flops, "bytes_per_second": peak.bandwidth},
+        "roofline_seconds": roofline, "bound_by": max(times, key=times.get),
+        "mfu_bound": model_flops / (len(devices) * peak.flops * roofline),
+        "compile_seconds": seconds, "effort": effort, "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def topology_devices(topology: str):
+    """The devices of a slice that is not there, and its chip's name; UserError where there is no such slice."""
+    chip = topology.split(":")[0]
+    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise UserError(
+            f"--topology={topology!r}: expected a chip of {', '.join(CHIPS)} and its grid, such as v5e:4x4 or v5p:4x4x4"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices, chip
+    except Exception as e:  # libtpu is missing, or knows no such slice
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"--topology={topology}: no compiler for it ({reason}); it needs `pip install '.[tpu]'`, and a slice that "
+            "Google offers, such as v5e:4x4, v6e:8x8 or v5p:4x4x4"
+        ) from e
+
+
+def training_program(config, mesh):
+    """The training step, its arguments' shapes with shardings, its results' shardings, and what is donated."""
+    state, batch = train.state_shapes(config), train.batch_shapes(config)
+    state = _placed(state, sharding.of_params(mesh, state))
+    batch = _placed(batch, sharding.of_batch(mesh, batch))
+    results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
+    return train.make_train_step(config, mesh), (state, batch), results, (0,)
+
+
+def sampling_program(config, mesh):
+    """One step of the distilled sampler for one video: from noise, and what the stage is given, to a video."""
+    one = one_step(config)
+    model, (args, shapes) = stages.build_model(one), sampling_shapes(one)
+
+    def step(params, text, text_mask, keys, given):
+        with sharding.layout(mesh):
+            return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), **given)
+
+    params = _placed(args[0], sharding.of_params(mesh, args[0]))
+    rest = [jax.tree.map(lambda s: _place(s, sharding.logical(mesh, s.shape, ("batch", "frames")[: len(s.shape) - 3])), a)
+            for a in (*args[1:], shapes)]  # fmt: skip
+    video = sharding.logical(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
+    return step, (params, *rest), video, ()
+
+
+def one_step(config):
+    """The config of a distilled stage that samples in a single step: one evaluation of the network."""
+    one = config.copy_and_resolve_references()
+    one.sample.sampler, one.sample.steps, one.sample.weight = "distilled", 1, 0.0
+    one.sample.guidance = "constant"
+    one.model.remat = "none"
+    one.model.guidance_input = True
+    return one
+
+
+def sampling_shapes(config):
+    """Shapes of what `stages.sample` takes for one video: (params, text, mask, key data) and the keyword ones."""
+    (_, _, text, mask), optional = stages.model_inputs(config, 1)
+    dtype = jnp.dtype(config.model.dtype)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), stages.param_shapes(config))
+    given = {"guidance_weight": optional["guidance_weight"]}
+    if config.cond.frames:
+        size = (1, config.cond.frames, config.cond.height, config.cond.width, 3)
+        given["low"] = jax.ShapeDtypeStruct(size, jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), 1)))
+    return (params, text, mask, keys), given
+
+
+def count_flops(config, what: str) -> int:
+    """The model's FLOPs of a step over all chips, without those that rematerialisation does again."""
+    return train.model_flops(config) if what == "train" else forward_flops(one_step(config))
+
+
+def _placed(shapes, shardings):
+    return jax.tree.map(_place, shapes, shardings)
+
+
+def _place(shape, where):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def _does_not_fit(error, config, topology: str, what: str) -> Exception:
+    """The error of a program that needs more memory than a chip has, with what to change; others as they are."""
+    message = str(error)
+    used = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message and used is None:
+        return error
+    numbers = f": {used[1]} of {used[2]} a chip" if used else ""
+    change = (
+        "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames over devices "
+        "(config.train.mesh.height, frames)"
+        if what == "train"
+        else "a larger slice, more devices for config.sample.mesh.frames and height, or config.sample.window"
+    )
+    return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Take {change}")
+
+
+def table(found: dict) -> str:
+    """What `measure` found, to read."""
+    memory = {name: f"{human(size, 'KMGTP')}B" for name, size in found["memory"].items()}
+    mesh = " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
+    lines = [
+        f"{found['stage']}:{found['variant']}, a step to {found['what']} on {found['topology']} "
+        f"({found['chips']} chips: {mesh}), batch {found['batch']}",
+        f"parameters   {human(found['parameters'])}",
+        f"model        {human_flops(found['model_flops'])} a step, over all chips",
+        f"a chip       {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
+        f"memory       {memory['total']} of {memory['capacity']}: arguments {memory['arguments']}, temporaries "
+        f"{memory['temporaries']}, results {memory['results']}; fits",
+        f"roofline     {found['roofline_seconds']:.4g} s a step, bound by {found['bound_by']}, at "
+        f"{human_flops(found['peaks']['flops_per_second'])}/s and {human(found['peaks']['bytes_per_second'], 'KMGTP')}B/s",
+        f"utilisation  {found['mfu_bound']:.1%} of peak at most",
+        f"compiled in  {found['compile_seconds']:.0f} s",
+        "",
+    ]
+    rows = [("communication", "count", "runs", "bytes", "largest")]
+    for name, entry in found["collectives"].items():
+        rows.append((name, entry["count"], entry["runs"], f"{human(entry['bytes'], 'KMGTP')}B", entry["largest"]))
+    return "\n".join(lines + columns(rows))

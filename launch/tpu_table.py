@@ -1,0 +1,145 @@
+"""Compiles all stages at the paper's size for TPU slices that are not there, and writes what they need to docs/.
+
+  pip install '.[tpu]' && python launch/tpu_table.py
+
+adds a row for every program to docs/tpu.json, those that are there already excepted, and puts the tables between the marks
+in docs/tpu.md. Two to five minutes a training step and less than one a sampling step, on two cores. `--only=REGEX` does the
+rows whose name (such as "train ssr2 v5p:4x4x4") has a match; `--again` does them although they are there.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ivideo.describe import human, human_flops
+from ivideo.files import write_json, write_text
+
+DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
+STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
+BATCH = 256
+DISTILLED_STEPS = 8  # of every stage of the paper's distilled cascade
+SAMPLE = ("v6e:4x4", "v5e:4x4")
+# What a chip holds of activations decides into how many parts a batch is taken
+TRAIN = {"v5p:4x4x4": {"accumulate": 1}, "v6e:8x8": {"accumulate": 4}, "v5e:16x16": {"accumulate": 1}}
+LARGE = {"v5p:4x4x4": {"accumulate": 4}}  # videos of 192 × 320
+
+
+def rows():
+    """Every row's name, and the arguments of the command that makes it."""
+    for topology in SAMPLE:
+        for stage in STAGES:
+            yield f"sample {stage} {topology}", [f"--config=configs/{stage}.py", "--what=sample"]
+    for topology, options in TRAIN.items():
+        for stage in STAGES:
+            options_here = {**options, **(LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})}
+            values = [f"--config.train.{name}={value}" for name, value in options_here.items()]
+            yield (
+                f"train {stage} {topology}",
+                [f"--config=configs/{stage}.py", "--what=train", f"--config.train.batch_size={BATCH}", *values],
+            )
+
+
+def compiled(name: str, arguments: list[str]) -> dict:
+    """A row: what the command finds, or why it does not fit."""
+    command = [
+        sys.executable,
+        "-m",
+        "ivideo.main",
+        "--mode=compile",
+        f"--topology={name.split()[-1]}",
+        "--json",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ivideo: ")]
+    if done.returncode == 2 and errors and "does not fit" in errors[-1]:
+        return {"does_not_fit": errors[-1].removeprefix("ivideo: ")}
+    raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+
+
+def tables(found: dict) -> str:
+    """The page's tables in Markdown."""
+    parts = []
+    for what, topologies, title in (
+        ("train", TRAIN, f"A training step, {BATCH} videos"),
+        ("sample", SAMPLE, "A step of sampling, one video, distilled (one evaluation of the network)"),
+    ):
+        for topology in topologies:
+            here = [(stage, found.get(f"{what} {stage} {topology}")) for stage in STAGES]
+            if any(row for _, row in here):
+                parts.append(f"**{title}, on {topology}** ({chips(topology)} chips)\n\n" + table(what, here))
+    return "\n\n".join(parts)
+
+
+def chips(topology: str) -> int:
+    count = 1
+    for size in topology.split(":")[1].split("x"):
+        count *= int(size)
+    return count
+
+
+def table(what, here) -> str:
+    """One slice's rows; of sampling their sum, the whole cascade."""
+    lines = [
+        "| stage | mesh | parts | memory a chip | FLOPs a chip | bytes a chip | roofline | bound by | MFU at most | "
+        "gathers of activations | permutes | compiled in |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
+    ]
+    total = 0.0
+    for stage, row in here:
+        if row is None:
+            continue
+        if "does_not_fit" in row:
+            lines.append(f"| {stage} | does not fit: {row['does_not_fit']} |" + " |" * 10)
+            continue
+        total += row["roofline_seconds"]
+        memory, moved = row["memory"], row["collectives"]
+        mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+        counts = [
+            moved.get(kind, {"count": 0})["count"]
+            for kind in ("all-gather of activations", "collective-permute of activations")
+        ]
+        lines.append(
+            f"| {stage} | {mesh} | {row['accumulate']} | {human(memory['total'], 'KMGTP')}B of {memory['capacity'] / 1e9:.0f} "
+            f"| {human_flops(row['flops'])} | {human(row['bytes'], 'KMGTP')}B | {1e3 * row['roofline_seconds']:.3g} ms "
+            f"| {row['bound_by']} | {row['mfu_bound']:.1%} | {counts[0]} | {counts[1]} | {row['compile_seconds']:.0f} s |"
+        )
+    if what == "sample" and sum("roofline_seconds" in (row or {}) for _, row in here) == len(STAGES):
+        lines.append(
+            f"\nThe whole distilled cascade, {DISTILLED_STEPS} steps a stage: **{DISTILLED_STEPS * total:.2f} s** for one video of "
+            "128×768×1280 at the least, by these rooflines, without communication, the text encoder and the files."
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression for the rows' names")
+    parser.add_argument("--again", action="store_true", help="do rows that are there already")
+    args = parser.parse_args()
+    found = json.loads(DATA.read_text()) if DATA.exists() else {}
+    for name, arguments in rows():
+        if re.search(args.only, name) and (args.again or name not in found):
+            row = compiled(name, arguments)
+            # Others may have added rows meanwhile
+            found = {**(json.loads(DATA.read_text()) if DATA.exists() else {}), name: row}
+            write_json(DATA, found)
+            print(
+                name, row.get("does_not_fit") or f"{row['mfu_bound']:.1%} in {row['compile_seconds']:.0f} s", flush=True
+            )
+    text = PAGE.read_text()
+    begin, end = "<!-- tables: launch/tpu_table.py -->\n", "<!-- end of tables -->"
+    head, _, rest = text.partition(begin)
+    write_text(PAGE, head + begin + "\n" + tables(found) + "\n\n" + end + rest.partition(end)[2])
+
+
+if __name__ == "__main__":
+    main()
