@@ -59,7 +59,6 @@ class Checkpoints:
         if not self._manager.save(step, args=args):
             log.warning("step %d is not saved: there is step %d already", step, self._manager.latest_step())
         elif self._first and self._has_digests:
-            self._digest_path(step).unlink(missing_ok=True)  # of another checkpoint that had this step
             self._digesting = self._digester.submit(self._write_digests, step)
 
     def finish(self) -> None:
@@ -79,19 +78,20 @@ class Checkpoints:
         self.finish()
         if self._first:
             self._sweep(temporary=iterator is not None)
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        while (step := self._manager.latest_step()) is not None:
             state, problem = None, _said(self._compare(step) if self._first else "")
             if problem in (WHOLE, UNCHECKED):
                 state, problem = self._load(step, like, iterator, whole=problem == WHOLE)
                 problem = _said(problem)
             if not problem:
-                return step, state
-            self._manager.close()
-            if self._first:
-                self._set_aside(str(step), problem)
-                log.warning("trying the checkpoint before %d", step)
-            _said("")  # none may look before it is moved
-            self._manager = self._open()
+                return int(step), state
+            self._reopen()
+            if self._manager.latest_step() == step:  # else a run that goes on has saved another, and may delete this
+                if self._first:
+                    self._set_aside(str(step), problem)
+                    log.warning("trying the checkpoint before %d", step)
+                _said("")  # none may look before it is moved
+                self._reopen()
         # Also when the next start finds nothing but these: it would begin anew where a run has been
         if _said("damaged" if self._first and self._lost() else ""):
             raise UserError(
@@ -112,10 +112,15 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
             single_host_load_and_broadcast=True,  # the same steps in all processes, whatever storage shows them
-            lightweight_initialize=True,  # reads no metadata, which may be damaged
+            lightweight_initialize=True,  # reads no metadata
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
         return ocp.CheckpointManager(self.workdir / "checkpoints", options=options, item_handlers=handlers)
+
+    def _reopen(self):
+        """Looks at the folder anew; the manager's own `reload` would read metadata, which may be damaged."""
+        self._manager.close()
+        self._manager = self._open()
 
     def _path(self, step):
         return self.workdir / "checkpoints" / str(step)
@@ -125,21 +130,20 @@ class Checkpoints:
 
     def _write_digests(self, step):
         """Waits for a checkpoint and writes its digests, in a thread: that may take as long as many training steps."""
+        path = self._digest_path(step)
         try:
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)  # of another checkpoint that had this step
             self._manager.wait_until_finished()
-        except Exception:  # raised in the main thread too
-            return
-        try:
-            folder = self._digest_path(step).parent
-            folder.mkdir(exist_ok=True)
-            write_json(self._digest_path(step), digests(self._path(step)))
+            write_json(path, digests(self._path(step)))
             kept = {self._digest_path(s).name for s in self._manager.all_steps()}
-            for path in folder.iterdir():
-                if path.name not in kept:
-                    path.unlink()
-        except OSError as e:
-            if self._path(step).exists():  # else it was not among the newest any more
-                log.warning("checkpoint %d has no digests (%s): Orbax's own checks remain", step, e)
+            for other in path.parent.iterdir():
+                if other.name not in kept:
+                    other.unlink()
+        except Exception as e:
+            # Else saving has failed, which is raised in the main thread, or there are newer ones enough
+            if self._path(step).exists():
+                log.warning("checkpoint %d has no digests (%s): Orbax's own checks remain", step, _line(e))
 
     def _compare(self, step):
         """WHOLE, UNCHECKED, or what is wrong with the checkpoint's files."""
@@ -202,7 +206,7 @@ class Checkpoints:
                     self._set_aside(path.name, "a save was killed before its end")
             elif not path.is_dir():
                 self._set_aside(path.name, "it is a file, not a folder")
-            elif path.name not in map(str, self._manager.all_steps()):
+            elif not path.name.isdecimal() or path.name != str(int(path.name)):
                 self._set_aside(path.name, "its name is not a step")
 
     def _set_aside(self, name, problem):

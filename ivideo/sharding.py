@@ -167,7 +167,7 @@ def _param_spec(mesh, name, shape):
     spec = [None] * len(shape)
     if math.prod(shape) < WHOLE:
         return spec
-    for pattern, dimension in TENSOR:
+    for pattern, dimension in TENSOR if mesh.shape["tensor"] > 1 else ():
         # An optimizer's factored moments have a parameter's name but fewer dimensions
         if pattern.search(name) and len(shape) >= -dimension and shape[dimension] % mesh.shape["tensor"] == 0:
             spec[dimension] = "tensor"

@@ -162,6 +162,12 @@ def become_the_one_before(folder):
     shutil.copytree(folder.with_name("2"), folder)
 
 
+def lock(file):
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("root reads every file")
+
+
 def add_a_file(folder):
     (folder / "state" / "notes.txt").write_text("mine")
 
@@ -184,7 +190,7 @@ DAMAGES = {
     "emptied": (big(empty_file), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
     "gone": (big(remove), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
     "file-is-folder": (big(become_folder), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
-    "unreadable": (big(lambda file: file.chmod(0)), "cannot be read: .*Permission", "ermission"),
+    "unreadable": (big(lock), "cannot be read: .*Permission", "ermission"),
     "extra-file": (add_a_file, "notes.txt was not there", None),
     "empty-folder": (lose_all, "_CHECKPOINT_METADATA is missing", "FileNotFoundError"),
     "is-a-file": (become_file, "it is a file", "it is a file"),
@@ -232,8 +238,6 @@ def assert_training_goes_on_from_2(workdir, data, batches):
 
 @pytest.mark.parametrize(("name", "digested"), CASES, ids=[f"{n}-{'digests' if d else 'orbax'}" for n, d in CASES])
 def test_small_damaged_newest_is_set_aside_and_the_one_before_used(saved, caplog, name, digested):
-    if name == "unreadable" and os.geteuid() == 0:
-        pytest.skip("root reads every file")
     workdir, batches = saved
     damage, by_digests, by_orbax = DAMAGES[name]
     if not digested:
@@ -417,6 +421,40 @@ def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):
     checkpoints.close()
 
 
+def test_small_digests_that_cannot_be_written_do_not_stop_training(tmp_path, caplog):
+    (tmp_path / "digests").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step), iterator())
+    checkpoints.close()
+    assert re.search(r"checkpoint 2 has no digests \(FileExistsError.*\): Orbax's own checks remain", caplog.text)
+    step, state = Checkpoints(tmp_path, keep=2).restore(like(), iterator())
+    assert step == 2
+    assert_same(state, state_of(2))
+
+
+def test_small_save_that_fails_is_told(tmp_path, monkeypatch):
+    """At the next call, since it goes on in the background; the checkpoint before stays."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state_of(1), iterator())
+    checkpoints.finish()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
+        checkpoints.save(2, state_of(2), iterator())
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.finish()
+    data = iterator()
+    step, state = Checkpoints(tmp_path, keep=2).restore(like(), data)
+    assert step == 1
+    assert_same(state, state_of(1))
+    assert names(tmp_path / "checkpoints") == ["1"]
+    assert names(tmp_path / "digests") == ["1.json"]
+
+
 def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
     workdir, _ = saved
     checkpoints = Checkpoints(workdir, keep=2)
@@ -427,6 +465,26 @@ def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
     step, state = Checkpoints(workdir, keep=2).restore(like())
     assert step == 3
     assert_same(state, state_of(3))
+
+
+def test_small_checkpoint_deleted_by_a_run_that_goes_on_is_not_damaged(saved, monkeypatch):
+    """Sampling from a run finds the checkpoint that it looks at half deleted, since there is a newer one."""
+    workdir, _ = saved
+
+    def digests_meanwhile(folder):
+        monkeypatch.undo()
+        training = Checkpoints(workdir, keep=1)
+        training.save(4, state_of(4), iterator_at(4))
+        training.close()
+        shutil.copytree(workdir / "checkpoints" / "4" / "data", workdir / "checkpoints" / "3" / "data")
+        return digests(folder)
+
+    monkeypatch.setattr("ivideo.checkpoint.digests", digests_meanwhile)
+    step, state = Checkpoints(workdir, keep=2).restore(like())
+    assert step == 4
+    assert_same(state, state_of(4))
+    assert names(workdir / "checkpoints") == ["3", "4"]
+    assert names(workdir / "damaged") == []
 
 
 def test_small_restoring_waits_for_the_checkpoint_being_saved(saved):

@@ -1,0 +1,200 @@
+"""Where a run's time went, against logs worked out by hand."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from ivideo import goodput
+from ivideo.errors import UserError
+
+
+class Log:
+    """Events in the making: times count from 1000, and go on by what is given."""
+
+    def __init__(self):
+        self.events, self.now = [], 1000.0
+
+    def add(self, event, after=0.0, **fields):
+        self.now += after
+        self.events.append({"event": event, "time": self.now, **fields})
+        return self
+
+    def start(self, after=0.0):
+        return self.add("start", after, step=0, processes=1, devices=8)
+
+    def restored(self, step, seconds, after):
+        return self.add("restored", after, step=step, seconds=seconds)
+
+    def compiled(self, step, seconds, startup=0.0):
+        return self.add("compiled", startup + seconds, step=step, seconds=seconds)
+
+    def steps(self, first, last, seconds, waiting=0.0):
+        return self.add("steps", seconds, first=first, last=last, seconds=seconds, input_seconds=waiting)
+
+    def saved(self, step, seconds):
+        return self.add("saved", seconds, step=step, seconds=seconds)
+
+    def end(self, step, reason, after=0.0):
+        return self.add("end", after, step=step, reason=reason)
+
+
+def check(events, *, total, steps, **seconds):
+    """What `goodput` finds, once it is as expected: `seconds` names every kind that is not zero."""
+    found = goodput.goodput(events)
+    assert found["total"] == pytest.approx(total)
+    assert found["seconds"] == pytest.approx(dict.fromkeys(goodput.KINDS, 0.0) | seconds)
+    assert min(found["seconds"].values()) >= 0
+    assert sum(found["shares"].values()) == 1
+    assert min(found["shares"].values()) > -1e-9
+    assert math.isclose(sum(found["seconds"].values()), found["total"])
+    assert found["goodput"] == found["shares"]["productive"] == pytest.approx(seconds.get("productive", 0) / total)
+    assert (found["steps"]["productive"], found["steps"]["lost"]) == steps
+    return found
+
+
+def counts(found):
+    """What happened how often, in the order of `goodput.COUNTED`."""
+    return tuple(found[name] for name in goodput.COUNTED)
+
+
+def first_process(startup=0.0):
+    """Begins anew and does 10 steps: 20 s of compiling, 9 of steps, 1 of which waits, 0.5 of saving."""
+    return Log().start().compiled(1, 20.0, startup).steps(2, 10, 9.0, waiting=1.0).saved(10, 0.5)
+
+
+def test_small_clean_run():
+    log = first_process(startup=3.0).steps(11, 20, 10.0).saved(20, 0.5).end(20, "finished", after=1.0)
+    expected = {"productive": 18.0, "input": 1.0, "compiling": 20.0, "saving": 1.0, "startup": 3.0, "other": 1.0}
+    assert counts(check(log.events, total=44.0, steps=(20, 0), **expected)) == (1, 0, 0, 0, 0, 0)
+
+
+def test_small_killed_run_does_steps_again():
+    """Steps 11 to 16 take 12 s; from the checkpoint of 10 they are done again in 1 + 5 s, the first as the compile."""
+    log = first_process().steps(11, 16, 12.0)
+    log.start(after=7.0).restored(10, seconds=2.0, after=5.0).compiled(11, 4.0).steps(12, 16, 5.0).steps(17, 20, 4.0)
+    log.end(20, "finished")
+    seconds = {"productive": 8.0 + 5.0 + 4.0, "lost": 12.0, "input": 1.0, "compiling": 24.0, "saving": 0.5}
+    found = check(log.events, total=66.5, steps=(20, 6), restoring=2.0, startup=3.0, down=7.0, **seconds)
+    assert counts(found) == (2, 0, 1, 0, 0, 0)
+
+
+def test_small_part_of_a_range_is_lost():
+    """Of steps 5 to 10 in 12 s those after 8 are lost, 2 s each; waiting counts as such, lost or not."""
+    log = Log().start().compiled(1, 1.0).steps(2, 4, 3.0).steps(5, 10, 15.0, waiting=3.0)
+    log.start().restored(8, seconds=0.0, after=0.0)
+    check(log.events, total=19.0, steps=(8, 2), productive=3.0 + 8.0, lost=4.0, input=3.0, compiling=1.0)
+
+
+def test_small_killed_before_the_first_checkpoint():
+    """Nothing is restored, all is done again. A process killed before it did a step takes nothing away."""
+    log = Log().start().compiled(1, 2.0).steps(2, 5, 4.0).start(after=1.0).add("start", 3.0, step=0)
+    seconds = {"productive": 4.0, "compiling": 2.0, "down": 4.0}
+    assert counts(check(log.events, total=10.0, steps=(5, 0), **seconds)) == (3, 0, 2, 0, 0, 0)
+    log.compiled(1, 2.0).steps(2, 3, 2.0)
+    seconds = {"productive": 2.0, "lost": 4.0, "compiling": 4.0, "down": 4.0}
+    check(log.events, total=14.0, steps=(3, 5), **seconds)
+
+
+def test_small_preempted_run():
+    """It saves before it goes: no step is lost. Then comes a failure, and a process that is still at work."""
+    log = first_process().steps(11, 12, 2.0).saved(12, 0.5).end(12, "preempted", after=0.5)
+    log.start(after=60.0).restored(12, seconds=2.0, after=2.0).compiled(13, 4.0).steps(14, 20, 7.0)
+    log.end(15, "failed: FloatingPointError").start(after=10.0)
+    seconds = {"productive": 8.0 + 2.0 + 7.0, "input": 1.0, "compiling": 24.0, "saving": 1.0, "restoring": 2.0}
+    found = check(log.events, total=115.5, steps=(20, 0), down=70.0, other=0.5, **seconds)
+    assert counts(found) == (3, 1, 0, 1, 0, 0)
+
+
+def test_small_process_that_does_no_step():
+    """One that finds the run finished, one that fails before: all but restoring is start-up."""
+    log = (
+        first_process().end(10, "finished").start().restored(10, seconds=1.0, after=2.0).end(10, "finished", after=0.5)
+    )
+    log.start().end(0, "failed: UserError", after=4.0)
+    expected = {"productive": 8.0, "input": 1.0, "compiling": 20.0, "saving": 0.5, "restoring": 1.0, "startup": 5.5}
+    check(log.events, total=36.0, steps=(10, 0), **expected)
+
+
+def test_small_rollback():
+    """The second spike comes in steps done again; a rolled-back update is not one of those skipped."""
+    log = first_process().add("skipped", step=7).add("skipped", step=14).steps(11, 15, 5.0)
+    log.add("rollback", 0.5, step=15, to=10).steps(11, 13, 6.0).add("rollback", 0.5, step=13, to=10)
+    log.add("skipped", step=18).steps(11, 20, 10.0).end(20, "finished")
+    seconds = {"productive": 18.0, "lost": 11.0, "input": 1.0, "compiling": 20.0, "saving": 0.5, "other": 1.0}
+    assert counts(check(log.events, total=51.5, steps=(20, 8), **seconds)) == (1, 0, 0, 0, 2, 2)
+
+
+def test_small_clocks_of_several_processes():
+    """The second machine's clock is behind by more than the gap, and is set back while it works."""
+    log = first_process().steps(11, 16, 6.0)
+    log.start(after=-30.0).restored(10, seconds=1.0, after=1.0).compiled(11, 4.0).steps(12, 20, 9.0)
+    log.now -= 20.0
+    log.steps(21, 24, 4.0).end(24, "finished")
+    expected = {"productive": 8.0 + 9.0 + 4.0, "lost": 6.0, "input": 1.0, "compiling": 24.0}
+    check(log.events, total=35.5 + 18.0, steps=(24, 6), restoring=1.0, saving=0.5, **expected)
+
+
+def test_small_shares_of_awkward_seconds_add_up():
+    log = Log()
+    for n in range(50):
+        log.start(after=0.1).restored(7 * n, 0.3, after=0.7).compiled(7 * n + 1, 1.1)
+        log.steps(7 * n + 2, 7 * n + 10, math.pi, waiting=0.1).saved(7 * n + 7, 1 / 3)
+    found = goodput.goodput(log.events)
+    assert sum(found["shares"].values()) == 1
+    assert 0 <= found["seconds"]["other"] < 1e-9
+
+
+def test_small_single_start():
+    """Of a run of no time."""
+    found = goodput.goodput(Log().start().events)
+    assert (found["total"], found["goodput"], sum(found["shares"].values())) == (0, 0, 1)
+
+
+def write(folder, text):
+    (folder / "events.jsonl").write_text(text)
+    return folder
+
+
+def lines(events):
+    return "".join(json.dumps(event) + "\n" for event in events)
+
+
+def test_small_torn_lines(tmp_path):
+    """A killed process's last line: at the end, behind it the next start in its own line or in the same."""
+    done, torn = lines(first_process().events), '{"event": "steps", "time": 12'
+    assert goodput.read_run(write(tmp_path, done + torn)) == first_process().events
+    again = Log().start(after=40.0).events
+    for between in ("", "\n"):
+        assert goodput.read_run(write(tmp_path, done + torn + between + lines(again))) == first_process().events + again
+    failed = Log().start().end(0, 'failed: {"step": 3}').events
+    assert goodput.read_run(write(tmp_path, torn + lines(failed) + "\0\0\n7\n")) == failed
+
+
+def test_small_report(tmp_path, capsys):
+    log = first_process().steps(11, 16, 12.0).start(after=7.0)
+    goodput.report(write(tmp_path, lines(log.events)))
+    text = capsys.readouterr().out
+    assert text.splitlines()[0] == "goodput 41.2% of 0:00:48 from the first start to the last event"
+    rows = {row[:40].strip(): row[40:].split() for row in text.splitlines()[3:-2]}
+    assert rows["productive steps (16)"] == ["20.0", "41.2%"]
+    assert rows["down"] == ["7.0", "14.4%"]
+    assert len(rows) == len(goodput.KINDS)
+    assert text.splitlines()[-1] == "2 processes, 0 preemptions, 1 kill, 0 failures, 0 rollbacks, 0 skipped updates"
+    goodput.report(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out) == goodput.goodput(log.events)
+
+
+def test_small_report_without_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"events.jsonl does not exist: give the --workdir of a training run"):
+        goodput.report(tmp_path)
+    for text in ("", "\n", '{"event": "sta', '{"step": 1}\n'):
+        with pytest.raises(UserError, match=r"events.jsonl holds no run.*: give the --workdir of a training run"):
+            goodput.report(write(tmp_path, text))
+
+
+def test_small_goodput_needs_no_jax():
+    code = "import sys; import ivideo.goodput; assert not {'jax', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
