@@ -132,9 +132,9 @@ class Checkpoints:
         """Waits for a checkpoint and writes its digests, in a thread: that may take as long as many training steps."""
         path = self._digest_path(step)
         try:
+            self._manager.wait_until_finished()
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)  # of another checkpoint that had this step
-            self._manager.wait_until_finished()
             write_json(path, digests(self._path(step)))
             kept = {self._digest_path(s).name for s in self._manager.all_steps()}
             for other in path.parent.iterdir():
@@ -201,12 +201,13 @@ class Checkpoints:
     def _sweep(self, *, temporary):
         """Sets aside what has a checkpoint's place but is none, as Orbax would pass over it, and then fail to save."""
         for path in sorted((self.workdir / "checkpoints").iterdir()):
+            number, folder = path.name.isdecimal(), path.is_dir()
             if TEMPORARY in path.name:
                 if temporary:
                     self._set_aside(path.name, "a save was killed before its end")
-            elif not path.is_dir():
+            elif number and not folder:
                 self._set_aside(path.name, "it is a file, not a folder")
-            elif not path.name.isdecimal() or path.name != str(int(path.name)):
+            elif folder and not (number and path.name == str(int(path.name))):
                 self._set_aside(path.name, "its name is not a step")
 
     def _set_aside(self, name, problem):

@@ -406,7 +406,11 @@ def test_small_failure_that_is_not_the_files_sets_nothing_aside(saved, monkeypat
 
 
 def test_small_empty_folder_has_nothing_to_restore(tmp_path):
+    """What a file browser leaves there is no checkpoint, and no damage."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".DS_Store").write_text("")
     assert Checkpoints(tmp_path, keep=2).restore(like(), iterator()) is None
+    assert names(tmp_path / "damaged") == []
 
 
 def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):

@@ -80,6 +80,28 @@ class _Tokenize(grain.transforms.Map):
         return out
 
 
+class _PartsInARow(grain.MapDataset):
+    """The order in which every count-th example, from the index-th, makes the index-th part of each batch in a row.
+
+    Grain deals the examples of a batch out to its readers one by one; a device's part of an array is in one piece, and
+    which example has which place must not depend on the number of readers.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, count: int):
+        super().__init__(parent)
+        self._batch_size, self._count = batch_size, count
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self._batch_size)
+        row, part = divmod(place, self._count)
+        return self._parent[batch * self._batch_size + part * (self._batch_size // self._count) + row]
+
+
 def make_dataset(
     source, *, seed: int, num_images: int = 0, tokenize: Tokenize, text_length: int, shuffle: bool = True
 ) -> grain.MapDataset:
@@ -147,6 +169,8 @@ def make_iterator(
     dataset = make_dataset(
         source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle
     )
+    if shard.shard_count > 1:
+        dataset = _PartsInARow(dataset, batch_size, shard.shard_count)
     # Grain keeps 500 elements ready unless told, here whole batches of video.
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     workers = None

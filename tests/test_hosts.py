@@ -1,0 +1,144 @@
+"""Several processes on this machine as one program: the losses of one process, and what becomes of them when one dies."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 20
+RUN = [
+    "--config=configs/base.py:small",
+    f"--config.train.steps={STEPS}",
+    "--config.train.checkpoint_every=5",
+    "--config.train.learning_rate=3e-3",
+    "--config.train.mesh.data=1",
+    "--config.train.mesh.fsdp=-1",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(workdir, count: int, *arguments) -> list[subprocess.Popen]:
+    """A training run in `count` processes, of as many devices together as one of four has."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}")
+    env = {**os.environ, "XLA_FLAGS": flags}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)  # processes that find a program there do not wait for those that do not
+    command = [sys.executable, "-m", "ivideo.main", *RUN, f"--workdir={workdir}", *arguments]
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for i in range(count):
+        several = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={i}"] if count > 1 else []
+        with open(f"{workdir}.{i}.log", "a") as log:
+            processes.append(subprocess.Popen([*command, *several], cwd=ROOT, env=env, stderr=log, stdout=log))
+    return processes
+
+
+def wait(processes, seconds=300) -> list[int]:
+    """Exit codes of all; those that are not there in time are killed."""
+    deadline = time.time() + seconds
+    try:
+        return [process.wait(max(0.1, deadline - time.time())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def losses(workdir) -> dict[int, float]:
+    """By step; of a step done twice, that of the second time."""
+    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def logs(workdir, count) -> list[str]:
+    return [pathlib.Path(f"{workdir}.{i}.log").read_text() for i in range(count)]
+
+
+def until_step(workdir, step, processes, seconds=300):
+    deadline = time.time() + seconds
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or len(losses(workdir)) < step:
+        assert time.time() < deadline and all(p.poll() is None for p in processes), logs(workdir, len(processes))
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The losses of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
+    found = losses(workdir)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found
+
+
+def assert_same(found, wanted):
+    assert sorted(found) == sorted(wanted)
+    np.testing.assert_allclose([found[s] for s in wanted], [wanted[s] for s in wanted], rtol=1e-5)
+
+
+def test_small_two_processes_train_as_one(one, tmp_path):
+    workdir = tmp_path / "two"
+    processes = start(workdir, 2)
+    assert wait(processes) == [0, 0], logs(workdir, 2)
+    assert_same(losses(workdir), one)
+    first, second = logs(workdir, 2)
+    assert f"step {STEPS}/{STEPS}" in first and "step" not in second.split("devices")[-1]  # the first one reports
+
+
+def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path):
+    """Within a minute, with a message that says what to do; started again, the run ends as one that nothing happened to."""
+    workdir = tmp_path / "four"
+    processes = start(workdir, 4)
+    until_step(workdir, 7, processes)
+    processes[2].kill()
+    began = time.time()
+    codes = wait(processes, 60)
+    assert time.time() - began < 60
+    assert codes[2] == -signal.SIGKILL
+    assert all(codes[i] not in (0, None) for i in (0, 1, 3))
+    left = [text for i, text in enumerate(logs(workdir, 4)) if i != 2]
+    assert any("another process of the run went away" in text and "same command goes on" in text for text in left)
+
+    processes = start(workdir, 4)
+    assert wait(processes) == [0, 0, 0, 0], logs(workdir, 4)
+    assert "going on from step 5" in logs(workdir, 4)[0]
+    assert_same(losses(workdir), one)
+
+
+def test_small_a_notice_to_one_process_stops_all_of_them(one, tmp_path):
+    """SIGTERM to the second of two: both save the same step and leave with 75; the run goes on in one process."""
+    workdir = tmp_path / "two"
+    processes = start(workdir, 2)
+    until_step(workdir, 6, processes)
+    processes[1].terminate()
+    assert wait(processes) == [75, 75], logs(workdir, 2)
+    assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
+    assert_same(losses(workdir), one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator=127.0.0.1:1"], "--num_processes and --process_id missing"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=1"], "--coordinator=here: expected HOST:PORT"),
+        (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "expected 0 to 1"),
+    ],
+)
+def test_small_mistakes_about_processes_are_one_line(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "ivideo.main", *RUN, f"--workdir={tmp_path}/run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
