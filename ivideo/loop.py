@@ -115,6 +115,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                         if back is not None:
                             reporter.event("rollback", step=step, to=back[0])
                             (step, state), saving = back, True
+                            reporter.go_on(step)
                             continue
                     recent.append(loss)
                 if saving:
@@ -122,6 +123,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                     watchdog.beat()
                 if config.train.sample_every and (last or step % config.train.sample_every == 0):
                     reporter.samples(step, sample_prompts(config, encoder, state.ema))
+                    reporter.go_on(step)
                     watchdog.beat()
             if not saving:
                 reporter.report(step, _numbers(pending))
@@ -345,6 +347,10 @@ class Reporter:
             self.event("compiled", step=step, seconds=self._compiled - self._began)
             self._first, self._start, self._input = step, step, 0.0
 
+    def go_on(self, step: int) -> None:
+        """The time since the last report was not that of steps; those after `step` come next."""
+        self._first, self._mark, self._input = step, time.perf_counter(), 0.0
+
     def saved(self, step: int, save) -> None:
         """Calls `save`, and counts the time that the loop is held up by it."""
         began = time.perf_counter()
@@ -395,7 +401,7 @@ class Reporter:
                 "input_seconds": self._input,
             }
             self.event("steps", **interval)
-        self._first, self._mark, self._input = step, now, 0.0
+        self.go_on(step)
         if not self._writes:
             return
         speed, eta = "compiled", ""

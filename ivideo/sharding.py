@@ -100,35 +100,42 @@ def constrain(x, *axes: str | None):
 
 
 def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int], over: int, unit: int = 1):
-    """fn(x, weights) on every device's own part of x and the rows or frames that it needs of its neighbours.
+    """fn(x, weights, padding) on every device's own part of x, with the rows or frames that it needs of its neighbours.
 
     `axes`: dimensions of x that are split, with their logical axes; `over` is the one along which `halo` counts the
-    neighbours' elements, before and after, zeros at the ends. fn gives back x without them (a stride divides `unit`). A
-    dimension that its devices do not divide, in units, is whole, and fn is then given zeros alone.
-    Written out rather than left to the partitioner, whose gradients of a kernel are too large by a factor, where a
-    convolution is split in space and the mesh has other axes besides (jax 0.10, 0.11).
+    neighbours' elements, before and after. `padding` is what fn has still to put there of zeros: the halo where the
+    dimension is whole, and nothing where it is split, whose parts come with their neighbours' elements, zeros at the
+    ends. A dimension that its devices do not divide, into multiples of `unit`, is whole.
+
+    Written out rather than left to the partitioner, whose gradients of a kernel are too large by a factor where a
+    convolution is split in space and the mesh has other axes besides (seen with jax 0.10).
     """
     mesh = _mesh.get()
-    split = {d: RULES[a][0] for d, a in axes.items() if mesh is not None}
-    units = {d: unit if d == over else 1 for d in split}
-    split = {d: a for d, a in split.items() if mesh.shape[a] > 1 and x.shape[d] % (mesh.shape[a] * units[d]) == 0}
+    split = {dimension: RULES[axis][0] for dimension, axis in axes.items()} if mesh is not None else {}
+
+    def divides(dimension, axis):
+        count = mesh.shape[axis]
+        return count > 1 and x.shape[dimension] % (count * (unit if dimension == over else 1)) == 0
+
+    split = {dimension: axis for dimension, axis in split.items() if divides(dimension, axis)}
+    if not split:
+        return fn(x, weights, halo)
 
     def local(x, weights):
-        edges = [jax.lax.slice_in_dim(x, x.shape[over] - halo[0], None, axis=over)]
-        edges.append(jax.lax.slice_in_dim(x, 0, halo[1], axis=over))
-        if over in split:
-            count = mesh.shape[split[over]]
-            for n, steps in enumerate([range(count - 1), range(1, count)]):
-                pairs = [(i, i + 1 - 2 * n) for i in steps]
-                # Who is sent nothing, at the ends, has zeros
-                edges[n] = jax.lax.ppermute(edges[n], split[over], pairs) if halo[n] else edges[n]
-        else:
-            edges = [jnp.zeros_like(edge) for edge in edges]
-        return fn(jnp.concatenate([edges[0], x, edges[1]], axis=over), weights)
+        if over not in split:
+            return fn(x, weights, halo)
+        axis, size = split[over], x.shape[over]
+        last, first = (
+            jax.lax.slice_in_dim(x, size - halo[0], size, axis=over),
+            jax.lax.slice_in_dim(x, 0, halo[1], axis=over),
+        )
+        steps = range(mesh.shape[axis] - 1)
+        # Those at the ends, whom nobody sends anything, have zeros
+        before = jax.lax.ppermute(last, axis, [(i, i + 1) for i in steps]) if halo[0] else last
+        after = jax.lax.ppermute(first, axis, [(i + 1, i) for i in steps]) if halo[1] else first
+        return fn(jnp.concatenate([before, x, after], axis=over), weights, (0, 0))
 
-    if not split:
-        return local(x, weights)
-    spec = PartitionSpec(*(split.get(d) for d in range(x.ndim)))
+    spec = PartitionSpec(*(split.get(dimension) for dimension in range(x.ndim)))
     return jax.shard_map(
         local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=set(split.values())
     )(x, weights)

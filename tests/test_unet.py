@@ -222,8 +222,10 @@ def test_small_temporal_convolution_both_forms():
     wanted = sum(padded[:, i : i + 5] @ kernel[i] for i in range(3))
     x32, k32 = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
     np.testing.assert_allclose(blocks.convolve_frames(x32, k32), wanted, atol=1e-5)
-    zeros = jnp.asarray(padded, jnp.float32)
-    np.testing.assert_allclose(blocks.frames_as_convolution(zeros, k32), wanted, atol=1e-5)
+    for form in (blocks.frames_as_products, blocks.frames_as_convolution):
+        np.testing.assert_allclose(form(x32, k32), wanted, atol=1e-5)
+        np.testing.assert_allclose(form(x32, k32, padding=(0, 0)), wanted[:, 1:-1], atol=1e-5)
+        np.testing.assert_allclose(form(x32, k32, padding=(1, 0)), wanted[:, :-1], atol=1e-5)
 
 
 def test_small_temporal_attention_against_float64():

@@ -4,6 +4,8 @@ B batch · T video frames · F frames (T video frames, then K packed images) · 
 E width of the embedding · S texts (the video's, then one a packed image) · L text tokens
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -111,8 +113,8 @@ def _convolve_rows(x, kernel, strides, padding, **options):
     """`lax.conv_general_dilated` of x [B·F, H, W, C], whose rows may be split over devices."""
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
 
-    def convolve(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, [(0, 0), pads[1]], **options)
+    def convolve(x, kernel, rows):
+        return lax.conv_general_dilated(x, kernel, strides, [rows, pads[1]], **options)
 
     return with_halo(convolve, x, kernel, axes={1: "height"}, over=1, halo=pads[0], unit=strides[0])
 
@@ -120,7 +122,7 @@ def _convolve_rows(x, kernel, strides, padding, **options):
 def _product_of_rows(x, kernel, dimensions, **options):
     """`lax.dot_general` of x [B, F, H, W, C], whose rows may be split over devices."""
 
-    def product(x, kernel):
+    def product(x, kernel, _):
         return lax.dot_general(x, kernel, dimensions, **options)
 
     return with_halo(product, x, kernel, axes={2: "height"}, over=2, halo=(0, 0))
@@ -132,24 +134,35 @@ def convolve_frames(x, kernel):
     Matrix products on the CPU, a convolution on TPU and GPU: each is the faster one there.
     """
 
-    def convolve(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=frames_as_products, default=frames_as_convolution)
+    def convolve(x, kernel, padding):
+        forms = (functools.partial(form, padding=padding) for form in (frames_as_products, frames_as_convolution))
+        return lax.platform_dependent(x, kernel, **dict(zip(("cpu", "default"), forms, strict=True)))
 
     return with_halo(convolve, x, kernel, axes={1: "frames", 2: "height"}, over=1, halo=(1, 1))
 
 
-def frames_as_convolution(x, kernel):
-    """A convolution along the frames, [B, T + 2, H, W, C] -> [B, T, H, W, C'], as one 2-D convolution over [T, H·W]."""
+def frames_as_convolution(x, kernel, *, padding=(1, 1)):
+    """A convolution along the frames as one 2-D convolution over [T, H·W]."""
     b, t, h, w, c = x.shape
     numbers = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), "VALID", dimension_numbers=numbers)
-    return y.reshape(b, t - 2, h, w, kernel.shape[-1])
+    y = lax.conv_general_dilated(
+        x.reshape(b, t, h * w, c), kernel[:, None], (1, 1), (padding, (0, 0)), dimension_numbers=numbers
+    )
+    return y.reshape(b, -1, h, w, kernel.shape[-1])
 
 
-def frames_as_products(x, kernel):
-    """The same as three matrix products, of frames shifted by one."""
-    past, future = x[:, :-2] @ kernel[0], x[:, 2:] @ kernel[2]
-    return past + x[:, 1:-1] @ kernel[1] + future
+def frames_as_products(x, kernel, *, padding=(1, 1)):
+    """The same as three matrix products, shifted by a frame."""
+    frames = x.shape[1] + sum(padding) - 2
+
+    def shifted(y, by):
+        """y's frames from `by`, counted in the padded clip, as many as there are to be."""
+        first = by - padding[0]
+        y = y[:, max(first, 0) : max(first + frames, 0)]
+        before = max(-first, 0)
+        return jnp.pad(y, ((0, 0), (before, frames - before - y.shape[1]), (0, 0), (0, 0), (0, 0)))
+
+    return sum(shifted(x @ kernel[i], i) for i in range(3))
 
 
 def upsample(x, factor: int):

@@ -1,0 +1,124 @@
+"""Compiling for TPU slices that are not there; what needs TPU's compiler is skipped where that is not installed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import base, ssr1, tsr2
+from ivideo import compile, describe, sharding, train
+from ivideo.chips import CHIPS
+from ivideo.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="TPU's compiler: pip install 'jax[tpu]'")
+
+
+@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "v5e:4", "v5e:axb", "v5p:4x4x4x4"])
+def test_small_unknown_slices_are_named(topology):
+    with pytest.raises(UserError, match=f"--topology='{topology}': expected a chip of v4, v5e, v5p, v6e and its grid"):
+        compile.topology_devices(topology)
+
+
+def test_small_sampling_is_of_one_evaluation_of_the_distilled_network():
+    config = compile.one_step(base.get_config())
+    assert (config.sample.sampler, config.sample.steps, config.sample.weight) == ("distilled", 1, 0.0)
+    assert compile.count_flops(base.get_config(), "sample") == describe.forward_flops(config)
+    # the guidance weight's embedding, two layers of 960 to 3840, beside what the network always has
+    extra = 2 * (960 * 3840 + 3840 * 3840)
+    assert compile.count_flops(base.get_config(), "sample") - describe.forward_flops(base.get_config()) == extra
+    (params, *_), given = compile.sampling_shapes(compile.one_step(tsr2.get_config()))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jax.numpy.dtype("bfloat16")}
+    assert given["low"].shape == (1, 32, 192, 320, 3)
+
+
+def test_small_models_flops_of_a_step_are_three_forward_passes():
+    """A backward pass costs two forward ones: each product has two gradients, but for the first layers' inputs."""
+    config = ssr1.get_config()
+    config.train.batch_size = 256
+    config.data.num_images = 0
+    forward = 256 * describe.forward_flops(config)
+    plain = train.model_flops(config)
+    assert 2.98 < plain / forward < 3.0
+    config.model.remat = "none"
+    assert train.model_flops(config) == plain
+
+
+def test_small_programs_run_as_they_are_compiled():
+    """On this machine's devices, at the smallest size: the same programs, and their results have the layouts asked for."""
+    config = tsr_small()
+    mesh = sharding.make_mesh({"fsdp": 2, "frames": 2, "height": 2})
+    for program in (compile.training_program, compile.sampling_program):
+        fn, args, where, donated = program(config, mesh)
+        compiled = jax.jit(fn, donate_argnums=donated, out_shardings=where).lower(*args).compile()
+        made = compiled.output_shardings
+        if program is compile.training_program:
+            made, where = (dict(enumerate(jax.tree.leaves(t))) for t in (made[0], where[0]))
+            same = [made[i].is_fully_replicated == where[i].is_fully_replicated for i in where]
+            assert all(same)
+        else:
+            assert made.is_equivalent_to(where, 5) and not made.is_fully_replicated
+        assert compiled.memory_analysis().argument_size_in_bytes > 0
+        assert "collective-permute" in compiled.as_text()
+
+
+def tsr_small():
+    config = tsr2.get_config("small")
+    config.train.batch_size = 8
+    return config
+
+
+class Refused(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("what", "change"), [("train", "config.train.accumulate"), ("sample", "config.sample.mesh.frames and height")]
+)
+def test_small_what_does_not_fit_says_what_to_change(what, change):
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 40.21G of 31.25G hbm."
+    found = compile._does_not_fit(Refused(message), base.get_config(), "v6e:4x4", what)
+    assert isinstance(found, UserError)
+    assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G a chip" in str(found)
+    assert change in str(found)
+    other = Refused("INTERNAL: something else")
+    assert compile._does_not_fit(other, base.get_config(), "v6e:4x4", what) is other
+
+
+def ivideo(*arguments):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, "-m", "ivideo.main", "--mode=compile", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@libtpu
+def test_small_table_and_json(tmp_path):
+    """A small stage for a real slice: every number is there, and they agree with one another."""
+    out = tmp_path / "found.json"
+    arguments = ["--config=configs/ssr1.py:small", "--topology=v5e:2x2", "--what=train", f"--out={out}"]
+    done = ivideo(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ssr1:small, a step to train on v5e:2x2 (4 chips: data 4), batch 8" in done.stdout
+    found = json.loads(out.read_text())
+    chip = CHIPS["v5e"]
+    assert found["chips"] == 4
+    assert found["parameters"] == describe.facts(ssr1.get_config("small"))["parameters"]
+    assert found["roofline_seconds"] == max(found["flops"] / chip.flops, found["bytes"] / chip.bandwidth)
+    assert found["mfu_bound"] == pytest.approx(found["model_flops"] / (4 * chip.flops * found["roofline_seconds"]))
+    memory = found["memory"]
+    assert memory["total"] == memory["arguments"] + memory["temporaries"] + memory["results"] < memory["capacity"]
+    assert any(name.startswith("all-reduce") for name in found["collectives"])
+    again = ivideo(*arguments)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+@libtpu
+def test_small_what_does_not_fit_a_chip_ends_with_what_to_change():
+    done = ivideo("--config=configs/base.py:demo", "--topology=v5e:2x2", "--config.train.batch_size=65536")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "base:demo to train does not fit v5e:2x2" in done.stderr
