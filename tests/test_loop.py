@@ -1,0 +1,153 @@
+"""The training loop when things go wrong, and what it tells of itself."""
+
+import collections
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from ivideo import goodput, loop, train
+from ivideo.chips import CHIPS, Chip, of_device
+from ivideo.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_config(**changes):
+    config = base.get_config("small")
+    config.update_from_flattened_dict({"train.learning_rate": 3e-3, **changes})
+    return config
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def spiked(tmp_path_factory):
+    """Twelve steps, of which the loss of the seventh is said to spike; profiled, on a chip whose peak is known."""
+    workdir = tmp_path_factory.mktemp("run")
+    asked = []
+
+    def once(config, loss, recent):
+        asked.append(loss)
+        return len(asked) == 7
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_spiked", once)
+        patch.setattr(loop.chips, "of_device", lambda device: Chip(1e9, 1e9, 1e9))
+        loop.train(run_config(), str(workdir), devices=jax.devices()[:1], profile_steps=(3, 4))
+    return workdir
+
+
+def test_small_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_other_data(spiked):
+    steps = [line["step"] for line in lines(spiked / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11, 12]  # a checkpoint every four
+    losses = [line["loss"] for line in lines(spiked / "metrics.jsonl")]
+    assert len(set(losses)) == len(losses)
+    (event,) = [line for line in lines(spiked / "events.jsonl") if line["event"] == "rollback"]
+    assert (event["step"], event["to"]) == (7, 4)
+    assert sorted(int(p.name) for p in (spiked / "checkpoints").iterdir()) == [8, 12]
+
+
+def test_small_goodput_counts_what_was_lost(spiked):
+    found = goodput.goodput(lines(spiked / "events.jsonl"))
+    assert found["rollbacks"] == 1 and found["steps"] == {"productive": 12, "lost": 3}
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-9)
+    assert found["seconds"]["lost"] > 0 and found["seconds"]["compiling"] > 0
+
+
+def test_small_profile_of_the_steps_asked_for(spiked):
+    (file,) = (spiked / "profile").rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(file))
+    names = {event.name for plane in data.planes for line in plane.lines for event in line.events}
+    assert any("train_step" in name for name in names)
+
+
+def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, monkeypatch):
+    config = run_config()
+    monkeypatch.setattr(loop.chips, "of_device", lambda device: Chip(1e12, 1e9, 1e9))
+    mesh = loop.sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    reporter = loop.Reporter(config, str(tmp_path), mesh)
+    reporter.begin(0)
+    clock = [100.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    reporter.stepped(1, {})
+    clock[0] += 8.0  # four steps of two seconds
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "skipped": 0.0}
+    assert reporter.report(5, [metrics] * 5) == 1.0
+    reporter.close()
+    share = train.model_flops(config) / 2.0 / 1e12
+    line = capsys.readouterr().err
+    assert f"base step 5/12  loss 1.0000  0.5 steps/s  4 videos/s  MFU {share:.1%}" in line
+    (steps,) = [event for event in lines(tmp_path / "events.jsonl") if event["event"] == "steps"]
+    assert (steps["first"], steps["last"], steps["seconds"]) == (2, 5, 8.0)
+
+
+def test_small_peaks_are_known_by_the_devices_names():
+    device = collections.namedtuple("Device", "device_kind")
+    assert of_device(device("TPU v5 lite")) is CHIPS["v5e"]
+    assert of_device(device("TPU v5p")) is of_device(device("TPU v5")) is CHIPS["v5p"]
+    assert of_device(device("TPU v6 lite")) is CHIPS["v6e"]
+    assert of_device(device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("spike", "loss", "count", "wanted"),
+    [
+        (3.0, 3.1, 10, True),
+        (3.0, 2.9, 10, False),
+        (3.0, 3.1, 9, False),
+        (0.0, 1e9, 50, False),
+        (3.0, np.nan, 50, False),
+    ],
+)
+def test_small_a_spike_is_a_multiple_of_the_usual_loss(spike, loss, count, wanted):
+    config = run_config(**{"train.spike": spike})
+    assert loop._spiked(config, loss, collections.deque([1.0] * (count - 1) + [9.0])) == wanted
+
+
+def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_spiked", lambda *_: True)
+    config = run_config(**{"train.max_rollbacks": 0})
+    with pytest.raises(FloatingPointError, match=r"spiked again at step 1, after 0 rollbacks .*max_rollbacks"):
+        loop.train(config, str(tmp_path), devices=jax.devices()[:1])
+
+
+def test_small_a_step_that_hangs_ends_the_process_with_all_stacks():
+    program = """
+import time
+from ivideo.loop import Watchdog
+with Watchdog(0.5) as watchdog:
+    time.sleep(1.5)  # before the first step it does not watch: that one is compiled
+    print("alive", flush=True)
+    watchdog.beat()
+    def stuck():
+        time.sleep(60)
+    stuck()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == loop.HUNG == 76
+    assert done.stdout == "alive\n"
+    assert "no step ended for 0.5 s (config.train.hang_seconds)" in done.stderr
+    assert "in stuck" in done.stderr
+
+
+def test_small_batch_has_to_divide(tmp_path):
+    config = run_config(**{"train.batch_size": 12})
+    with pytest.raises(UserError, match=r"batch_size = 12 in .* 1 parts over 8 devices .* choose a multiple of 8"):
+        loop.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_small_torn_last_line_is_ended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    with loop._append(path) as file:
+        file.write('{"step": 2}\n')
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']
