@@ -1,8 +1,8 @@
 """Compiles a stage's real programs for a named TPU slice, on a machine without one, and says what they need there.
 
-TPU's own compiler (libtpu) does it, so a program that does not fit fails here as it would there. Its bytes and FLOPs are
-for one chip and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run can
-beat, not a measurement, and without the time of communication between chips.
+TPU's own compiler (libtpu) does it, so a program that does not fit fails here as it would there. Its bytes and FLOPs
+are for one chip and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run of
+this program can beat, not a measurement, and without the time of communication between chips.
 """
 
 import json
@@ -124,8 +124,7 @@ def sampling_program(config, mesh):
             return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), **given)
 
     params = _placed(args[0], sharding.of_params(mesh, args[0]))
-    rest = [jax.tree.map(lambda s: _place(s, sharding.logical(mesh, s.shape, ("batch", "frames")[: len(s.shape) - 3])), a)
-            for a in (*args[1:], shapes)]  # fmt: skip
+    rest = jax.tree.map(lambda s: _place(s, sharding.of_input(mesh, s.shape)), (*args[1:], shapes))
     video = sharding.logical(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
     return step, (params, *rest), video, ()
 
@@ -186,6 +185,7 @@ def table(found: dict) -> str:
     """What `measure` found, to read."""
     memory = {name: f"{human(size, 'KMGTP')}B" for name, size in found["memory"].items()}
     mesh = " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
+    peaks = found["peaks"]
     lines = [
         f"{found['stage']}:{found['variant']}, a step to {found['what']} on {found['topology']} "
         f"({found['chips']} chips: {mesh}), batch {found['batch']}",
@@ -195,7 +195,7 @@ def table(found: dict) -> str:
         f"memory       {memory['total']} of {memory['capacity']}: arguments {memory['arguments']}, temporaries "
         f"{memory['temporaries']}, results {memory['results']}; fits",
         f"roofline     {found['roofline_seconds']:.4g} s a step, bound by {found['bound_by']}, at "
-        f"{human_flops(found['peaks']['flops_per_second'])}/s and {human(found['peaks']['bytes_per_second'], 'KMGTP')}B/s",
+        f"{human_flops(peaks['flops_per_second'])}/s and {human(peaks['bytes_per_second'], 'KMGTP')}B/s",
         f"utilisation  {found['mfu_bound']:.1%} of peak at most",
         f"compiled in  {found['compile_seconds']:.0f} s",
         "",

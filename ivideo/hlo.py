@@ -2,7 +2,8 @@
 
 The compiler's own `cost_analysis` counts the body of a loop once, whatever the number of its runs, and the blocks of a
 level are a loop. Here a loop counts as often as it runs. FLOPs are those of products and convolutions, as in
-`ivideo.flops`; bytes are those that operations read from and write to a chip's main memory (HBM), by their arrays' sizes.
+`ivideo.flops`; bytes are those that operations read from and write to a chip's main memory (HBM), by the sizes of their
+arrays without the padding of their layouts.
 """
 
 import collections
@@ -202,7 +203,7 @@ class Program:
                 yield inner, times
 
     def collectives(self, params=()) -> dict:
-        """Communication by kind and what it is of: `count` in the program's text, `runs`, `bytes` of a device's results.
+        """Communication by kind and what it is of: `count` in the text, `runs`, `bytes` of a device's results.
 
         Parameters, whose gathers fully sharded training is made of, are told from activations by their shapes: those
         of `params`, a tree, or one layer's of them, in any order of the dimensions.
@@ -263,7 +264,7 @@ def _arguments(rest: str) -> str:
 
 
 def _convolution(instruction, image: Array, kernel: Array) -> int:
-    """Without products by the zeros of the padding: the compiler writes products of matrices as convolutions of them."""
+    """Without products by the padding's zeros: the compiler writes products of matrices as convolutions of them."""
     image_axes, kernel_axes, result_axes = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
     result = instruction.results[0]
     pairs = result.shape[result_axes.index("b")] * result.shape[result_axes.index("f")]

@@ -1,7 +1,7 @@
 """The training loop of one stage: data, steps, checkpoints, and what becomes of a run when things go wrong.
 
-In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.checkpoint`), metrics.jsonl (a line a step, of a step
-done twice the last one counts), events.jsonl (where the time went, `ivideo.goodput`), tensorboard/, profile/.
+In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.checkpoint`), metrics.jsonl (a line a step; of a
+step done twice the last one counts), events.jsonl (where the time went, `ivideo.goodput`), tensorboard/, profile/.
 """
 
 import collections
@@ -196,11 +196,11 @@ def _spiked(config, loss: float, recent) -> bool:
 
 
 def _roll_back(config, checkpoints, like, step, rollbacks):
-    """The newest checkpoint as (step, state), or None where there is none. The data goes on: the spike's is left out."""
+    """The newest checkpoint as (step, state), or None. The data goes on from where it is: the spike's is left out."""
     if rollbacks > config.train.max_rollbacks:
         raise FloatingPointError(
-            f"the loss of stage {config.stage} spiked again at step {step}, after {config.train.max_rollbacks} rollbacks "
-            "(config.train.max_rollbacks): training stops, and the checkpoints are from before; lower "
+            f"the loss of stage {config.stage} spiked again at step {step}, after {config.train.max_rollbacks} "
+            "rollbacks (config.train.max_rollbacks): training stops, and the checkpoints are from before; lower "
             "config.train.learning_rate"
         )
     checkpoints.finish()
@@ -384,9 +384,10 @@ class Reporter:
             limit = self._config.train.max_skipped
             if values["skipped"] > limit:
                 raise FloatingPointError(
-                    f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and {values['skipped']:.0f} "
-                    f"updates were left out for that (config.train.max_skipped = {limit}): training stops, and the "
-                    "checkpoints are from before; lower config.train.learning_rate or look at the data of that step"
+                    f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and "
+                    f"{values['skipped']:.0f} updates were left out for that (config.train.max_skipped = {limit}): "
+                    "training stops, and the checkpoints are from before; lower config.train.learning_rate or look "
+                    "at the data of that step"
                 )
             log.warning("%s is %s at step %d: this update is left out", name, values[name], step)
             return

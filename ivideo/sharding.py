@@ -1,4 +1,4 @@
-"""Where arrays live on the devices: the mesh, the rules from logical axes to it, the layouts. Names the mesh's axes alone.
+"""Where arrays live on the devices: the mesh, and the rules from logical axes to it. It alone names the mesh's axes.
 
 data, fsdp  the batch is split over both; parameters, their average and the optimizer's state are split over fsdp
 tensor      heads of attention and inner channels of residual blocks, and their parameters
@@ -243,14 +243,14 @@ def from_host(tree, shardings):
     return jax.tree.map(place, tree, shardings)
 
 
+def of_input(mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of what a sampler is given: clips [B, T, H, W, C] by batch and frames, all else by the batch."""
+    return logical(mesh, shape, VIDEO[:2] if len(shape) == 5 else VIDEO[:1])
+
+
 def on_mesh(tree, mesh):
-    """As `from_host`, every array split by its batch, clips by their frames too."""
-
-    def place(x):
-        axes = ("batch", "frames") if np.ndim(x) == 5 else ("batch",)
-        return from_host(x, logical(mesh, np.shape(x), axes))
-
-    return jax.tree.map(place, tree)
+    """As `from_host`, laid out as a sampler's inputs (`of_input`)."""
+    return jax.tree.map(lambda x: from_host(x, of_input(mesh, np.shape(x))), tree)
 
 
 def to_host(x) -> np.ndarray:

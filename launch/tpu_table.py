@@ -2,9 +2,9 @@
 
   pip install '.[tpu]' && python launch/tpu_table.py
 
-adds a row for every program to docs/tpu.json, those that are there already excepted, and puts the tables between the marks
-in docs/tpu.md. Two to five minutes a training step and less than one a sampling step, on two cores. `--only=REGEX` does the
-rows whose name (such as "train ssr2 v5p:4x4x4") has a match; `--again` does them although they are there.
+adds a row for every program to docs/tpu.json, those that are there already excepted, and puts the tables between the
+marks in docs/tpu.md. One to five minutes a training step and less than one a sampling step, on two cores.
+`--only=REGEX` does rows whose name, such as "train ssr2 v5p:4x4x4", has a match; `--again` those that are there too.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ivideo.describe import human, human_flops
-from ivideo.files import write_json, write_text
+from ivideo.describe import human, human_flops  # noqa: E402
+from ivideo.files import write_json, write_text  # noqa: E402
 
 DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
@@ -103,19 +103,19 @@ def table(what, here) -> str:
         total += row["roofline_seconds"]
         memory, moved = row["memory"], row["collectives"]
         mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
-        counts = [
-            moved.get(kind, {"count": 0})["count"]
-            for kind in ("all-gather of activations", "collective-permute of activations")
-        ]
-        lines.append(
-            f"| {stage} | {mesh} | {row['accumulate']} | {human(memory['total'], 'KMGTP')}B of {memory['capacity'] / 1e9:.0f} "
-            f"| {human_flops(row['flops'])} | {human(row['bytes'], 'KMGTP')}B | {1e3 * row['roofline_seconds']:.3g} ms "
-            f"| {row['bound_by']} | {row['mfu_bound']:.1%} | {counts[0]} | {counts[1]} | {row['compile_seconds']:.0f} s |"
-        )
+        kinds = (f"{kind} of activations" for kind in ("all-gather", "collective-permute"))
+        counts = [moved.get(kind, {"count": 0})["count"] for kind in kinds]
+        cells = (
+            stage, mesh, row["accumulate"], f"{human(memory['total'], 'KMGTP')}B of {memory['capacity'] / 1e9:.0f}",
+            human_flops(row["flops"]), f"{human(row['bytes'], 'KMGTP')}B", f"{1e3 * row['roofline_seconds']:.3g} ms",
+            row["bound_by"], f"{row['mfu_bound']:.1%}", *counts, f"{row['compile_seconds']:.0f} s",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     if what == "sample" and sum("roofline_seconds" in (row or {}) for _, row in here) == len(STAGES):
         lines.append(
-            f"\nThe whole distilled cascade, {DISTILLED_STEPS} steps a stage: **{DISTILLED_STEPS * total:.2f} s** for one video of "
-            "128×768×1280 at the least, by these rooflines, without communication, the text encoder and the files."
+            f"\nThe whole distilled cascade, {DISTILLED_STEPS} steps a stage: **{DISTILLED_STEPS * total:.2f} s** for "
+            "one video of 128×768×1280 at the least, by these rooflines, without communication, the text encoder and "
+            "the files."
         )
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ def test_small_models_flops_of_a_step_are_three_forward_passes():
 
 
 def test_small_programs_run_as_they_are_compiled():
-    """On this machine's devices, at the smallest size: the same programs, and their results have the layouts asked for."""
+    """On this machine's devices, at the smallest size: the same programs, their results laid out as asked."""
     config = tsr_small()
     mesh = sharding.make_mesh({"fsdp": 2, "frames": 2, "height": 2})
     for program in (compile.training_program, compile.sampling_program):
@@ -81,7 +81,7 @@ class Refused(Exception):
     ("what", "change"), [("train", "config.train.accumulate"), ("sample", "config.sample.mesh.frames and height")]
 )
 def test_small_what_does_not_fit_says_what_to_change(what, change):
-    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 40.21G of 31.25G hbm."
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.21G of 31.25G hbm."
     found = compile._does_not_fit(Refused(message), base.get_config(), "v6e:4x4", what)
     assert isinstance(found, UserError)
     assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G a chip" in str(found)

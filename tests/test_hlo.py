@@ -36,7 +36,7 @@ TEXT = """HloModule test
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
   %near = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy(%x)
-  %start = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%near), source_target_pairs={{0,1}}
+  %start = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%near)
   %moved = bf16[8,128]{1,0} collective-permute-done(%start)
   %y = bf16[8,128]{1,0:T(8,128)(2,1)} add(%moved, %near)
   ROOT %t = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%i, %y)
@@ -62,7 +62,7 @@ ENTRY %main (a: bf16[8,128], w: f32[10,64,32], at: s32[], image: f32[2,8,8,3]) -
   %at = s32[]{:T(128)} parameter(2)
   %image = f32[2,8,8,3]{3,2,1,0} parameter(3)
   %kernel = f32[3,3,3,5]{3,2,1,0} constant({...})
-  %made = f32[2,4,4,5]{3,2,1,0} convolution(%image, %kernel), window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f
+  %m = f32[2,4,4,5] convolution(%image, %kernel), window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f
   %layer.1 = f32[64,32]{1,0} fusion(%w, %at), kind=kLoop, calls=%sliced
   %gathered = f32[64,32]{1,0} all-gather(%layer.1), dimensions={0}
   %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%at, %a)

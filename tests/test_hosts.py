@@ -1,4 +1,4 @@
-"""Several processes on this machine as one program: the losses of one process, and what becomes of them when one dies."""
+"""Several processes on this machine as one program: the losses of one process, and what they do when one dies."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("count", [2])
 def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count):
-    """Within a minute, with a message that says what to do; started again, the run ends as one that nothing happened to."""
+    """Within a minute, with a message that says what to do; started again, the run ends as if nothing had happened."""
     workdir = tmp_path / "run"
     processes = start(workdir, count)
     until_step(workdir, 7, processes)

@@ -80,10 +80,10 @@ def test_small_create_a_slice():
 def test_small_install_and_run_on_every_host():
     (pack, copy, install) = printed("tpu_vm.sh", "install", "pod", "--zone=z")
     assert pack[0] == "tar"
-    assert copy[:5] == "gcloud compute tpus tpu-vm scp".split() and copy[-2:] == ["--worker=all", "--zone=z"]
+    assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"] and copy[-2:] == ["--worker=all", "--zone=z"]
     assert any('pip install --quiet ".[tpu]"' in word for word in install)
     ((*start, command, zone),) = printed("tpu_vm.sh", "run", "pod", "--zone=z", *RUN)
-    assert start == "gcloud compute tpus tpu-vm ssh pod --worker=all".split() and zone == "--zone=z"
+    assert start == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and zone == "--zone=z"
     # what the host's shell makes of it
     words = shlex.split(command.removeprefix("--command="), comments=False)
     assert "--workdir=/mnt/runs/a b" in words and "--distributed" in words
