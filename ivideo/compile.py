@@ -93,6 +93,7 @@ def topology_devices(topology: str):
             f"--topology={topology!r}: expected a chip of {', '.join(CHIPS)} and its grid, such as v5e:4x4 or v5p:4x4x4"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs: another process may have the chips
     from jax.experimental import topologies
 
     try:

@@ -190,20 +190,35 @@ class Program:
         return [table[name].results[0] for name in instruction.operands if name in table and table[name].results]
 
     def _everything(self):
-        """Every instruction, those in fusions too, where the compiler puts communication beside arithmetic."""
+        """As `run`, with what is in fusions, where the compiler puts communication beside arithmetic."""
 
-        def fused(instruction):
-            yield instruction
+        def fused(where, instruction):
+            yield where, instruction
             if instruction.op == "fusion":
-                for inner in self.computations[instruction.attribute("calls")].values():
-                    yield from fused(inner)
+                within = instruction.attribute("calls")
+                for inner in self.computations[within].values():
+                    yield from fused(within, inner)
 
-        for _, instruction, times in self.run():
-            for inner in fused(instruction):
-                yield inner, times
+        for name, instruction, times in self.run():
+            for where, inner in fused(name, instruction):
+                yield where, inner, times
+
+    def _padded(self, where, name) -> bool:
+        """Whether an array is a device's part put into a larger one: a sum of such over the devices gathers them."""
+        instruction = self.computations[where].get(name)
+        if instruction is None or instruction.op == "dynamic-update-slice":
+            return instruction is not None
+        if instruction.op == "bitcast":
+            return self._padded(where, instruction.operands[0])
+        if instruction.op == "fusion" and len(instruction.results) == 1:
+            within = instruction.attribute("calls")
+            return self._padded(within, next(i.name for i in self.computations[within].values() if i.root))
+        return False
 
     def collectives(self, params=()) -> dict:
         """Communication by kind and what it is of: `count` in the text, `runs`, `bytes` of a device's results.
+
+        A gather that the compiler writes as an all-reduce, of parts among zeros, counts as a gather.
 
         Parameters, whose gathers fully sharded training is made of, are told from activations by their shapes: those
         of `params`, a tree, or one layer's of them, in any order of the dimensions.
@@ -214,29 +229,36 @@ class Program:
         for leaf in jax.tree.leaves(params):
             known |= {_dimensions(leaf.shape), _dimensions(leaf.shape[1:])}
         found = collections.defaultdict(lambda: {"count": 0, "runs": 0, "bytes": 0, "largest": "", "largest_bytes": 0})
-        for instruction, times in self._everything():
+        for where, instruction, times in self._everything():
             kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             arrays = instruction.results
             if kind != instruction.op and kind in ("all-gather", "collective-permute"):
                 arrays = [a for a in arrays if a.shape][len(instruction.operands) :]
-            for position, array in enumerate(arrays):
-                of = (
-                    "scalars"
-                    if array.size <= 8
-                    else "parameters"
-                    if _dimensions(array.shape) in known
-                    else "activations"
-                )
-                entry = found[f"{kind} of {of}"]
-                entry["count"] += position == 0
-                entry["runs"] += times * (position == 0)
+            names = [_named(kind, array, known) for array in arrays]
+            if kind == "all-reduce":
+                padded = [self._padded(where, operand) for operand in instruction.operands]
+                names = [
+                    name.replace(kind, "all-gather") if is_padded else name
+                    for name, is_padded in zip(names, padded, strict=True)
+                ]
+            for name in set(names):  # several arrays may travel together
+                found[name]["count"] += 1
+                found[name]["runs"] += times
+            for name, array in zip(names, arrays, strict=True):
+                entry = found[name]
                 entry["bytes"] += times * array.bytes
                 if array.bytes > entry["largest_bytes"]:
                     entry["largest_bytes"] = array.bytes
                     entry["largest"] = f"{array.dtype}[{','.join(map(str, array.shape))}]"
         return dict(sorted(found.items()))
+
+
+def _named(kind: str, array: Array, known) -> str:
+    if array.size <= 8:
+        return f"{kind} of scalars"
+    return f"{kind} of {'parameters' if _dimensions(array.shape) in known else 'activations'}"
 
 
 def _parameters(computation) -> dict[int, str]:

@@ -141,6 +141,14 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
     )(x, weights)
 
 
+def whole_kernel(x, kernel, dimensions, **options):
+    """`lax.dot_general` for which every device gathers the kernel.
+
+    For layers of one vector a sample: the partitioner would gather the whole batch's vectors, as fewer bytes.
+    """
+    return jax.lax.dot_general(x, constrain(kernel), dimensions, **options)
+
+
 def logical(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
     """The sharding of an array of this shape whose dimensions have these logical axes; missing ones are whole."""
     spec = []

@@ -96,6 +96,32 @@ def test_small_communication_by_kind():
     assert "all-gather of activations" in Program(TEXT).collectives()
 
 
+def test_small_a_sum_of_parts_among_zeros_is_a_gather():
+    text = """HloModule test
+%into (zeros: f32[64,32], part: f32[8,32], at: s32[]) -> f32[64,32] {
+  %zeros = f32[64,32]{1,0} parameter(0)
+  %part = f32[8,32]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %u = f32[64,32]{1,0} dynamic-update-slice(%zeros, %part, %at, %at)
+}
+
+ENTRY %main (x: f32[64,32], part: f32[8,32], at: s32[]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %part = f32[8,32]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %among = f32[64,32]{1,0} fusion(%x, %part, %at), kind=kLoop, calls=%into
+  %view = f32[16,128]{1,0} bitcast(%among)
+  %sums = (f32[16,128]{1,0}, f32[64,32]{1,0}) all-reduce(%view, %x), to_apply=%add
+  ROOT %out = f32[64,32]{1,0} get-tuple-element(%sums), index=1
+}
+"""
+    found = Program(text).collectives({"w": array(64, 32)})
+    assert {name: (entry["count"], entry["bytes"]) for name, entry in found.items()} == {
+        "all-gather of activations": (1, 64 * 32 * 4),
+        "all-reduce of parameters": (1, 64 * 32 * 4),
+    }
+
+
 def test_small_a_split_product_communicates():
     mesh = sharding.make_mesh({"fsdp": 8})
     whole, rows = sharding.replicated(mesh), sharding.logical(mesh, (64, 32), ("batch",))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo.sharding import VIDEO, constrain
+from ivideo.sharding import VIDEO, constrain, whole_kernel
 
 Dtype = jnp.dtype
 
@@ -73,7 +73,8 @@ class TemporalAttention(nn.Module):
         index = np.clip(offset, -reach, reach) + reach
 
         pixels = ("batch", None, "height", "columns")  # where frames are split over devices, these take columns instead
-        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *pixels, None)
+        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *VIDEO)  # or each frame's statistics would travel
+        y = constrain(y, *pixels, None)
         q, k, v = (constrain(_split_heads(heads, self.dtype, name)(y), *pixels, "heads", None) for name in "qkv")
         logits = jnp.einsum("bthwnd,bshwnd->bhwnts", q * self.head_dim**-0.5, k)
         weights = _softmax(logits + jnp.moveaxis(bias[index], -1, 0), self.dtype)
@@ -135,8 +136,8 @@ class TextPooling(nn.Module):
         weights = _softmax(jnp.where(text_mask, logits, -1e9), self.dtype)
         pooled = jnp.einsum("bsl,bsld->bsd", weights, text)
         pooled = jnp.where(text_mask.any(-1, keepdims=True), pooled, null)
-        pooled = nn.swish(nn.Dense(self.features, dtype=self.dtype, name="dense_0")(pooled))
-        return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(pooled)
+        pooled = nn.swish(of_vectors(self.features, self.dtype, "dense_0")(pooled))
+        return of_vectors(self.features, self.dtype, "dense_1")(pooled)
 
 
 class FrameNorm(nn.Module):
@@ -152,6 +153,11 @@ class FrameNorm(nn.Module):
     def __call__(self, x):
         groups = max(g for g in range(1, self.max_groups + 1) if x.shape[-1] % g == 0)
         return nn.GroupNorm(groups, reduction_axes=(-3, -2, -1), dtype=self.dtype, name="groups")(x)
+
+
+def of_vectors(features: int, dtype: Dtype, name: str):
+    """A dense layer of what has no pixels: one vector a sample or frame."""
+    return nn.Dense(features, dtype=dtype, dot_general=whole_kernel, name=name)
 
 
 def _split_heads(heads: tuple[int, int], dtype: Dtype, name: str):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention
+from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention, of_vectors
 from ivideo.sharding import VIDEO, constrain, with_halo
 
 TEMPORAL = ("attention", "convolution", "none")
@@ -71,7 +71,7 @@ class ResBlock(nn.Module):
         y = nn.swish(FrameNorm(self.dtype, name="norm_0")(x))
         y = convolution(self.channels, self.dtype, "conv_0")(y)
         y = constrain(y, *VIDEO[:4], "inner")
-        modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="modulation")(nn.swish(embedding))
+        modulation = of_vectors(2 * self.channels, self.dtype, "modulation")(nn.swish(embedding))
         scale, shift = jnp.split(constrain(modulation, "batch")[:, :, None, None], 2, axis=-1)
         y = nn.swish(FrameNorm(self.dtype, name="norm_1")(y) * (1 + scale) + shift)
         y = convolution(self.channels, self.dtype, "conv_1", kernel_init=nn.initializers.zeros)(y)
@@ -203,8 +203,8 @@ class ScalarEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, u):
-        y = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(sinusoid(1000.0 * u, self.width))
-        return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(nn.swish(y))
+        y = of_vectors(self.features, self.dtype, "dense_0")(sinusoid(1000.0 * u, self.width))
+        return of_vectors(self.features, self.dtype, "dense_1")(nn.swish(y))
 
 
 class FrameEmbedding(nn.Module):
