@@ -1,8 +1,8 @@
 """The base stage: text to 16 × 24 × 40 at 3 frames a second. Section 2.3.
 
 paper  5.6B parameters. python -m ivideo.main --config=configs/base.py --config.data.dir=DIR --workdir=DIR
-       Needs 44 GB for float32 parameters and their average (Adafactor keeps little more) on every device, before
-       activations: sharding is to come.
+       44 GB of float32 parameters and their average (Adafactor keeps little more), divided over the devices.
+       64 chips of v5p or v6e take 256 videos a step: docs/tpu.md.
 demo   the base of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER makes it from
        nothing: about two hours for 5,700 steps on two cores of an AMD EPYC (0.8 steps a second). The weights in the
        package took as many steps, but not all with this network: until step 2,320 it had no temporal attention at its

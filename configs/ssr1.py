@@ -1,8 +1,8 @@
 """The first spatial super-resolution: 24 × 40 to 48 × 80 pixels, 32 frames. Section 2.3.
 
 paper  1.4B parameters. python -m ivideo.main --config=configs/ssr1.py --config.data.dir=DIR --workdir=DIR
-       Needs 22 GB for float32 parameters, their average and Adam's moments on every device, before activations:
-       sharding is to come.
+       22 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
+       or v6e take 256 videos a step: docs/tpu.md.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr1 makes it:
        about 55 minutes for 6,000 steps on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package are of
        as many steps, but until step 1,205 the blur was up to 1.5, spread evenly, and the learning rate fell to zero

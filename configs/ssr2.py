@@ -1,8 +1,8 @@
 """The second spatial super-resolution: 48 × 80 to 192 × 320 pixels, 32 frames. Section 2.3.
 
 paper  1.2B parameters. python -m ivideo.main --config=configs/ssr2.py --config.data.dir=DIR --workdir=DIR
-       Needs 19 GB for float32 parameters, their average and Adam's moments on every device, before activations:
-       sharding is to come.
+       19 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
+       or v6e take 256 videos a step: docs/tpu.md.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr2 makes it:
        20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory. The loss of the weights in the
        package was not yet in units of data_std.

@@ -1,8 +1,8 @@
 """The first temporal super-resolution: 16 to 32 frames of 24 × 40, 3 to 6 a second. Section 2.3.
 
 paper  1.7B parameters. python -m ivideo.main --config=configs/tsr1.py --config.data.dir=DIR --workdir=DIR
-       Needs 27 GB for float32 parameters, their average and Adam's moments on every device, before activations:
-       sharding is to come.
+       27 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
+       or v6e take 256 videos a step: docs/tpu.md.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr1 makes it:
        20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory. The loss of the weights in the
        package was not yet in units of data_std.

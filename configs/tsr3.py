@@ -1,8 +1,8 @@
 """The third temporal super-resolution: 64 to 128 frames of 192 × 320, 12 to 24 a second. Section 2.3.
 
 paper  630M parameters. python -m ivideo.main --config=configs/tsr3.py --config.data.dir=DIR --workdir=DIR
-       Needs 10 GB for float32 parameters, their average and Adam's moments on every device, before activations:
-       sharding is to come.
+       10 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
+       or v6e take 256 videos a step: docs/tpu.md.
 demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr3 makes it,
        beginning with the weights of tsr2: 25 minutes for 1,500 steps on two cores of an AMD EPYC, 1.7 GB of memory.
 small  a network of a few thousand parameters, for tests.
