@@ -196,10 +196,9 @@ def parse(argv: list[str]) -> None:
         FLAGS.config  # noqa: B018 - loaded here, so that its errors are met here
     except flags.UnrecognizedFlagError as e:
         raise UserError(f"--{e.flagname} is not a flag{_nearest(e.flagname)}: see --helpshort") from e
-    except (AttributeError, KeyError) as e:
-        key = re.search(r"--config\.([\w.]+)", " ".join(argv))
-        raise UserError(f"the config has no such key ({_line(e)}){'' if key is None else _nearest_key(argv)}") from e
-    except (flags.Error, ValueError, TypeError, OSError, SyntaxError, ImportError) as e:
+    except (AttributeError, KeyError, TypeError) as e:  # a TypeError where the key goes on below a value
+        raise UserError(f"the config has no such key ({_line(e)}){_nearest_key(argv)}") from e
+    except (flags.Error, ValueError, OSError, SyntaxError, ImportError) as e:
         raise UserError(_line(e)) from e
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag: values are given as --name=value; see --helpshort")
@@ -220,7 +219,9 @@ def _nearest(name: str) -> str:
 
 def _nearest_key(argv: list[str]) -> str:
     """What the user may have meant by the first config key that does not exist."""
-    spec = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
+    spec = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if spec is None:
+        return ""
     path, _, variant = spec.partition(":")
     import importlib.util
 
