@@ -103,8 +103,11 @@ def table(what, here) -> str:
         total += row["roofline_seconds"]
         memory, moved = row["memory"], row["collectives"]
         mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
-        kinds = (f"{kind} of activations" for kind in ("all-gather", "collective-permute"))
-        counts = [moved.get(kind, {"count": 0})["count"] for kind in kinds]
+        gathers = moved.get("all-gather of activations")
+        counts = (
+            f"{gathers['count']}, up to {gathers['largest']}" if gathers else 0,
+            moved.get("collective-permute of activations", {"count": 0})["count"],
+        )
         cells = (
             stage, mesh, row["accumulate"], f"{human(memory['total'], 'KMGTP')}B of {memory['capacity'] / 1e9:.0f}",
             human_flops(row["flops"]), f"{human(row['bytes'], 'KMGTP')}B", f"{1e3 * row['roofline_seconds']:.3g} ms",
