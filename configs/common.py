@@ -166,10 +166,12 @@ def mesh(**sizes: int) -> ml_collections.ConfigDict:
 
 
 def t5_xxl() -> ml_collections.ConfigDict:
-    """The paper's text encoder. Its weights are given as a safetensors file."""
+    """The paper's text encoder, T5-XXL. Its weights are not in the package: `checkpoint` says where they are."""
     text = ml_collections.ConfigDict()
-    text.checkpoint = PLACEHOLDER(str)  # safetensors file of the encoder; empty string: the one in the package
+    text.checkpoint = PLACEHOLDER(str)  # T5X or Hugging Face directory, or safetensors file; empty: the package's
+    text.tokenizer = ""  # sentencepiece model; empty: spiece.model in that directory, or bytes where it has 384 ids
     text.length = 256  # tokens
+    text.dtype = "bfloat16"  # of parameters and arithmetic: 'bfloat16' or 'float32'
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 32128, 4096, 24, 64, 64, 10240
     return text
 
@@ -178,7 +180,9 @@ def shipped_text() -> ml_collections.ConfigDict:
     """The small byte encoder in the package, which knows the captioned shapes."""
     text = ml_collections.ConfigDict()
     text.checkpoint = ""
+    text.tokenizer = ""
     text.length = 64  # bytes and an end token
+    text.dtype = "float32"
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 384, 128, 3, 4, 32, 256
     return text
 

@@ -23,6 +23,7 @@ from ivideo.text import load_encoder
 from ivideo.train import state_shapes
 
 SIZE = ("frames", "height", "width", "fps")
+TEXTS = 8  # prompts embedded at a time
 
 
 def is_cascade(config) -> bool:
@@ -88,11 +89,30 @@ def load_weights(config, workdir: str | None):
     return restored[1].ema
 
 
+def embedded(config, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What a stage's text encoder makes of prompts: text [N, L, D] float32 and its mask [N, L].
+
+    The encoder, larger than the stages at the paper's size, is split over all devices and let go at the end.
+    """
+    encoder = load_encoder(config.text, mesh=sharding.make_mesh({"fsdp": -1}))
+    tokens, mask = encoder.tokenize(list(prompts))
+    parts = [range(i, min(i + TEXTS, len(prompts))) for i in range(0, len(prompts), TEXTS)]
+    return np.concatenate([sharding.to_host(encoder.encode(tokens[part], mask[part])) for part in parts]), mask
+
+
 def sample_stage(
-    config, params, prompts: Sequence[str], *, seeds: Sequence[tuple[int, int]], low=None, label: str | None = None
+    config,
+    params,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[tuple[int, int]],
+    low=None,
+    texts: tuple[np.ndarray, np.ndarray] | None = None,
+    label: str | None = None,
 ) -> np.ndarray:
     """One stage's videos [N, T, H, W, 3] in [-1, 1], one a prompt.
 
+    `texts`: the prompts as the stage's encoder embeds them (`embedded`), where that has been done already.
     `low` [N, t, h, w, 3]: what a super-resolution stage is given. A video's noise follows from its (seed, number)
     alone. Videos are made `config.sample.batch` at a time, split over the devices where these divide it, with a
     progress bar, called `label` or by the stage's name, where there is a terminal. UserError where `low` is missing or
@@ -104,7 +124,7 @@ def sample_stage(
             if low is not None
             else f"stage {config.stage} enlarges a video of {config.cond.height}×{config.cond.width}: give it --input"
         )
-    encoder, model = load_encoder(config.text), stages.build_model(config)
+    (text, text_mask), model = texts or embedded(config, prompts), stages.build_model(config)
     size = min(config.sample.batch, len(prompts))
     mesh = sampling_mesh(config, size)
     video = sharding.logical(mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
@@ -128,11 +148,9 @@ def sample_stage(
         for chunk in chunks:
             # The last chunk is filled up with its own last prompt: one shape, one compile
             rows = [*chunk, *[chunk[-1]] * (size - len(chunk))]
-            tokens, mask = encoder.tokenize([prompts[i] for i in rows])
-            text = encoder.encode(jnp.asarray(tokens), jnp.asarray(mask))
             keys = jax.random.key_data(stages.video_keys(config, [seeds[i] for i in rows]))
             given = None if low is None else low[np.array(rows)]
-            given = (np.asarray(text), mask, np.asarray(keys), given)
+            given = (text[np.array(rows)], text_mask[np.array(rows)], np.asarray(keys), given)
             made = sharding.to_host(run(params, *sharding.on_mesh(given, mesh)))[: len(chunk)]
             _check_finite(config, made, [prompts[i] for i in chunk])
             if videos is None:  # one array for all: at the end of the cascade a copy would be gigabytes
@@ -195,11 +213,15 @@ def run(
     stages a folder of such folders by the stages' names; None takes the package's weights. `on_stage(config, videos)`
     is told what each stage made.
     """
+    texts = {}
+    for config in configs:
+        if (key := repr(config.text)) not in texts:
+            texts[key] = embedded(config, prompts)
     for number, config in enumerate(configs, 1):
         label = f"{config.stage} ({number} of {len(configs)})" if len(configs) > 1 else None
         path = os.path.join(workdir, config.stage) if workdir and len(configs) > 1 else workdir
         params = load_weights(config, path)
-        low = sample_stage(config, params, prompts, seeds=seeds, low=low, label=label)
+        low = sample_stage(config, params, prompts, seeds=seeds, low=low, texts=texts[repr(config.text)], label=label)
         on_stage(config, low)
         del params
     return low

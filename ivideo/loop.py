@@ -28,7 +28,6 @@ from ivideo.data.sources import Crop, make_source
 from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
-from ivideo.text.tokenizers import byte_tokens
 from ivideo.train import TrainState, embed, init_state, make_train_step, model_flops, state_shapes
 
 log = logging.getLogger("ivideo")
@@ -55,7 +54,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     stages.check(config)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     _check_batch(config, mesh)
-    encoder = load_encoder(config.text)
+    encoder = load_encoder(config.text, mesh=mesh)
     iterator = make_data(config, encoder, part=sharding.process_part(mesh))
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     reporter = Reporter(config, workdir, mesh)
@@ -74,8 +73,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
         log.info("going on from step %d of %s", restored[0], workdir)
 
-    text_params = sharding.from_host(encoder.params, sharding.of_params(mesh, encoder.params))
-    embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens))
+    embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
     step_fn = jax.jit(make_train_step(config, mesh), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
     step = int(state.step)
@@ -95,7 +93,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                 waiting = time.perf_counter()
                 batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
-                texts = embed_fn(text_params, {name: batch[name] for name in TOKENS if name in batch})
+                texts = embed_fn(encoder.params, {name: batch[name] for name in TOKENS if name in batch})
                 state, metrics = step_fn(state, {**batch, **texts})
                 step += 1
                 pending.append(metrics)
@@ -160,7 +158,7 @@ def make_data(config, encoder, *, part: tuple[int, int] = (0, 1)):
     )  # fmt: skip
     return make_iterator(
         source, batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
-        tokenize=byte_tokens, text_length=encoder.length, num_workers=config.data.workers, part=part,
+        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers, part=part,
     )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ TENSOR = (
     (re.compile(r"residual/conv_1/kernel$"), -2),
     (re.compile(r"attention/(q|k|v)/kernel$"), -2),
     (re.compile(r"attention/out/kernel$"), -3),
+    # The text encoder's, whose heads are joined
+    (re.compile(r"layers_\d+/(attention/(query|key|value)|mlp/(wi_0|wi_1))/kernel$"), -1),
+    (re.compile(r"layers_\d+/(attention/out|mlp/wo)/kernel$"), -2),
 )
 WHOLE = 2**14  # parameters of fewer elements are on every device: to gather them would cost more than it saves
 

@@ -33,6 +33,7 @@ CHOICES = {
     "sample.sampler": ("ddim", "ancestral", "distilled"),
     "sample.guidance": ("constant", "oscillating"),
     "sample.threshold": ("none", "static", "dynamic"),
+    "text.dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
     "video.frames", "video.height", "video.width", "video.fps", "train.batch_size", "train.accumulate", "train.steps",

@@ -54,15 +54,16 @@ def init_state(config, params=None) -> TrainState:
     return TrainState(zero, params, jax.tree.map(jnp.copy, params), opt_state, zero)
 
 
-def embed(text_module, text_params, batch):
+def embed(text_module, text_params, batch, mesh=None):
     """What the frozen encoder makes of a batch's tokens: `text` [B, L, D], and `image_text` [B, K, L, D] of images.
 
     A program of its own, before the step: the encoder is larger than most stages and is not trained with them.
     """
-    texts = {"text": encode(text_module, text_params, batch["tokens"], batch["token_mask"])}
-    if "image_tokens" in batch:
-        texts["image_text"] = encode(text_module, text_params, batch["image_tokens"], batch["image_token_mask"])
-    return texts
+    with sharding.layout(mesh):
+        texts = {"text": encode(text_module, text_params, batch["tokens"], batch["token_mask"])}
+        if "image_tokens" in batch:
+            texts["image_text"] = encode(text_module, text_params, batch["image_tokens"], batch["image_token_mask"])
+        return texts
 
 
 def batch_shapes(config) -> dict:

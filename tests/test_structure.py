@@ -100,7 +100,7 @@ def test_small_every_config_key_is_read(stage, variant):
     source = "\n".join(path.read_text() for _, path in modules())
     # read as a whole: model's become the fields of VideoUNet, text's those of T5Encoder
     fields = set(re.findall(r"^    (\w+): ", (ROOT / "ivideo/models/unet.py").read_text(), re.M))
-    sizes = set(re.search(r"for name in \((.*?)\)", (ROOT / "ivideo/text/__init__.py").read_text())[1].split('"'))
+    sizes = set(re.search(r"SIZES = \((.*?)\)", (ROOT / "ivideo/text/__init__.py").read_text())[1].split('"'))
     unread = []
     for key in leaves(STAGES[stage].get_config(variant)):
         group, _, name = key.rpartition(".")

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
+import json
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,26 +14,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo import sharding
 from ivideo.errors import UserError
-from ivideo.export import load_params
+from ivideo.text.checkpoints import Checkpoint, open_checkpoint, read_array
 from ivideo.text.t5 import T5Encoder
-from ivideo.text.tokenizers import byte_tokens
+from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
 
 SHIPPED = "demo/weights/text.safetensors"
+SIZES = ("vocab", "dim", "layers", "heads", "head_dim", "ff")
+DTYPES = ("float32", "bfloat16")
+VOCABULARY = "spiece.model"  # its name in Hugging Face's directories
+HOW_TO_GET = (
+    "T5-XXL comes as T5X, gs://t5-data/pretrained_models/t5x/t5_1_1_xxl/checkpoint_1000000 with "
+    "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model as config.text.tokenizer, or from Hugging Face, "
+    "google/t5-v1_1-xxl saved as safetensors"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A frozen encoder with its tokenizer."""
+    """A frozen encoder with its tokenizer, on `mesh` or on one device.
+
+    `fingerprint` is of all that embeddings follow from: other parameters, another tokenizer, another type of number or
+    another length make another one. Whatever format the parameters were stored in, it is the same.
+    """
 
     module: T5Encoder
     params: Any
     length: int
-    tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+    tokenizer: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+    fingerprint: str
+    mesh: Any = None
 
-    def encode(self, tokens, mask):
-        """Tokens [..., L] and mask [..., L] to embeddings [..., L, D] float32."""
-        return encode(self.module, self.params, tokens, mask)
+    def tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Texts to tokens [B, L] int32 and mask [B, L] bool."""
+        return self.tokenizer(texts, self.length)
+
+    def encode(self, tokens, mask) -> jax.Array:
+        """Tokens [..., L] and mask [..., L] to embeddings [..., L, D] float32, zero where the mask is False."""
+        return _encode(self.module, self.mesh, self.params, tokens, mask)
 
 
 def encode(module, params, tokens, mask):
@@ -39,25 +62,102 @@ def encode(module, params, tokens, mask):
     return jax.lax.stop_gradient(out).astype(jnp.float32).reshape(*lead, length, -1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(module, mesh, params, tokens, mask):
+    with sharding.layout(mesh):
+        return encode(module, params, tokens, mask)
+
+
 def encoder_module(text_config) -> T5Encoder:
     """The network that a stage's `text` config describes."""
-    sizes = {name: text_config[name] for name in ("vocab", "dim", "layers", "heads", "ff", "head_dim")}
-    return T5Encoder(**sizes)
+    sizes = {name: text_config[name] for name in SIZES}
+    return T5Encoder(**sizes, dtype=jnp.dtype(text_config.dtype))
 
 
-def load_encoder(text_config) -> TextEncoder:
-    """The encoder a config names: `checkpoint` is a safetensors file, or empty for the one in the package.
+def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer: str = "", mesh=None) -> TextEncoder:
+    """The encoder of a checkpoint's path, or of a stage's `text` config, which then says all but the mesh.
 
-    Raises UserError where the file is missing, damaged or of another size.
+    A path may be of a T5X or Hugging Face directory or of a safetensors file (`ivideo.text.checkpoints`). `length` is
+    in tokens; `dtype`, of parameters and arithmetic, is float32 or bfloat16. `tokenizer` is a sentencepiece model, or
+    empty for spiece.model in the directory, or bytes where the vocabulary is ByT5's. `mesh`: where parameters are
+    split (`sharding.of_params`), none for one device. A config's `checkpoint` is empty for the encoder in the package.
+
+    Raises UserError where files are missing, damaged, or of another size than the config's.
     """
-    module = encoder_module(text_config)
+    if isinstance(source, str):
+        checkpoint = open_checkpoint(source)
+    else:
+        checkpoint = _open_configured(source)
+        length, dtype, tokenizer = source.length, source.dtype, source.tokenizer
+    if dtype not in DTYPES:
+        raise UserError(f"a text encoder's dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    tokenize = _tokenizer(checkpoint, tokenizer)
+    module = T5Encoder(**checkpoint.sizes, dtype=jnp.dtype(dtype))
+    params = _placed(checkpoint, module, mesh)
+    return TextEncoder(module, params, length, tokenize, _fingerprint(checkpoint, tokenize, length, dtype), mesh)
+
+
+def fingerprint(text_config) -> str:
+    """The fingerprint of the encoder that a config names, without loading it."""
+    checkpoint = _open_configured(text_config)
+    tokenize = _tokenizer(checkpoint, text_config.tokenizer)
+    return _fingerprint(checkpoint, tokenize, text_config.length, text_config.dtype)
+
+
+def _open_configured(text_config) -> Checkpoint:
     if text_config.checkpoint is None:
         raise UserError(
-            f"config.text.checkpoint is not set: give a safetensors file of a T5 encoder of width {text_config.dim} "
-            "with --config.text.checkpoint=FILE"
+            "config.text.checkpoint is not set: give a T5 encoder with --config.text.checkpoint=PATH, a T5X or Hugging "
+            f"Face directory or a safetensors file. {HOW_TO_GET}"
         )
-    path = text_config.checkpoint or str(importlib.resources.files("ivideo") / SHIPPED)
-    tokens = jax.ShapeDtypeStruct((1, text_config.length), jnp.int32)
-    like = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
-    params = load_params(path, like)
-    return TextEncoder(module, params, text_config.length, functools.partial(byte_tokens, length=text_config.length))
+    checkpoint = open_checkpoint(text_config.checkpoint or str(importlib.resources.files("ivideo") / SHIPPED))
+    for name in SIZES:
+        if checkpoint.sizes[name] != text_config[name]:
+            raise UserError(
+                f"{checkpoint.path} is of another model: its {name} is {checkpoint.sizes[name]}, and "
+                f"config.text.{name} = {text_config[name]}; give another checkpoint, or its sizes"
+            )
+    return checkpoint
+
+
+def _tokenizer(checkpoint: Checkpoint, path: str):
+    beside = os.path.join(checkpoint.path, VOCABULARY)
+    vocab = checkpoint.sizes["vocab"]
+    if not path and os.path.exists(beside):
+        path = beside
+    if path:
+        return SentencePiece.load(path, vocab)
+    if vocab == BYTE_VOCAB:
+        return Bytes()
+    raise UserError(
+        f"{checkpoint.path} has no {VOCABULARY}, and a vocabulary of {vocab} is not of bytes ({BYTE_VOCAB}): give its "
+        "sentencepiece model with --config.text.tokenizer=FILE; T5's is "
+        "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+    )
+
+
+def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
+    """The parameters in the module's type, each cast and put in its place before the next is read."""
+    import flax.traverse_util
+
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, module.dtype) for name, leaf in checkpoint.leaves.items()}
+    tree = flax.traverse_util.unflatten_dict(shapes, sep="/")
+    where = None if mesh is None else flax.traverse_util.flatten_dict(sharding.of_params(mesh, tree), sep="/")
+
+    def place(name):
+        value = np.ascontiguousarray(read_array(checkpoint, name).astype(module.dtype))
+        return jax.device_put(value) if where is None else sharding.from_host(value, where[name])
+
+    return flax.traverse_util.unflatten_dict({name: place(name) for name in checkpoint.leaves}, sep="/")
+
+
+def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype: str) -> str:
+    """A hash of sizes, of all vectors among the parameters, and of every matrix's first row: of a part, to be quick."""
+    digest = hashlib.sha256()
+    described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(checkpoint.leaves):
+        whole = len(checkpoint.leaves[name].shape) == 1 or math.prod(checkpoint.leaves[name].shape) < sharding.WHOLE
+        value = read_array(checkpoint, name, () if whole else (0,))
+        digest.update(np.ascontiguousarray(value.astype(jnp.dtype(dtype))).tobytes())
+    return digest.hexdigest()

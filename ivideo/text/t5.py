@@ -1,6 +1,7 @@
 """The encoder of T5 1.1 (arXiv 1910.10683, 2002.05202). Section 2.2: its output is all a stage knows of the text.
 
 B batch · L tokens · D channels · N heads · d channels a head. Parameter names are those of T5X's minimal T5.
+Over many devices the batch is split, and the heads and inner channels over `tensor` (`ivideo.sharding`).
 """
 
 import flax.linen as nn
@@ -8,12 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo.sharding import constrain
+
 BUCKETS = 32
 MAX_DISTANCE = 128
 
 
 class T5Encoder(nn.Module):
-    """Token ids [B, L] int32 and mask [B, L] bool to embeddings [B, L, dim], zero where the mask is False."""
+    """Token ids [B, L] int32 and mask [B, L] bool to embeddings [B, L, dim], zero where the mask is False.
+
+    `own_positions`: every layer has a table of relative positions, as in scanned T5X; else the first one's is for all.
+    """
 
     vocab: int
     dim: int
@@ -21,6 +27,7 @@ class T5Encoder(nn.Module):
     heads: int
     ff: int
     head_dim: int = 64
+    own_positions: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -29,7 +36,9 @@ class T5Encoder(nn.Module):
         x = nn.Embed(
             self.vocab, self.dim, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0), name="token_embedder"
         )(tokens)
-        x = _Encoder(self.dim, self.layers, self.heads, self.ff, self.head_dim, self.dtype, name="encoder")(x, mask)
+        x = _Encoder(
+            self.dim, self.layers, self.heads, self.ff, self.head_dim, self.own_positions, self.dtype, name="encoder"
+        )(constrain(x, "batch"), mask)
         return x * mask[..., None]
 
 
@@ -39,14 +48,19 @@ class _Encoder(nn.Module):
     heads: int
     ff: int
     head_dim: int
+    own_positions: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, mask):
-        bias = RelativeBias(self.heads, name="relpos_bias")(x.shape[1])
-        bias = jnp.where(mask[:, None, None, :], bias, -1e9)
+        bias = jnp.where(mask[:, None, None, :], 0.0, -1e9)
+        if not self.own_positions:
+            bias += RelativeBias(self.heads, name="relpos_bias")(x.shape[1])
         for i in range(self.layers):
-            x = _Layer(self.dim, self.heads, self.ff, self.head_dim, self.dtype, name=f"layers_{i}")(x, bias)
+            layer = _Layer(
+                self.dim, self.heads, self.ff, self.head_dim, self.own_positions, self.dtype, name=f"layers_{i}"
+            )
+            x = constrain(layer(x, bias), "batch")
         return RMSNorm(self.dtype, name="encoder_norm")(x)
 
 
@@ -55,10 +69,13 @@ class _Layer(nn.Module):
     heads: int
     ff: int
     head_dim: int
+    own_positions: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, bias):
+        if self.own_positions:
+            bias += RelativeBias(self.heads, name="relpos_bias")(x.shape[1])
         y = RMSNorm(self.dtype, name="pre_attention_layer_norm")(x)
         x = x + _Attention(self.dim, self.heads, self.head_dim, self.dtype, name="attention")(y, bias)
         y = RMSNorm(self.dtype, name="pre_mlp_layer_norm")(x)
@@ -77,7 +94,12 @@ class _Attention(nn.Module):
         # T5 does not divide the logits by √d: the query's initialisation does
         scales = {"query": (self.dim * self.head_dim) ** -0.5, "key": self.dim**-0.5, "value": self.dim**-0.5}
         q, k, v = (
-            _dense(inner, scale, self.dtype, name)(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+            constrain(
+                _dense(inner, scale, self.dtype, name)(x).reshape(*x.shape[:-1], self.heads, self.head_dim),
+                "batch",
+                None,
+                "heads",
+            )
             for name, scale in scales.items()
         )
         logits = jnp.einsum("blnd,bmnd->bnlm", q, k).astype(jnp.float32) + bias
@@ -93,7 +115,7 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         gate = nn.gelu(_dense(self.ff, self.dim**-0.5, self.dtype, "wi_0")(x), approximate=True)
-        x = gate * _dense(self.ff, self.dim**-0.5, self.dtype, "wi_1")(x)
+        x = constrain(gate * _dense(self.ff, self.dim**-0.5, self.dtype, "wi_1")(x), "batch", None, "inner")
         return _dense(self.dim, self.ff**-0.5, self.dtype, "wo")(x)
 
 

@@ -1,0 +1,373 @@
+"""Encoders read from the files of T5X and Hugging Face: the same outputs, whatever the layout; errors that help."""
+
+import json
+import os
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+import t5_files as files
+
+from ivideo import text
+from ivideo.errors import UserError
+from ivideo.text.checkpoints import _kvstore, open_checkpoint, read_array
+
+TOKENS, MASK = files.random_tokens(files.TINY)
+DECODER = {"decoder": {"layers_0": {"mlp": {"wi_0": {"kernel": np.zeros((4, 4), np.float32)}}}}}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return files.random_weights(files.TINY)
+
+
+@pytest.fixture(scope="module")
+def wanted(weights):
+    return files.output(weights, files.TINY, TOKENS, MASK)
+
+
+T5X = {
+    "minimal": {},
+    "all in the index": {"inline": ("kernel", "scale", "embedding")},
+    "nothing in the index": {"inline": ()},
+    "chunks": {"split": True},
+    "zstd": {"compressor": {"id": "zstd", "level": 3}},
+    "old path": {"old_path": True},
+    "with a decoder": {"more": DECODER},
+    "orbax": {"orbax": True},
+}
+
+
+def same(path, wanted):
+    encoder = text.load_encoder(str(path), length=TOKENS.shape[1])
+    assert {name: getattr(encoder.module, name) for name in files.TINY} == files.TINY
+    np.testing.assert_allclose(encoder.encode(TOKENS, MASK), wanted, atol=1e-5)
+    return encoder
+
+
+@pytest.mark.parametrize("layout", T5X)
+def test_small_t5x_directory(layout, tmp_path, weights, wanted):
+    same(files.write_t5x(tmp_path / "checkpoint_7", weights, **T5X[layout]), wanted)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["heads apart", "heads joined"])
+@pytest.mark.parametrize("options", [{}, {"orbax": True, "split": True}], ids=["t5x", "orbax, chunks"])
+def test_small_t5x_directory_of_scanned_layers(joined, options, tmp_path, weights, wanted):
+    tree = files.scanned(weights, files.TINY, joined=joined)
+    same(files.write_t5x(tmp_path / "checkpoint_7", tree, **options), wanted)
+
+
+def test_small_scanned_layers_with_tables_of_their_own(tmp_path):
+    sizes = {**files.TINY, "own_positions": True}
+    weights = files.random_weights(sizes)
+    path = files.write_t5x(tmp_path / "checkpoint_7", files.scanned(weights, sizes, joined=False))
+    encoder = text.load_encoder(str(path), length=TOKENS.shape[1])
+    assert encoder.module.own_positions
+    wanted = files.output(weights, sizes, TOKENS, MASK)
+    np.testing.assert_allclose(encoder.encode(TOKENS, MASK), wanted, atol=1e-5)
+    shared = {**weights, **{f"encoder/layers_{i}/relpos_bias/rel_embedding": np.zeros((2, 32)) for i in range(3)}}
+    assert np.abs(files.output(shared, sizes, TOKENS, MASK) - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_small_huggingface_directory(shards, tmp_path, weights, wanted):
+    more = {"decoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((4, 4), np.float32)}
+    same(files.write_huggingface(tmp_path / "hf", weights, files.TINY, shards=shards, more=more), wanted)
+
+
+def test_small_files_of_hugging_faces_own_cache_are_links(tmp_path, weights, wanted):
+    written = files.write_huggingface(tmp_path / "hf", weights, files.TINY)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(written.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    same(snapshot, wanted)
+
+
+def test_small_fingerprint_is_of_what_embeddings_follow_from(tmp_path, weights):
+    """The same for every layout; another for other weights, length or type."""
+    t5x = str(files.write_t5x(tmp_path / "checkpoint_7", files.scanned(weights, files.TINY, joined=False)))
+    hf = str(files.write_huggingface(tmp_path / "hf", weights, files.TINY))
+    norm = "encoder/layers_2/pre_mlp_layer_norm/scale"
+    other = str(files.write_huggingface(tmp_path / "other", {**weights, norm: weights[norm] + 1e-3}, files.TINY))
+    prints = [text.load_encoder(path, length=8).fingerprint for path in (t5x, hf, other)]
+    prints += [
+        text.load_encoder(hf, length=9).fingerprint,
+        text.load_encoder(hf, length=8, dtype="bfloat16").fingerprint,
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("kept", [ml_dtypes.bfloat16, np.float16])
+def test_small_half_precision_files(kept, tmp_path, weights, wanted):
+    half = {name: value.astype(kept) for name, value in weights.items()}
+    rounded = files.output({k: v.astype(np.float32) for k, v in half.items()}, files.TINY, TOKENS, MASK)
+    same(files.write_huggingface(tmp_path / "hf", half, files.TINY), rounded)
+    if kept == ml_dtypes.bfloat16:
+        same(files.write_t5x(tmp_path / "checkpoint_7", half, inline=()), rounded)
+    assert 1e-4 < np.abs(rounded - wanted).max() < 0.3
+
+
+def test_small_bfloat16_encoder(tmp_path, weights, wanted):
+    path = str(files.write_huggingface(tmp_path / "hf", weights, files.TINY))
+    encoder = text.load_encoder(path, length=TOKENS.shape[1], dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax_leaves(encoder.params)} == {np.dtype(ml_dtypes.bfloat16)}
+    found = np.asarray(encoder.encode(TOKENS, MASK))
+    assert np.linalg.norm(found - wanted) < 3e-2 * np.linalg.norm(wanted)
+
+
+def jax_leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_small_parameters_are_split_over_the_devices(tmp_path, weights, wanted, monkeypatch):
+    from ivideo import sharding
+
+    monkeypatch.setattr(sharding, "WHOLE", 1)
+    path = str(files.write_huggingface(tmp_path / "hf", weights, files.TINY))
+    encoder = text.load_encoder(path, length=TOKENS.shape[1], mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
+    layer = encoder.params["encoder"]["layers_1"]
+    assert tuple(layer["attention"]["query"]["kernel"].sharding.spec) == ("fsdp", "tensor")
+    assert tuple(layer["mlp"]["wo"]["kernel"].sharding.spec) == ("tensor", "fsdp")
+    np.testing.assert_allclose(encoder.encode(TOKENS, MASK), wanted, atol=1e-5)
+
+
+def test_small_google_cloud_paths_become_tensorstores():
+    assert _kvstore("gs://bucket/t5/checkpoint_7") == {"driver": "gcs", "bucket": "bucket", "path": "t5/checkpoint_7/"}
+
+
+# ---- what is wrong with files
+
+
+def t5x(folder, weights, **options):
+    return files.write_t5x(folder / "checkpoint_7", weights, **options)
+
+
+def edited_index(folder, weights, edit):
+    from flax import serialization
+
+    path = t5x(folder, weights)
+    tree = serialization.msgpack_restore((path / "checkpoint").read_bytes())
+    edit(tree)
+    files.write_index(path, tree)
+    return path
+
+
+def missing_shard(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY, shards=3)
+    (path / "model-00002-of-00003.safetensors").unlink()
+    return path
+
+
+def shard_elsewhere(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY, shards=3)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: f"../{file}" for name, file in index["weight_map"].items()}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def wrong_dtype(folder, weights):
+    name = "encoder/layers_1/mlp/wo/kernel"
+    return t5x(folder, {**weights, name: weights[name].astype(np.uint16)})
+
+
+def decoder_only(folder, weights):
+    path = folder / "hf"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(files.huggingface_config(files.TINY)))
+    files.save_file({"decoder.final_layer_norm.weight": np.ones(4, np.float32)}, path / "model.safetensors")
+    return path
+
+
+def linked(folder, weights):
+    path = t5x(folder, weights)
+    array = path / "target.encoder.layers_0.mlp.wo.kernel"
+    array.rename(folder / "elsewhere")
+    array.symlink_to(folder / "elsewhere")
+    return path
+
+
+def linked_chunk(folder, weights):
+    path = t5x(folder, weights)
+    chunk = path / "target.encoder.layers_0.mlp.wo.kernel" / "0.0"
+    chunk.rename(folder / "elsewhere")
+    chunk.symlink_to(folder / "elsewhere")
+    return path
+
+
+def linked_shard(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "model.safetensors").rename(folder / "elsewhere")
+    (path / "model.safetensors").symlink_to(folder / "elsewhere")
+    return path
+
+
+def path_upwards(folder, weights):
+    def edit(tree):
+        tree["optimizer"]["target"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]["kvstore"]["path"] = "../../other"
+
+    return edited_index(folder, weights, edit)
+
+
+def name_upwards(folder, weights):
+    def edit(tree):
+        tree["optimizer"]["target"]["encoder"]["../../other"] = {
+            "driver": "zarr", "kvstore": {"driver": "file", "path": "x"}, "metadata": {},
+        }  # fmt: skip
+
+    return edited_index(folder, weights, edit)
+
+
+def placeholder_upwards(folder, weights):
+    def edit(tree):
+        tree["optimizer"]["target"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"] = "PLACEHOLDER://../other"
+
+    return edited_index(folder, weights, edit)
+
+
+def old_version(folder, weights):
+    return edited_index(folder, weights, lambda tree: tree.update(version=1))
+
+
+def pickled(folder, weights):
+    path = folder / "hf"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": [1.0]}))
+    return path
+
+
+def pickled_file(folder, weights):
+    (folder / "model.pt").write_bytes(pickle.dumps({}))
+    return folder / "model.pt"
+
+
+def truncated_chunk(folder, weights):
+    path = t5x(folder, weights)
+    chunk = path / "target.encoder.layers_0.mlp.wo.kernel" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    return path
+
+
+def missing_chunk(folder, weights):
+    path = t5x(folder, weights, split=True)
+    (path / "target.encoder.layers_0.mlp.wo.kernel" / "1.0").unlink()
+    return path
+
+
+def missing_array(folder, weights):
+    path = t5x(folder, weights)
+    (path / "target.encoder.layers_0.mlp.wo.kernel").rename(folder / "elsewhere")
+    return path
+
+
+def truncated_shard(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def no_layer(folder, weights):
+    return t5x(folder, {name: value for name, value in weights.items() if "layers_1/mlp" not in name})
+
+
+def empty_index(folder, weights):
+    path = t5x(folder, weights)
+    (path / "checkpoint").write_bytes(b"")
+    return path
+
+
+def empty_shard(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+def first_t5(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "config.json").write_text(json.dumps({**files.huggingface_config(files.TINY), "feed_forward_proj": "relu"}))
+    return path
+
+
+def folder_of_steps(folder, weights):
+    return t5x(folder, weights).parent
+
+
+def nothing(folder, weights):
+    return folder / "none"
+
+
+def other_vocabulary(folder, weights):
+    sizes = {**files.TINY, "vocab": 500}
+    return t5x(folder, files.random_weights(sizes))
+
+
+MALFORMED = [
+    (missing_shard, "lacks model-00002-of-00003.safetensors, which its index names"),
+    (shard_elsewhere, r"names '\.\./model-00001-of-00003.safetensors', expected a file beside it"),
+    (wrong_dtype, "encoder/layers_1/mlp/wo/kernel is of type uint16, expected one of .*float32.*T5X before version 2"),
+    (decoder_only, r"has no T5 encoder \(it holds decoder.final_layer_norm.weight\)"),
+    (linked, "target.encoder.layers_0.mlp.wo.kernel is a link to .*elsewhere, outside of the checkpoint"),
+    (linked_chunk, r"wo.kernel/0\.0 is a link to .*elsewhere, outside of the checkpoint"),
+    (linked_shard, "model.safetensors is a link to .*elsewhere, outside of the checkpoint"),
+    (path_upwards, r"wo/kernel is stored by 'zarr' in '\.\./\.\./other', expected zarr and a path without"),
+    (name_upwards, r"names a parameter 'encoder/\.\./\.\./other', expected letters"),
+    (placeholder_upwards, r"wo/kernel is stored as '\.\./other', expected 'target.encoder.layers_0.mlp.wo.kernel'"),
+    (old_version, "is of version 1, expected 2 or 3"),
+    (pickled, "pytorch_model.bin is a pickle, which can run any program when read: save it as safetensors"),
+    (pickled_file, "model.pt is a pickle"),
+    (truncated_chunk, "encoder/layers_0/mlp/wo/kernel cannot be read .*: copy the checkpoint again"),
+    (missing_chunk, r"encoder/layers_0/mlp/wo/kernel cannot be read \(3 of 4 chunks are there\)"),
+    (missing_array, "lacks target.encoder.layers_0.mlp.wo.kernel"),
+    (truncated_shard, "model.safetensors is not a whole safetensors file"),
+    (no_layer, "not a whole T5 1.1 encoder: encoder/layers_1/mlp/wi_0/kernel is absent, expected .24, 40."),
+    (empty_index, "checkpoint is not a T5X index"),
+    (empty_shard, "model.safetensors is not a whole safetensors file"),
+    (first_t5, "has feed_forward_proj = 'relu', expected 'gated-gelu': only T5 1.1 and ByT5"),
+    (folder_of_steps, "is not a text encoder: .*did you mean .*checkpoint_7?"),
+    (nothing, "no text encoder at .*none: expected a T5X directory"),
+    (other_vocabulary, "a vocabulary of 500 is not of bytes .384.: give its sentencepiece model"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MALFORMED, ids=lambda x: getattr(x, "__name__", ""))
+def test_small_malformed_files_are_named(make, message, tmp_path, weights):
+    path = make(tmp_path, weights)
+    before = sorted(str(file) for file in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        text.load_encoder(str(path))
+    assert len(str(error.value)) < 800
+    assert sorted(str(file) for file in tmp_path.rglob("*")) == before
+
+
+def test_small_index_of_a_pickle_runs_nothing(tmp_path, weights):
+    path = t5x(tmp_path, weights)
+
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (path / "checkpoint").write_bytes(pickle.dumps(Program()))
+    with pytest.raises(UserError, match="is not a T5X index"):
+        open_checkpoint(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_small_parts_of_arrays_are_read_alone(tmp_path, weights):
+    """The first row of every matrix, of every layout."""
+    for path in (
+        files.write_huggingface(tmp_path / "hf", weights, files.TINY),
+        t5x(tmp_path, files.scanned(weights, files.TINY, joined=False), split=True),
+    ):
+        checkpoint = open_checkpoint(str(path))
+        for name, value in weights.items():
+            np.testing.assert_array_equal(read_array(checkpoint, name, (0,)), value[0])
+            np.testing.assert_array_equal(read_array(checkpoint, name), value)
