@@ -87,6 +87,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.data.dir = ""  # folder of the prepared data set, with its version
     config.data.split = "train"
     config.data.num_clips = 0  # shapes: how many different clips
+    config.data.text_cache = ""  # folder of embeddings made by mode encode_text; empty: the encoder runs in training
     config.data.workers = 8  # processes that prepare data; 0: threads of this one
     config.data.num_images = 8  # independent images packed behind each video (Section 2.6); the paper prints no number
 
@@ -172,6 +173,8 @@ def t5_xxl() -> ml_collections.ConfigDict:
     text.tokenizer = ""  # sentencepiece model; empty: spiece.model in that directory, or bytes where it has 384 ids
     text.length = 256  # tokens
     text.dtype = "bfloat16"  # of parameters and arithmetic: 'bfloat16' or 'float32'
+    text.mesh = mesh(data=-1)  # of mode encode_text, over each process's devices: a copy on every one
+    text.batch = 256  # texts encoded at a time, by mode encode_text
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 32128, 4096, 24, 64, 64, 10240
     return text
 
@@ -183,6 +186,8 @@ def shipped_text() -> ml_collections.ConfigDict:
     text.tokenizer = ""
     text.length = 64  # bytes and an end token
     text.dtype = "float32"
+    text.mesh = mesh(data=-1)
+    text.batch = 64
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 384, 128, 3, 4, 32, 256
     return text
 

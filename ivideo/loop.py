@@ -28,6 +28,7 @@ from ivideo.data.sources import Crop, make_source
 from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
+from ivideo.text.cache import TextCache
 from ivideo.train import TrainState, embed, init_state, make_train_step, model_flops, state_shapes
 
 log = logging.getLogger("ivideo")
@@ -37,7 +38,7 @@ PREEMPTED = 75  # told to stop, and saved
 HUNG = 76  # a step took longer than config.train.hang_seconds
 LOST = 77  # another process of the run went away
 
-TOKENS = ("tokens", "token_mask", "image_tokens", "image_token_mask")
+TEXTS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
 def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> TrainState:
@@ -54,7 +55,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     stages.check(config)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     _check_batch(config, mesh)
-    encoder = load_encoder(config.text, mesh=mesh)
+    encoder = load_texts(config, mesh)
     iterator = make_data(config, encoder, part=sharding.process_part(mesh))
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     reporter = Reporter(config, workdir, mesh)
@@ -93,7 +94,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                 waiting = time.perf_counter()
                 batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
-                texts = embed_fn(encoder.params, {name: batch[name] for name in TOKENS if name in batch})
+                texts = embed_fn(encoder.params, {name: batch[name] for name in TEXTS if name in batch})
                 state, metrics = step_fn(state, {**batch, **texts})
                 step += 1
                 pending.append(metrics)
@@ -144,6 +145,13 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         log.warning("told to stop: saved step %d in %s; the same command goes on from there", step, workdir)
         sys.exit(PREEMPTED)
     return state
+
+
+def load_texts(config, mesh):
+    """What embeds the stage's captions: its encoder, or the cache of what that made (`config.data.text_cache`)."""
+    if config.data.text_cache:
+        return TextCache.open(config.data.text_cache, config.text)
+    return load_encoder(config.text, mesh=mesh)
 
 
 def make_data(config, encoder, *, part: tuple[int, int] = (0, 1)):

@@ -4,6 +4,7 @@ train      train a stage in --workdir; the same command again goes on from its n
 sample     write videos for --prompt or --prompts_file to --out
 evaluate   score prompt-following on the captioned shapes, seen and held-out captions
 export     write the averaged weights of --workdir as a safetensors file to --out
+encode_text embed the texts of --captions once, for training: to the folder --out (config.data.text_cache)
 train_text train the small text encoder that the demo cascade ships; write it to --out
 compile    compile a stage for a TPU slice that is not there (--topology): memory, FLOPs, communication, a roofline
 goodput    where the time of the training run in --workdir went
@@ -27,7 +28,18 @@ from ml_collections import config_flags
 
 from ivideo.errors import UserError
 
-MODES = ("train", "sample", "evaluate", "export", "train_text", "describe", "benchmark", "compile", "goodput")
+MODES = (
+    "train",
+    "sample",
+    "evaluate",
+    "export",
+    "encode_text",
+    "train_text",
+    "describe",
+    "benchmark",
+    "compile",
+    "goodput",
+)
 FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "A stage's config file, as configs/base.py or configs/base.py:demo.")
@@ -45,6 +57,7 @@ flags.DEFINE_string(
     None,
     "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate and compile.",
 )
+flags.DEFINE_string("captions", None, "A text file with a caption a line, for mode encode_text.")
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
 flags.DEFINE_string("input", None, "A video file that the first stage, one of super-resolution, enlarges.")
@@ -117,6 +130,10 @@ def run() -> None:
         from ivideo.generate import export
 
         export(config, _needed("workdir"), _needed("out"), overwrite=FLAGS.overwrite)
+    elif FLAGS.mode == "encode_text":
+        from ivideo.text.cache import encode_captions
+
+        encode_captions(config, _needed("captions"), _needed("out"))
     elif FLAGS.mode == "train_text":
         from ivideo.pretrain_text import train_text
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ivideo import augment, conditioning, diffusion, flops, joint, sharding, stages
-from ivideo.text import encode
+from ivideo.text import encode, from_bits
 
 
 @flax.struct.dataclass
@@ -57,8 +57,11 @@ def init_state(config, params=None) -> TrainState:
 def embed(text_module, text_params, batch, mesh=None):
     """What the frozen encoder makes of a batch's tokens: `text` [B, L, D], and `image_text` [B, K, L, D] of images.
 
-    A program of its own, before the step: the encoder is larger than most stages and is not trained with them.
+    A program of its own, before the step: the encoder is larger than most stages and is not trained with them. Without
+    one, the batch has `text` from a cache.
     """
+    if text_module is None:
+        return {name: from_bits(batch[name]) for name in ("text", "image_text") if name in batch}
     with sharding.layout(mesh):
         texts = {"text": encode(text_module, text_params, batch["tokens"], batch["token_mask"])}
         if "image_tokens" in batch:

@@ -189,8 +189,11 @@ def write_index(root: pathlib.Path, tree):
 WORDS = ["a", "the", "red", "green", "blue", "star", "circle", "square", "moving", "left", "right", "up", "on"]
 
 
-def write_spiece(folder: pathlib.Path, size: int = 300, *, pad=0, end=1, name="spiece.model") -> str:
-    """A small sentencepiece model with T5's special ids, normalising as T5's does (NFKC)."""
+def write_spiece(folder: pathlib.Path, size: int = 300, *, pad=0, end=1, name="spiece.model", words=0) -> str:
+    """A small sentencepiece model with T5's special ids, normalising as T5's does (NFKC).
+
+    `words`: pieces that are given, for a size that the few sentences here do not have.
+    """
     import sentencepiece
 
     rng = np.random.default_rng(0)
@@ -199,9 +202,18 @@ def write_spiece(folder: pathlib.Path, size: int = 300, *, pad=0, end=1, name="s
     sentences += [" ".join("".join(rng.choice(letters, 5)) for _ in range(8)) for _ in range(400)]
     prefix = str(folder / "trained")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_prefix=prefix, vocab_size=size, pad_id=pad, eos_id=end, unk_id=2,
-        bos_id=-1, normalization_rule_name="nmt_nfkc", minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(sentences),
+        model_prefix=prefix,
+        vocab_size=size,
+        pad_id=pad,
+        eos_id=end,
+        unk_id=2,
+        bos_id=-1,
+        user_defined_symbols=[f"word{i}" for i in range(words)],
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+        num_threads=1,
+    )
     path = folder / name
     pathlib.Path(f"{prefix}.model").rename(path)
     return str(path)

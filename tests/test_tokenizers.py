@@ -1,5 +1,6 @@
 """Texts to tokens: bytes and sentencepiece, cutting, masks, and models that are not T5's."""
 
+import pathlib
 import pickle
 import unicodedata
 
@@ -81,7 +82,7 @@ def test_small_tokenizers_pickle(model):
 def test_small_encoder_takes_the_model_in_its_directory(tmp_path, model):
     sizes = {**files.TINY, "vocab": 428}
     path = files.write_huggingface(tmp_path / "hf", files.random_weights(sizes), sizes)
-    (path / "spiece.model").write_bytes(open(model, "rb").read())
+    (path / "spiece.model").write_bytes(pathlib.Path(model).read_bytes())
     encoder = text.load_encoder(str(path), length=12)
     tokens, mask = encoder.tokenize(["a red star"])
     np.testing.assert_array_equal(tokens, SentencePiece.load(model, 428)(["a red star"], 12)[0])

@@ -55,28 +55,30 @@ def _image(source, index: int, rng: np.random.Generator) -> dict:
 
 
 class _Tokenize(grain.transforms.Map):
-    """Replaces captions by tokens and masks, and keeps nothing but arrays."""
+    """Replaces captions by tokens, or a cache's embeddings, and masks, and keeps nothing but arrays."""
 
     def __init__(self, tokenize: Tokenize, text_length: int):
         self._tokenize, self._text_length = tokenize, text_length
 
-    def _tokens(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokens, mask = self._tokenize(captions, self._text_length)
+    def _tokens(self, captions: list[str]) -> tuple[str, np.ndarray, np.ndarray]:
+        tokens, mask = (np.asarray(x) for x in self._tokenize(captions, self._text_length))
         expected = (len(captions), self._text_length)
-        if np.shape(tokens) != expected or np.shape(mask) != expected:
+        if tokens.shape[:2] != expected or mask.shape != expected:
             raise UserError(
-                f"tokenize returned tokens {np.shape(tokens)} and mask {np.shape(mask)}, expected {expected} for both: "
+                f"tokenize returned tokens {tokens.shape} and mask {mask.shape}, expected {expected} for both: "
                 "pad and cut to the length it is given."
             )
-        return np.asarray(tokens, np.int32), np.asarray(mask, bool)
+        if tokens.ndim == 3:
+            return "text", tokens, mask.astype(bool)
+        return "tokens", tokens.astype(np.int32), mask.astype(bool)
 
     def map(self, element: dict) -> dict:
-        tokens, mask = self._tokens([element["caption"]])
-        out = {"video": np.asarray(element["video"], np.float32), "tokens": tokens[0], "token_mask": mask[0]}
+        name, tokens, mask = self._tokens([element["caption"]])
+        out = {"video": np.asarray(element["video"], np.float32), name: tokens[0], "token_mask": mask[0]}
         if "images" in element:
-            image_tokens, image_mask = self._tokens(element["image_captions"])
+            name, image_tokens, image_mask = self._tokens(element["image_captions"])
             images = np.asarray(element["images"], np.float32)
-            out |= {"images": images, "image_tokens": image_tokens, "image_token_mask": image_mask}
+            out |= {"images": images, f"image_{name}": image_tokens, "image_token_mask": image_mask}
         return out
 
 
@@ -145,15 +147,16 @@ def make_iterator(
     """An endless iterator of batches of numpy arrays, or of one part of every batch.
 
     `source`: see `ivideo.data.sources`. `batch_size`: clips over all parts together. `seed`: of the order and of
-    the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`. `num_workers`: processes that
-    prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass a `source`
-    and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0: none, in
-    line); `prefetch`: batches kept ready by each process, which bounds the memory. `part`: (index, count), of several
-    processes that read a part each (`sharding.process_part`).
+    the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`, or a `TextCache`. `num_workers`:
+    processes that prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass
+    a `source` and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0:
+    none, in line); `prefetch`: batches kept ready by each process, which bounds the memory. `part`: (index, count), of
+    several processes that read a part each (`sharding.process_part`).
 
     A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
     positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
-    other clips with their own captions.
+    other clips with their own captions. With a cache `text` [B,L,D] and `image_text` [B,K,L,D] stand for the tokens,
+    the bits of bfloat16 as uint16.
 
     Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
     count of parts and workers. UserError where batch_size does not divide among the parts.

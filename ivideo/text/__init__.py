@@ -62,6 +62,11 @@ def encode(module, params, tokens, mask):
     return jax.lax.stop_gradient(out).astype(jnp.float32).reshape(*lead, length, -1)
 
 
+def from_bits(bits):
+    """Embeddings as a cache has them, the bits of bfloat16 as uint16, to float32."""
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode(module, mesh, params, tokens, mask):
     with sharding.layout(mesh):

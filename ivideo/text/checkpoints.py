@@ -11,7 +11,6 @@ out of its directory are refused.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ivideo.errors import UserError
+from ivideo.files import read_json
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -134,7 +134,7 @@ def _safetensors(path: str) -> dict[str, Leaf]:
 
 def _huggingface(path: str, names: list[str]) -> dict[str, Leaf]:
     shards = _shards(path, names)
-    config = _json(os.path.join(path, "config.json")) if "config.json" in names else None
+    config = read_json(os.path.join(path, "config.json")) if "config.json" in names else None
     if config is None:
         raise UserError(f"{path} has no config.json: copy the whole Hugging Face directory")
     wanted = {
@@ -158,7 +158,7 @@ def _huggingface(path: str, names: list[str]) -> dict[str, Leaf]:
 def _shards(path: str, names: list[str]) -> list[str]:
     """The safetensors files of a Hugging Face directory."""
     if "model.safetensors.index.json" in names:
-        index = _json(os.path.join(path, "model.safetensors.index.json"))
+        index = read_json(os.path.join(path, "model.safetensors.index.json"))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{path}/model.safetensors.index.json has no weight_map of files: copy it again")
@@ -177,14 +177,6 @@ def _shards(path: str, names: list[str]) -> list[str]:
             f"{path} has no safetensors, and {pickles[0]} is a pickle, which can run any program when read: {_CONVERT}"
         )
     raise UserError(f"{path} has no model.safetensors: {EXPECTED}")
-
-
-def _json(path: str):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path} cannot be read ({e}): copy it again") from e
 
 
 def _inside(root: str, name: str) -> str:

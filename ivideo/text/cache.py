@@ -1,0 +1,281 @@
+"""Embeddings of captions, made once and read in training in place of running the encoder.
+
+A cache is a folder: `encoder.json` says what made it and how many shards there are, and every shard is a pair of files,
+`texts-00000-of-00025.array_record` with a record a caption and `texts-00000-of-00025.keys.npy` with their keys.
+`index.json`, written last, says that all are there. A record is a caption's key and the bits of its embedding, [tokens,
+D] in bfloat16, without padding. A key is the beginning of the SHA-256 of the caption. Captions are put into shards by
+their keys and sorted by them, so that neither their order nor how often one occurs changes a file, and a caption is
+found by bisection.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import tqdm
+from array_record.python import array_record_module
+
+from ivideo import sharding
+from ivideo.errors import UserError
+from ivideo.files import read_json, write_json
+from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
+
+VERSION = 1
+KEY = 16  # bytes
+PER_SHARD = 4096  # captions, about
+PLAN, INDEX = "encoder.json", "index.json"
+_ORDERED = np.dtype(f"S{KEY}")  # how keys compare
+_WORDS = {"fingerprint": "encoder or tokenizer", "dim": "width"}
+
+
+def key_of(caption: str) -> bytes:
+    """What a caption is found by."""
+    return hashlib.sha256(caption.encode()).digest()[:KEY]
+
+
+def shard_of(key: bytes, shards: int) -> int:
+    """The shard of a key: equal ranges, in order."""
+    return int.from_bytes(key[:8]) * shards >> 64
+
+
+def read_captions(path: str) -> list[str]:
+    """The distinct captions of a text file with one a line, in no order. UserError where a line is not UTF-8."""
+    captions = {}
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    caption = line.decode().strip()
+                except UnicodeDecodeError as e:
+                    raise UserError(
+                        f"{path}, line {number}: {line[:80]!r} is not UTF-8 ({e.reason}): convert it"
+                    ) from e
+                if caption:
+                    captions[key_of(caption)] = caption
+    except OSError as e:
+        raise UserError(
+            f"--captions={path} cannot be read ({e.strerror}): give a text file with a caption a line"
+        ) from e
+    if not captions:
+        raise UserError(f"--captions={path} has no caption: write one a line")
+    return list(captions.values())
+
+
+def encode_captions(config, path: str, out: str) -> None:
+    """Makes the cache of a file's captions, and of the config's sample prompts, in the folder `out`.
+
+    The same call again goes on where it was stopped. Shards are divided over the processes of `jax.distributed`, and a
+    batch of each over its devices. UserError, before anything is written, where the captions or the encoder cannot be
+    read, or `out` is of others.
+    """
+    captions = {key_of(caption): caption for caption in (*read_captions(path), *config.train.sample_prompts)}
+    captions = [captions[key] for key in sorted(captions)]
+    shards = -(-len(captions) // PER_SHARD)
+    mesh = sharding.make_mesh(config.text.mesh, jax.local_devices())
+    encoder = load_encoder(config.text, mesh=mesh)
+    begin(out, encoder, shards=shards, of=hashlib.sha256("\n".join(captions).encode()).hexdigest())
+    parts = [[] for _ in range(shards)]
+    for caption in captions:
+        parts[shard_of(key_of(caption), shards)].append(caption)
+    mine = range(jax.process_index(), shards, jax.process_count())
+    with tqdm.tqdm(total=sum(len(parts[i]) for i in mine), unit="caption", desc="encoding") as bar:
+        for i in mine:
+            if not os.path.exists(_shard(out, i, shards)):
+                write_shard(out, i, shards, parts[i], encoder, batch=config.text.batch)
+            bar.update(len(parts[i]))
+    _wait("encoded")
+    if jax.process_index() == 0:
+        count, size = finish(out)
+        print(f"{out}: {count:,} captions, {size / 1e6:,.1f} MB, {size / count:,.0f} MB a million")
+
+
+def _wait(name: str) -> None:
+    """All processes wait for one another."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"text cache {name}")
+
+
+def _shard(out: str, i: int, shards: int) -> str:
+    return os.path.join(out, f"texts-{i:05}-of-{shards:05}.array_record")
+
+
+def _keys(shard: str) -> str:
+    return shard.removesuffix(".array_record") + ".keys.npy"
+
+
+def begin(out: str, encoder: TextEncoder, *, shards: int, of: str) -> None:
+    """Writes what a cache will be of, or finds that the one there is of the same. `of`: a digest of the captions."""
+    plan = {
+        "version": VERSION, "fingerprint": encoder.fingerprint, "shards": shards, "captions": of,
+        "dim": encoder.module.dim, "length": encoder.length,
+    }  # fmt: skip
+    path = os.path.join(out, PLAN)
+    if os.path.exists(path):
+        there = read_json(path)
+        different = [name for name in plan if plan[name] != there.get(name)]
+        if different:
+            raise UserError(
+                f"--out={out} is a cache of other {' and '.join(_WORDS.get(name, name) for name in different)}: choose "
+                "another folder"
+            )
+    elif os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"--out={out} is a folder with other files: choose another, or an empty one")
+    elif jax.process_index() == 0:
+        os.makedirs(out, exist_ok=True)
+        write_json(path, plan)
+    _wait("begun")
+
+
+def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: TextEncoder, *, batch: int) -> None:
+    """A shard of these captions: its keys, then its records, each under a temporary name until it is whole."""
+    captions = sorted(captions, key=key_of)
+    keys = np.frombuffer(b"".join(key_of(caption) for caption in captions), np.uint8).reshape(-1, KEY)
+    path = _shard(out, i, shards)
+    temporary = f"{path}.tmp{os.getpid()}"
+    writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+    for key, embedding in zip(keys, embeddings(captions, encoder, batch=batch), strict=True):
+        writer.write(key.tobytes() + embedding.tobytes())
+    writer.close()
+    with open(f"{temporary}.keys", "wb") as f:
+        np.save(f, keys)
+    os.replace(f"{temporary}.keys", _keys(path))
+    os.replace(temporary, path)
+
+
+def embeddings(captions: list[str], encoder: TextEncoder, *, batch: int) -> list[np.ndarray]:
+    """Each caption's embedding [its tokens, D] in bfloat16.
+
+    Texts of about a length are encoded together, `batch` at a time: a program for each eighth of the greatest length.
+    """
+    tokens, mask = encoder.tokenize(captions)
+    lengths = mask.sum(1)
+    step = max(8, encoder.length // 8)
+    rounded = np.minimum(-(-lengths // step) * step, encoder.length)
+    found = [np.zeros((0, encoder.module.dim), ml_dtypes.bfloat16)] * len(captions)
+    for length in np.unique(rounded[lengths > 0]):
+        rows = np.flatnonzero(rounded == length)
+        for some in (rows[i : i + batch] for i in range(0, len(rows), batch)):
+            # The last ones are filled up with the first: one shape, one program
+            filled = np.concatenate([some, np.full(batch - len(some), some[0])])
+            out = np.asarray(encoder.encode(tokens[filled, :length], mask[filled, :length]))
+            for row, values in zip(some, out, strict=False):
+                found[row] = values[: lengths[row]].astype(ml_dtypes.bfloat16)
+    return found
+
+
+def finish(out: str) -> tuple[int, int]:
+    """Writes the index of a cache whose shards are all there; returns the number of captions and of bytes."""
+    plan = read_json(os.path.join(out, PLAN))
+    paths = [_shard(out, i, plan["shards"]) for i in range(plan["shards"])]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")
+    counts = [len(np.load(_keys(path), mmap_mode="r")) for path in paths]
+    size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
+    write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
+    return sum(counts), size
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCache:
+    """A cache to read from, in place of a `TextEncoder`: its tokens are embeddings already. Pickles as its path."""
+
+    path: str
+    module = params = None  # what an encoder has to run
+
+    @classmethod
+    def open(cls, path: str, text_config) -> "TextCache":
+        """UserError where there is no whole cache, or where it was made by another encoder than the config's.
+
+        Without a checkpoint in the config, as on machines that have only the cache, widths and lengths are compared.
+        """
+        cache = cls(path)
+        index = cache.index
+        for name in ("dim", "length"):
+            if index[name] != text_config[name]:
+                raise UserError(
+                    f"config.data.text_cache = {path} has {name} {index[name]}, and config.text.{name} = "
+                    f"{text_config[name]}: make a cache with this config's encoder (--mode=encode_text)"
+                )
+        if text_config.checkpoint is not None and index["fingerprint"] != (own := fingerprint(text_config)):
+            raise UserError(
+                f"config.data.text_cache = {path} was made by another encoder or tokenizer "
+                f"({index['fingerprint'][:12]}) than config.text names ({own[:12]}): make it again with "
+                "--mode=encode_text, or name that encoder"
+            )
+        return cache
+
+    @functools.cached_property
+    def index(self) -> dict:
+        path = os.path.join(self.path, INDEX)
+        if not os.path.exists(path):
+            begun = os.path.exists(os.path.join(self.path, PLAN))
+            raise UserError(
+                f"{self.path} is not a whole text cache: "
+                + ("run the command that began it again" if begun else "make one with --mode=encode_text")
+            )
+        index = read_json(path)
+        if index.get("version") != VERSION:
+            raise UserError(f"{path} is of version {index.get('version')!r}, expected {VERSION}: make the cache again")
+        return index
+
+    def __len__(self) -> int:
+        return sum(self.index["counts"])
+
+    @property
+    def length(self) -> int:
+        return self.index["length"]
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self(captions, self.length)
+
+    def encode(self, bits, mask) -> jax.Array:
+        """What `tokenize` returned to embeddings [..., L, D] float32, zero where the mask is False."""
+        return from_bits(bits)
+
+    def __call__(self, captions: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings [N, length, D], bfloat16's bits as uint16, and mask [N, length]. UserError for a new caption."""
+        dim = self.index["dim"]
+        out = np.zeros((len(captions), length, dim), np.uint16)
+        mask = np.zeros((len(captions), length), bool)
+        for caption, row, valid in zip(captions, out, mask, strict=True):
+            if not caption:
+                continue
+            values = self._record(caption)
+            row[: len(values)], valid[: len(values)] = values, True
+        return out, mask
+
+    def _record(self, caption: str) -> np.ndarray:
+        key, (reader, keys) = key_of(caption), self._open(shard_of(key_of(caption), self.index["shards"]))
+        place = int(np.searchsorted(keys, np.frombuffer(key, _ORDERED)[0]))
+        record = reader.read([place])[0] if place < len(keys) else b""
+        if record[:KEY] != key:
+            raise UserError(
+                f"the text cache {self.path} has no embedding of {caption!r}: add it to the captions and make a cache "
+                "of them in another folder"
+            )
+        return np.frombuffer(record, np.uint16, offset=KEY).reshape(-1, self.index["dim"])
+
+    def _open(self, i: int):
+        readers = self.__dict__.setdefault("_readers", {})
+        if i not in readers:
+            path = _shard(self.path, i, self.index["shards"])
+            keys = np.load(_keys(path)).reshape(-1).view(_ORDERED)
+            readers[i] = array_record_module.ArrayRecordReader(path), keys
+        return readers[i]
+
+    def __getstate__(self):
+        return {"path": self.path}
+
+    def __setstate__(self, state):
+        object.__setattr__(self, "path", state["path"])

@@ -1,0 +1,199 @@
+"""Embeddings made once: what is read is what the encoder makes; stopping, other encoders, damage."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import t5_files as files
+
+from configs import base
+from ivideo import loop, text, train
+from ivideo.data import shapes
+from ivideo.errors import UserError
+from ivideo.text import cache
+
+CAPTIONS = [shapes.caption(a) for a in shapes.TRAIN[:40]] + ["naïve ☂", "a"]
+LONG = "a very long caption " * 9
+
+
+@pytest.fixture
+def config():
+    config = base.get_config("small")
+    config.text.batch = 16
+    return config
+
+
+def made(config, folder, captions=CAPTIONS, name="cache"):
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+    cache.encode_captions(config, str(folder / "captions.txt"), str(folder / name))
+    return str(folder / name)
+
+
+def contents(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
+
+def test_small_embeddings_are_the_encoders(config, tmp_path, monkeypatch, capsys):
+    """To bfloat16's last bit, in shards, for long texts and for the config's sample prompts; padding is not stored."""
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    path = made(config, tmp_path, [*CAPTIONS, LONG, CAPTIONS[0], "", " a "])
+    found = cache.TextCache.open(path, config.text)
+    distinct = sorted({*CAPTIONS, LONG.strip(), *config.train.sample_prompts})
+    assert len(found) == len(distinct)
+    assert found.index["shards"] == -(-len(distinct) // 10) == len(found.index["counts"])
+    encoder = text.load_encoder(config.text)
+    tokens, mask = encoder.tokenize([*distinct, ""])
+    wanted = np.asarray(encoder.encode(tokens, mask))
+    bits, valid = found.tokenize([*distinct, ""])
+    np.testing.assert_array_equal(valid, mask)
+    values = np.asarray(found.encode(bits, valid))
+    np.testing.assert_allclose(values, wanted, rtol=2**-8, atol=1e-5)
+    assert np.abs(values - wanted).max() > 1e-4  # it is rounded
+    stored = sum(os.path.getsize(os.path.join(path, f)) for f in os.listdir(path) if f.endswith("record"))
+    assert mask.sum() * 128 * 2 < stored < 1.1 * mask.sum() * 128 * 2 + 65536 * found.index["shards"] * 2
+    assert f"{len(distinct)} captions" in capsys.readouterr().out
+
+
+def test_small_order_and_repetition_change_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    first = made(config, tmp_path, name="first")
+    second = made(config, tmp_path, [*CAPTIONS[::-1], *CAPTIONS[:5]], name="second")
+    assert contents(first) == contents(second)
+
+
+def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    whole = contents(made(config, tmp_path, name="whole"))
+    write, count = cache.write_shard, []
+
+    def stops(*args, **kwargs):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(args[1])
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        made(config, tmp_path)
+    with pytest.raises(UserError, match="not a whole text cache: run the command that began it again"):
+        cache.TextCache.open(str(tmp_path / "cache"), config.text)
+    with pytest.raises(UserError, match="is missing, and 2 more: run the same command again"):
+        cache.finish(str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "write_shard", lambda *a, **k: (count.append(a[1]), write(*a, **k)))
+    assert contents(made(config, tmp_path)) == whole
+    assert sorted(count) == list(range(5))  # none was made twice
+
+
+def test_small_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, monkeypatch):
+    config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
+    config.text.checkpoint = None  # the encoder is not there
+    config.train.steps = config.train.log_every = 2
+    state = loop.train(config, str(tmp_path / "workdir"))
+    assert int(state.step) == 2 and int(state.skipped) == 0
+
+
+def test_small_batches_from_readers_in_processes(config, tmp_path):
+    """A cache pickles as its path."""
+    found = cache.TextCache.open(made(config, tmp_path), config.text)
+    found.tokenize(["a"])
+    other = pickle.loads(pickle.dumps(found))
+    np.testing.assert_array_equal(other.tokenize(CAPTIONS)[0], found.tokenize(CAPTIONS)[0])
+
+
+def test_small_images_are_embedded_from_the_cache_too(config, tmp_path):
+    config.data.num_images = 2
+    config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
+    texts = loop.load_texts(config, None)
+    batch = next(loop.make_data(config, texts))
+    assert batch["text"].shape == (config.train.batch_size, 64, 128)
+    assert batch["image_text"].shape == (config.train.batch_size, 2, 64, 128)
+    found = train.embed(texts.module, texts.params, batch)
+    config.data.text_cache = ""
+    encoder = loop.load_texts(config, None)
+    wanted = train.embed(encoder.module, encoder.params, next(loop.make_data(config, encoder)))
+    for name in ("text", "image_text"):
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2**-8, atol=1e-5)
+
+
+def test_small_caches_of_other_encoders_are_refused(config, tmp_path):
+    path = made(config, tmp_path)
+    weights = files.random_weights({name: config.text[name] for name in text.SIZES})
+    files.save_file(weights, tmp_path / "other.safetensors")
+    other = config.copy_and_resolve_references()
+    other.text.checkpoint = str(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="was made by another encoder or tokenizer"):
+        cache.TextCache.open(path, other.text)
+    with pytest.raises(UserError, match="is a cache of other encoder or tokenizer: choose another folder"):
+        made(other, tmp_path)
+    with pytest.raises(UserError, match="is a cache of other captions: choose another folder"):
+        made(config, tmp_path, CAPTIONS[1:])
+    other.text.checkpoint = None  # a machine that has the cache alone
+    assert len(cache.TextCache.open(path, other.text)) == len(CAPTIONS) + 4
+    other.text.dim = 64
+    with pytest.raises(UserError, match="has dim 128, and config.text.dim = 64"):
+        cache.TextCache.open(path, other.text)
+
+
+def test_small_a_caption_that_is_not_there_is_named(config, tmp_path):
+    found = cache.TextCache.open(made(config, tmp_path), config.text)
+    for caption in ("a purple star", "zzz", "0"):
+        with pytest.raises(UserError, match=f"no embedding of '{caption}'"):
+            found.tokenize(["a", caption])
+
+
+BAD = [
+    (b"a\nbroken \xff\xfe caption\n", "line 2: .*broken.* is not UTF-8"),
+    (b"", "has no caption: write one a line"),
+    (b"\n \n", "has no caption"),
+    (None, "cannot be read .No such file"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD)
+def test_small_bad_captions_are_named_and_nothing_is_written(config, tmp_path, data, message):
+    path = tmp_path / "captions.txt"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        cache.encode_captions(config, str(path), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_small_other_files_are_left_alone(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is a folder with other files"):
+        made(config, tmp_path, name="out")
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_killed_three_times_it_is_the_same_file_for_file(tmp_path):
+    """The command, killed without notice while it writes, and run again."""
+    captions = [f"{shapes.caption(a)} {i}" for a in shapes.TRAIN for i in range(80)]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
+    command += [f"--captions={tmp_path}/captions.txt"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+    def run(out):
+        return subprocess.Popen([*command, f"--out={tmp_path / out}"], cwd=root, env=env, stderr=subprocess.DEVNULL)
+
+    assert run("whole").wait(300) == 0
+    for kills in range(3):
+        process = run("killed")
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and len(list(tmp_path.glob("killed/texts-*record"))) <= kills:
+            time.sleep(0.02)
+        time.sleep(0.3)  # within the next shard
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "index.json").exists()
+    assert run("killed").wait(300) == 0
+    left = {name: data for name, data in contents(tmp_path / "killed").items() if ".tmp" not in name}
+    assert left == contents(tmp_path / "whole")
