@@ -75,7 +75,7 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
         "model_flops": model_flops, "flops": program.flops, "bytes": program.bytes,
         "memory": {
             "arguments": arguments, "temporaries": temporary, "results": results,
-            "total": arguments + temporary + results, "capacity": peak.memory,
+            "peak": memory.peak_memory_in_bytes, "capacity": peak.memory,
         },
         "collectives": program.collectives(params),
         "peaks": {"flops_per_second": peak.flops, "bytes_per_second": peak.bandwidth},
@@ -182,9 +182,14 @@ def _does_not_fit(error, config, topology: str, what: str) -> Exception:
     return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Take {change}")
 
 
+def gib(size: int) -> str:
+    """Bytes of memory as chips' capacities are given: in units of 2^30."""
+    return f"{size / 2**30:.3g} GiB"
+
+
 def table(found: dict) -> str:
     """What `measure` found, to read."""
-    memory = {name: f"{human(size, 'KMGTP')}B" for name, size in found["memory"].items()}
+    memory = {name: gib(size) for name, size in found["memory"].items()}
     mesh = " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     peaks = found["peaks"]
     lines = [
@@ -193,8 +198,8 @@ def table(found: dict) -> str:
         f"parameters   {human(found['parameters'])}",
         f"model        {human_flops(found['model_flops'])} a step, over all chips",
         f"a chip       {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
-        f"memory       {memory['total']} of {memory['capacity']}: arguments {memory['arguments']}, temporaries "
-        f"{memory['temporaries']}, results {memory['results']}; fits",
+        f"memory       {memory['peak']} of {memory['capacity']} at the peak, fits; arguments {memory['arguments']}, "
+        f"results {memory['results']}, all temporaries {memory['temporaries']}",
         f"roofline     {found['roofline_seconds']:.4g} s a step, bound by {found['bound_by']}, at "
         f"{human_flops(peaks['flops_per_second'])}/s and {human(peaks['bytes_per_second'], 'KMGTP')}B/s",
         f"utilisation  {found['mfu_bound']:.1%} of peak at most",

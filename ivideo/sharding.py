@@ -138,6 +138,9 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
         after = jax.lax.ppermute(first, axis, [(i + 1, i) for i in steps]) if halo[1] else first
         return fn(jnp.concatenate([before, x, after], axis=over), weights, (0, 0))
 
+    if mesh.shape["tensor"] == 1:
+        # The partitioner would take a kernel from its devices part by part and read the video once for each
+        weights = gathered(weights)
     spec = PartitionSpec(*(split.get(dimension) for dimension in range(x.ndim)))
     return jax.shard_map(
         local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=set(split.values())
@@ -149,7 +152,16 @@ def whole_kernel(x, kernel, dimensions, **options):
 
     For layers of one vector a sample: the partitioner would gather the whole batch's vectors, as fewer bytes.
     """
-    return jax.lax.dot_general(x, constrain(kernel), dimensions, **options)
+    return jax.lax.dot_general(x, gathered(kernel), dimensions, **options)
+
+
+def gathered(kernel):
+    """A layer's kernel, whole on every device, sent in its own type: the partitioner would send it as before a cast."""
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return kernel
+    parts = NamedSharding(mesh, PartitionSpec(*_param_spec(mesh, "", kernel.shape)))
+    return constrain(jax.lax.with_sharding_constraint(kernel, parts))
 
 
 def logical(mesh, shape: tuple[int, ...], axes) -> NamedSharding:

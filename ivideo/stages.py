@@ -208,8 +208,9 @@ def conditioning_video(config, low, key, logsnr, *, time: int | None = None):
     `key` is one, or [B]. `time` is the factor in time where it is not the config's: 1 for packed images.
     """
     sizes = factors(config) if time is None else {**factors(config), "time": time}
-    # Its rows stay together: every row of the enlarged video is a sum over those near it
-    low = sharding.constrain(augment.augment(key, low, logsnr), "batch", "frames")
+    # Where they are resized, rows stay together: every row of the enlarged video is a sum over those near it
+    rows = "height" if sizes["space"] == 1 else None
+    low = sharding.constrain(augment.augment(key, low, logsnr), "batch", "frames", rows)
     return sharding.constrain(conditioning.enlarge(low, **sizes, fill=config.cond.fill), *sharding.VIDEO)
 
 

@@ -17,6 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ivideo.compile import gib  # noqa: E402
 from ivideo.describe import human, human_flops  # noqa: E402
 from ivideo.files import write_json, write_text  # noqa: E402
 
@@ -37,7 +38,7 @@ def rows():
             yield f"sample {stage} {topology}", [f"--config=configs/{stage}.py", "--what=sample"]
     for topology, options in TRAIN.items():
         for stage in STAGES:
-            options_here = {**options, **(LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})}
+            options_here = options | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
             values = [f"--config.train.{name}={value}" for name, value in options_here.items()]
             yield (
                 f"train {stage} {topology}",
@@ -109,7 +110,7 @@ def table(what, here) -> str:
             moved.get("collective-permute of activations", {"count": 0})["count"],
         )
         cells = (
-            stage, mesh, row["accumulate"], f"{human(memory['total'], 'KMGTP')}B of {memory['capacity'] / 1e9:.0f}",
+            stage, mesh, row["accumulate"], f"{gib(memory['peak'])} of {memory['capacity'] >> 30}",
             human_flops(row["flops"]), f"{human(row['bytes'], 'KMGTP')}B", f"{1e3 * row['roofline_seconds']:.3g} ms",
             row["bound_by"], f"{row['mfu_bound']:.1%}", *counts, f"{row['compile_seconds']:.0f} s",
         )  # fmt: skip
