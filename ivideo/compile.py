@@ -5,6 +5,7 @@ are for one chip and one step; the seconds are a roofline, max(FLOPs / peak, byt
 this program can beat, not a measurement, and without the time of communication between chips.
 """
 
+import functools
 import json
 import math
 import os
@@ -14,12 +15,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ivideo import sharding, stages, train
+from ivideo import flops, sharding, stages, train
 from ivideo.chips import CHIPS
 from ivideo.describe import columns, forward_flops, human, human_flops
 from ivideo.errors import UserError
 from ivideo.files import write_json
 from ivideo.hlo import Program
+from ivideo.text import encode, encoder_module
 
 # Least effort at speed: minutes in place of an hour on two cores. The compiler then keeps no activations in on-chip
 # memory between operations, so the bytes are more than those of a run: an upper estimate
@@ -38,17 +40,17 @@ def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json
 
 
 def measure(config, topology: str, *, what: str = "train", effort: float = EFFORT) -> dict:
-    """Compiles the training step, or one step of the distilled sampler for one video, and returns what it needs.
+    """Compiles the training step, a step of the distilled sampler for one video, or the text encoder: what they need.
 
-    `topology` is a slice's name, such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`). `flops`,
+    `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
+    such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
     `bytes` and `memory` are a chip's; `model_flops` are all chips' (see `ivideo.flops`), without rematerialisation.
     UserError where the topology is unknown, the mesh does not fit it, or the program does not fit the chips: then it
     says what to change.
     """
     devices, chip = topology_devices(topology)
-    group = config.train if what == "train" else config.sample
-    mesh = sharding.make_mesh(group.mesh, devices)
-    program = training_program if what == "train" else sampling_program
+    mesh = sharding.make_mesh(config[what].mesh, devices)
+    program = {"train": training_program, "sample": sampling_program, "text": text_program}[what]
     fn, args, out_shardings, donated = program(config, mesh)
     model_flops = count_flops(config, what)
     params = args[0].params if what == "train" else args[0]
@@ -68,7 +70,7 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     return {
         "stage": config.stage, "variant": config.variant, "what": what,
         "topology": topology, "chip": chip, "chips": len(devices), "mesh": dict(mesh.shape),
-        "batch": config.train.batch_size if what == "train" else 1,
+        "batch": {"train": config.train.batch_size, "sample": 1, "text": config.text.batch}[what],
         "accumulate": config.train.accumulate if what == "train" else 1,
         "remat": config.model.remat if what == "train" else "none",
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
@@ -130,6 +132,29 @@ def sampling_program(config, mesh):
     return step, (params, *rest), video, ()
 
 
+def text_program(config, mesh):
+    """The text encoder on a batch of texts of the greatest length."""
+    fn, (params, *texts) = _text_encoder(config)
+    params = _placed(params, sharding.of_params(mesh, params))
+    texts = _placed(texts, sharding.of_batch(mesh, texts))
+
+    def encoded(*args):
+        with sharding.layout(mesh):
+            return fn(*args)
+
+    out = sharding.logical(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
+    return encoded, (params, *texts), out, ()
+
+
+def _text_encoder(config):
+    """The encoder as a function of parameters, tokens and mask, and the shapes of these."""
+    module, texts = encoder_module(config.text), (config.text.batch, config.text.length)
+    tokens, mask = jax.ShapeDtypeStruct(texts, jnp.int32), jax.ShapeDtypeStruct(texts, bool)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens, mask)["params"]
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, module.dtype), params)
+    return functools.partial(encode, module), (params, tokens, mask)
+
+
 def one_step(config):
     """The config of a distilled stage that samples in a single step: one evaluation of the network."""
     one = config.copy_and_resolve_references()
@@ -155,6 +180,9 @@ def sampling_shapes(config):
 
 def count_flops(config, what: str) -> int:
     """The model's FLOPs of a step over all chips, without those that rematerialisation does again."""
+    if what == "text":
+        fn, shapes = _text_encoder(config)
+        return flops.count(fn, *shapes)
     return train.model_flops(config) if what == "train" else forward_flops(one_step(config))
 
 
@@ -173,12 +201,12 @@ def _does_not_fit(error, config, topology: str, what: str) -> Exception:
     if "RESOURCE_EXHAUSTED" not in message and used is None:
         return error
     numbers = f": {used[1]} of {used[2]} a chip" if used else ""
-    change = (
-        "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames over devices "
-        "(config.train.mesh.height, frames)"
-        if what == "train"
-        else "a larger slice, more devices for config.sample.mesh.frames and height, or config.sample.window"
-    )
+    change = {
+        "train": "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames over "
+        "devices (config.train.mesh.height, frames)",
+        "sample": "a larger slice, more devices for config.sample.mesh.frames and height, or config.sample.window",
+        "text": "a smaller config.text.batch, or parameters over devices (config.text.mesh.fsdp or tensor)",
+    }[what]
     return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Take {change}")
 
 

@@ -68,7 +68,12 @@ flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look
 flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
 flags.DEFINE_string("topology", None, "The TPU slice that mode compile compiles for, such as v5e:4x4 or v5p:4x4x4.")
-flags.DEFINE_enum("what", "train", ("train", "sample"), "What mode compile compiles: a step of training or sampling.")
+flags.DEFINE_enum(
+    "what",
+    "train",
+    ("train", "sample", "text"),
+    "What mode compile compiles: a step of either, or the text encoder.",
+)
 flags.DEFINE_float(
     "effort", -1.0, "How hard mode compile's compiler tries for speed: -1 takes minutes, 0 is what runs on TPUs take."
 )
