@@ -39,6 +39,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "beam": ["apache-beam>=2.60"],  # text caches of very large sets
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "plot": ["matplotlib>=3.9"],

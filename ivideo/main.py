@@ -58,6 +58,12 @@ flags.DEFINE_string(
     "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate and compile.",
 )
 flags.DEFINE_string("captions", None, "A text file with a caption a line, for mode encode_text.")
+flags.DEFINE_multi_string(
+    "beam",
+    None,
+    "Makes mode encode_text run by Apache Beam, with its options, one a flag: --beam=--runner=DirectRunner.",
+)
+flags.DEFINE_integer("shards", 256, "Files of the cache that --beam makes.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
 flags.DEFINE_string("input", None, "A video file that the first stage, one of super-resolution, enlarges.")
@@ -136,9 +142,14 @@ def run() -> None:
 
         export(config, _needed("workdir"), _needed("out"), overwrite=FLAGS.overwrite)
     elif FLAGS.mode == "encode_text":
-        from ivideo.text.cache import encode_captions
+        if FLAGS.beam is not None:
+            from ivideo.text import beam
 
-        encode_captions(config, _needed("captions"), _needed("out"))
+            beam.encode_captions(config, _needed("captions"), _needed("out"), shards=FLAGS.shards, options=FLAGS.beam)
+        else:
+            from ivideo.text.cache import encode_captions
+
+            encode_captions(config, _needed("captions"), _needed("out"))
     elif FLAGS.mode == "train_text":
         from ivideo.pretrain_text import train_text
 

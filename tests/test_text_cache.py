@@ -172,6 +172,30 @@ def test_small_other_files_are_left_alone(config, tmp_path):
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
+def test_small_beam_makes_the_same_cache(config, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    from ivideo.text import beam
+
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    wanted = contents(made(config, tmp_path, name="plain"))
+    shards = sum(name.endswith("record") for name in wanted)
+    for part in (0, 1):
+        (tmp_path / f"part{part}.txt").write_text("\n".join([*CAPTIONS[part::2], CAPTIONS[0], ""]))
+    options = ["--runner=DirectRunner"]
+    beam.encode_captions(config, str(tmp_path / "part*.txt"), str(tmp_path / "out"), shards=shards, options=options)
+    found = contents(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(found[name] == wanted[name] for name in wanted if name.endswith("keys.npy"))
+    # On one device, and there on eight: the last bit may differ
+    ours, theirs = (cache.TextCache.open(str(tmp_path / name), config.text) for name in ("out", "plain"))
+    texts = [*CAPTIONS, *config.train.sample_prompts]
+    assert len(ours) == len(texts)
+    values = [np.asarray(one.encode(*one.tokenize(texts))) for one in (ours, theirs)]
+    np.testing.assert_allclose(*values, rtol=2**-7, atol=1e-5)
+    with pytest.raises(UserError, match="is a cache of other shards and captions"):
+        beam.encode_captions(config, str(tmp_path / "part0.txt"), str(tmp_path / "out"), shards=2, options=options)
+
+
 def test_killed_three_times_it_is_the_same_file_for_file(tmp_path):
     """The command, killed without notice while it writes, and run again."""
     captions = [f"{shapes.caption(a)} {i}" for a in shapes.TRAIN for i in range(80)]

@@ -84,13 +84,18 @@ def encode_captions(config, path: str, out: str) -> None:
     mine = range(jax.process_index(), shards, jax.process_count())
     with tqdm.tqdm(total=sum(len(parts[i]) for i in mine), unit="caption", desc="encoding") as bar:
         for i in mine:
-            if not os.path.exists(_shard(out, i, shards)):
+            if not os.path.exists(shard_path(out, i, shards)):
                 write_shard(out, i, shards, parts[i], encoder, batch=config.text.batch)
             bar.update(len(parts[i]))
     _wait("encoded")
     if jax.process_index() == 0:
         count, size = finish(out)
-        print(f"{out}: {count:,} captions, {size / 1e6:,.1f} MB, {size / count:,.0f} MB a million")
+        print(summary(out, count, size))
+
+
+def summary(out: str, count: int, size: int) -> str:
+    """A finished cache in a line."""
+    return f"{out}: {count:,} captions, {size / 1e6:,.1f} MB, {size / count:,.0f} MB a million"
 
 
 def _wait(name: str) -> None:
@@ -101,7 +106,8 @@ def _wait(name: str) -> None:
         multihost_utils.sync_global_devices(f"text cache {name}")
 
 
-def _shard(out: str, i: int, shards: int) -> str:
+def shard_path(out: str, i: int, shards: int) -> str:
+    """The file of a shard's records."""
     return os.path.join(out, f"texts-{i:05}-of-{shards:05}.array_record")
 
 
@@ -136,10 +142,11 @@ def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: Tex
     """A shard of these captions: its keys, then its records, each under a temporary name until it is whole."""
     captions = sorted(captions, key=key_of)
     keys = np.frombuffer(b"".join(key_of(caption) for caption in captions), np.uint8).reshape(-1, KEY)
-    path = _shard(out, i, shards)
+    path = shard_path(out, i, shards)
     temporary = f"{path}.tmp{os.getpid()}"
     writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
-    for key, embedding in zip(keys, embeddings(captions, encoder, batch=batch), strict=True):
+    found = embeddings(captions, encoder, batch=batch) if captions else []
+    for key, embedding in zip(keys, found, strict=True):
         writer.write(key.tobytes() + embedding.tobytes())
     writer.close()
     with open(f"{temporary}.keys", "wb") as f:
@@ -172,7 +179,7 @@ def embeddings(captions: list[str], encoder: TextEncoder, *, batch: int) -> list
 def finish(out: str) -> tuple[int, int]:
     """Writes the index of a cache whose shards are all there; returns the number of captions and of bytes."""
     plan = read_json(os.path.join(out, PLAN))
-    paths = [_shard(out, i, plan["shards"]) for i in range(plan["shards"])]
+    paths = [shard_path(out, i, plan["shards"]) for i in range(plan["shards"])]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")
@@ -269,7 +276,7 @@ class TextCache:
     def _open(self, i: int):
         readers = self.__dict__.setdefault("_readers", {})
         if i not in readers:
-            path = _shard(self.path, i, self.index["shards"])
+            path = shard_path(self.path, i, self.index["shards"])
             keys = np.load(_keys(path)).reshape(-1).view(_ORDERED)
             readers[i] = array_record_module.ArrayRecordReader(path), keys
         return readers[i]
