@@ -10,6 +10,7 @@ found by bisection.
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import os
 
@@ -121,7 +122,9 @@ def begin(out: str, encoder: TextEncoder, *, shards: int, of: str) -> None:
         "version": VERSION, "fingerprint": encoder.fingerprint, "shards": shards, "captions": of,
         "dim": encoder.module.dim, "length": encoder.length,
     }  # fmt: skip
-    path = os.path.join(out, PLAN)
+    path, first = os.path.join(out, PLAN), jax.process_index() == 0
+    if not first:
+        _wait("begun")  # the first process writes it
     if os.path.exists(path):
         there = read_json(path)
         different = [name for name in plan if plan[name] != there.get(name)]
@@ -132,10 +135,11 @@ def begin(out: str, encoder: TextEncoder, *, shards: int, of: str) -> None:
             )
     elif os.path.isdir(out) and os.listdir(out):
         raise UserError(f"--out={out} is a folder with other files: choose another, or an empty one")
-    elif jax.process_index() == 0:
+    else:
         os.makedirs(out, exist_ok=True)
         write_json(path, plan)
-    _wait("begun")
+    if first:
+        _wait("begun")
 
 
 def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: TextEncoder, *, batch: int) -> None:
@@ -183,6 +187,8 @@ def finish(out: str) -> tuple[int, int]:
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")
+    for left in glob.glob(os.path.join(glob.escape(out), "texts-*.tmp*")):  # by processes that were killed
+        os.remove(left)
     counts = [len(np.load(_keys(path), mmap_mode="r")) for path in paths]
     size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
     write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
