@@ -28,7 +28,10 @@ DISTILLED_STEPS = 8  # of every stage of the paper's distilled cascade
 SAMPLE = ("v6e:4x4", "v5e:4x4")
 # What a chip holds of activations decides into how many parts a batch is taken
 TRAIN = {"v5p:4x4x4": {"accumulate": 1}, "v6e:8x8": {"accumulate": 4}, "v5e:16x16": {"accumulate": 1}}
-LARGE = {"v5p:4x4x4": {"accumulate": 4}}  # videos of 192 × 320
+# Videos of 192 × 320
+LARGE = {"v5p:4x4x4": {"accumulate": 4}}
+ROWS = {"v5e:16x16": {"tsr3": {"accumulate": 4, "mesh.height": 4}}}
+TEXT = ("v6e:2x2", "v5e:2x2")
 
 
 def rows():
@@ -36,9 +39,12 @@ def rows():
     for topology in SAMPLE:
         for stage in STAGES:
             yield f"sample {stage} {topology}", [f"--config=configs/{stage}.py", "--what=sample"]
+    for topology in TEXT:
+        yield f"text t5_xxl {topology}", ["--config=configs/base.py", "--what=text"]
     for topology, options in TRAIN.items():
         for stage in STAGES:
             options_here = options | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
+            options_here |= ROWS.get(topology, {}).get(stage, {})
             values = [f"--config.train.{name}={value}" for name, value in options_here.items()]
             yield (
                 f"train {stage} {topology}",
@@ -72,9 +78,11 @@ def tables(found: dict) -> str:
     for what, topologies, title in (
         ("train", TRAIN, f"A training step, {BATCH} videos"),
         ("sample", SAMPLE, "A step of sampling, one video, distilled (one evaluation of the network)"),
+        ("text", TEXT, "The text encoder in bfloat16, 256 texts of 256 tokens"),
     ):
         for topology in topologies:
-            here = [(stage, found.get(f"{what} {stage} {topology}")) for stage in STAGES]
+            names = ("t5_xxl",) if what == "text" else STAGES
+            here = [(name, found.get(f"{what} {name} {topology}")) for name in names]
             if any(row for _, row in here):
                 parts.append(f"**{title}, on {topology}** ({chips(topology)} chips)\n\n" + table(what, here))
     return "\n\n".join(parts)
@@ -90,7 +98,7 @@ def chips(topology: str) -> int:
 def table(what, here) -> str:
     """One slice's rows; of sampling their sum, the whole cascade."""
     lines = [
-        "| stage | mesh | parts | memory a chip | FLOPs a chip | bytes a chip | roofline | bound by | MFU at most | "
+        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a chip | FLOPs a chip | bytes a chip | roofline | bound by | MFU at most | "
         "gathers of activations | permutes | compiled in |",
         "|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
