@@ -98,8 +98,8 @@ def chips(topology: str) -> int:
 def table(what, here) -> str:
     """One slice's rows; of sampling their sum, the whole cascade."""
     lines = [
-        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a chip | FLOPs a chip | bytes a chip | roofline | bound by | MFU at most | "
-        "gathers of activations | permutes | compiled in |",
+        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a chip | FLOPs a chip | bytes a chip "
+        "| roofline | bound by | MFU at most | gathers of activations | permutes | compiled in |",
         "|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     total = 0.0
