@@ -173,7 +173,7 @@ def make_data(config, encoder, *, part: tuple[int, int] = (0, 1)):
 def sample_prompts(config, encoder, params) -> np.ndarray:
     """Videos of the config's sample prompts, [N, T, H, W, 3], as the training stands."""
     tokens, mask = encoder.tokenize(list(config.train.sample_prompts))
-    model, text = stages.build_model(config), np.asarray(encoder.encode(tokens, mask))
+    model, text = stages.build_model(config), sharding.to_host(encoder.encode(tokens, mask))
 
     def sample(params):
         keys = jax.random.split(jax.random.key(config.seed), len(tokens))
