@@ -22,32 +22,27 @@ from jax.experimental import multihost_utils
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
-from ivideo.files import write_json
+from ivideo.files import BUCKET, write_json
 
 log = logging.getLogger("ivideo")
 
 WHOLE, UNCHECKED = "whole", "unchecked"  # what digests say of a checkpoint with which they find nothing wrong
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 SAVE_SECONDS = 3600  # for all processes to write one checkpoint: shared storage can be slow
-REMOTE = "gs://"
 
 
 class Checkpoints:
     """The newest `keep` checkpoints of a training run. Saving goes on in the background.
 
-    Every process of a program makes one, and calls the same methods in the same order. With a working folder gs://...
-    there are no digests: Orbax's own checks remain.
+    Every process of a program makes one, and calls the same methods in the same order.
     """
 
     def __init__(self, workdir: str, *, keep: int):
-        remote = str(workdir).startswith(REMOTE)
-        self.workdir = epath.Path(workdir if remote else os.path.abspath(workdir))
+        check_workdir(workdir)
+        self.workdir = epath.Path(os.path.abspath(workdir))
         self._keep, self._first = keep, jax.process_index() == 0
-        self._has_digests = not remote
         self._digester = concurrent.futures.ThreadPoolExecutor(1)
         self._digesting = None  # the newest task of the digester
-        if remote:
-            log.info("%s is not on a file system: checkpoints without digests, checked by Orbax alone", workdir)
         self._manager = self._open()
 
     def save(self, step: int, state, iterator) -> None:
@@ -58,7 +53,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
         if not self._manager.save(step, args=args):
             log.warning("step %d is not saved: there is step %d already", step, self._manager.latest_step())
-        elif self._first and self._has_digests:
+        elif self._first:
             self._digesting = self._digester.submit(self._write_digests, step)
 
     def finish(self) -> None:
@@ -147,7 +142,7 @@ class Checkpoints:
 
     def _compare(self, step):
         """WHOLE, UNCHECKED, or what is wrong with the checkpoint's files."""
-        wanted = self._read_digests(step) if self._has_digests else None
+        wanted = self._read_digests(step)
         if wanted is None:
             return UNCHECKED
         try:
@@ -223,6 +218,15 @@ class Checkpoints:
         """Whether there are checkpoints among what was set aside."""
         folder = self.workdir / "damaged"
         return folder.exists() and any(TEMPORARY not in path.name for path in folder.iterdir())
+
+
+def check_workdir(workdir) -> None:
+    """UserError where a working folder is in a bucket: logs that grow, digests and moves need a file system."""
+    if str(workdir).startswith(BUCKET):
+        raise UserError(
+            f"--workdir={workdir} is in a bucket, and a run needs a file system: mount the bucket on every host with "
+            "gcsfuse (docs/tpu.md) and give the folder there"
+        )
 
 
 def _check_model(path, handler, like):

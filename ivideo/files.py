@@ -5,6 +5,8 @@ import os
 
 from ivideo.errors import UserError
 
+BUCKET = "gs://"  # what the path of an object in Google's cloud storage begins with
+
 
 def write_text(path, text: str) -> None:
     """Writes a file under a temporary name and renames it: another process sees the old one or the new one."""

@@ -22,7 +22,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from ivideo import chips, sharding, stages
-from ivideo.checkpoint import Checkpoints
+from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.errors import UserError
@@ -53,6 +53,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     checkpoints stay as they were.
     """
     stages.check(config)
+    check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     _check_batch(config, mesh)
     encoder = load_texts(config, mesh)

@@ -102,11 +102,12 @@ def run() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
-    _keep_compiled()
-    if FLAGS.distributed or FLAGS.coordinator:
+    several = bool(FLAGS.distributed or FLAGS.coordinator)
+    if several:
         from ivideo.hosts import join
 
         join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    _keep_compiled(several)
     if FLAGS.mode == "goodput":
         from ivideo.goodput import report
 
@@ -171,12 +172,15 @@ def run() -> None:
         benchmark(config, as_json=FLAGS.json)
 
 
-def _keep_compiled() -> None:
+def _keep_compiled(several: bool) -> None:
     """Compiled programs are kept on disk, by jax, for the next run of the same program."""
     import jax
 
-    several = FLAGS.coordinator or FLAGS.distributed
-    if FLAGS.compile_cache and not jax.config.jax_compilation_cache_dir and FLAGS.mode != "compile" and not several:
+    if not FLAGS.compile_cache or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
+        return
+    # jax lets the first of several processes alone write. On CPUs one that finds its program there does not wait long
+    # enough for the others to compile theirs; chips wait
+    if not (several and jax.default_backend() == "cpu"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compile_cache))
 
 

@@ -518,22 +518,11 @@ def test_small_digests_are_sha256_and_read_in_pieces(tmp_path):
         tracemalloc.stop()
 
 
-def test_small_remote_folder_has_no_digests(saved, monkeypatch, caplog):
-    """As gs://, played here by a folder."""
-    workdir, _ = saved
-    shutil.rmtree(workdir / "digests")
-    monkeypatch.setattr("ivideo.checkpoint.REMOTE", str(workdir))
-    with caplog.at_level(logging.INFO, "ivideo"):
-        checkpoints = Checkpoints(str(workdir), keep=2)
-    assert "without digests" in caplog.text
-    checkpoints.save(4, state_of(4), iterator())
-    checkpoints.close()
-    assert names(workdir / "digests") == []
-    cut(largest(workdir / "checkpoints" / "4"))
-    step, state = Checkpoints(str(workdir), keep=2).restore(like(), iterator())
-    assert step == 3
-    assert_same(state, state_of(3))
-    assert names(workdir / "damaged") == ["4"]
+def test_small_a_folder_in_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir=gs://bucket/run is in a bucket, .* mount the bucket"):
+        Checkpoints("gs://bucket/run", keep=2)
+    assert names(tmp_path) == []
 
 
 def placed(count, *, rows=True):

@@ -25,6 +25,7 @@ MISTAKES = {
     "unknown_mode": ([SMALL, "--mode=sampel"], ["sampel", "sample"]),
     "stray_word": ([SMALL, "train"], ["'train'", "--name=value"]),
     "no_workdir": ([SMALL], ["--workdir is missing"]),
+    "bucket": ([SMALL, "--workdir=gs://bucket/run"], ["gs://bucket/run", "gcsfuse"]),
     "size": ([SMALL, "--config.video.height=9", "--workdir={tmp}/w"], ["9×8", "strides (2,)", "multiples of 2"]),
     "accumulate": ([SMALL, "--config.train.accumulate=3", "--workdir={tmp}/w"], ["8", "3", "choose a multiple"]),
     "mesh": ([SMALL, "--config.train.mesh.fsdp=3", "--workdir={tmp}/w"], ["fsdp = 3", "on 1 devices", "must be 1"]),
