@@ -1,26 +1,95 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, on this machine or in a bucket of Google's cloud storage (gs://BUCKET/…)."""
 
+import contextlib
+import io
 import json
 import os
+import tempfile
 
 from ivideo.errors import UserError
 
-BUCKET = "gs://"  # what the path of an object in Google's cloud storage begins with
+BUCKET = "gs://"  # what a path in a bucket begins with
+
+
+def in_bucket(path) -> bool:
+    """Whether a path is of an object in a bucket; others are of this machine's files."""
+    return str(path).startswith(BUCKET)
+
+
+def kvstore(folder: str) -> dict:
+    """TensorStore's name of a folder, for its drivers."""
+    if in_bucket(folder):
+        bucket, _, inner = folder.removeprefix(BUCKET).partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{inner.rstrip('/')}/".lstrip("/")}
+    return {"driver": "file", "path": f"{os.path.abspath(folder).rstrip('/')}/"}
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file of this path; on this machine, or a folder. OSError where a bucket cannot be asked."""
+    if not in_bucket(path):
+        return os.path.exists(path)
+    name = os.path.basename(path)
+    import tensorstore as ts
+
+    return bool(_asked(path, lambda store: store.list(range=ts.KvStore.KeyRange(name, name + "\0"))))
+
+
+def names(folder: str) -> list[str]:
+    """The names in a folder, sorted; none in a bucket's that is not there."""
+    if not in_bucket(folder):
+        return sorted(os.listdir(folder))
+    below = _asked(f"{folder.rstrip('/')}/", lambda store: store.list())
+    return sorted({name.decode().partition("/")[0] for name in below})
+
+
+def open_read(path: str):
+    """A file open for reading bytes; of a bucket, in memory."""
+    return io.BytesIO(read_bytes(path)) if in_bucket(path) else open(path, "rb")
+
+
+def read_bytes(path: str, begin: int = 0, end: int | None = None) -> bytes:
+    """A file's bytes, or a part of them. OSError where there are none."""
+    if not in_bucket(path):
+        with open(path, "rb") as f:
+            f.seek(begin)
+            return f.read() if end is None else f.read(end - begin)
+    part = {} if begin == 0 and end is None else {"byte_range": slice(begin, end)}
+    found = _asked(path, lambda store: store.read(os.path.basename(path), **part))
+    if found.state != "value":
+        raise FileNotFoundError(2, "there is no such file", path)
+    return found.value
+
+
+@contextlib.contextmanager
+def whole(path: str):
+    """The name of a file to write, which is at `path` once the block has ended, and not there if it fails."""
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = os.path.join(folder, os.path.basename(path))
+            yield temporary
+            with open(temporary, "rb") as f:
+                _asked(path, lambda store: store.write(os.path.basename(path), f.read()))
+        return
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
 
 
 def write_text(path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: another process sees the old one or the new one."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as f:
+    """Writes a file that another process sees as the old one or the new one."""
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
-    os.replace(temporary, path)
 
 
 def read_json(path):
     """A JSON file's value; UserError where it is damaged."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return json.loads(read_bytes(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): copy it again") from e
 
@@ -28,3 +97,13 @@ def read_json(path):
 def write_json(path, value) -> None:
     """Writes a value as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _asked(path: str, question):
+    """What TensorStore answers about the folder that a path in a bucket is in; OSError where it cannot."""
+    import tensorstore as ts
+
+    try:
+        return question(ts.KvStore.open(kvstore(os.path.dirname(path))).result()).result()
+    except ValueError as e:
+        raise OSError(f"{path} cannot be reached ({' '.join(str(e).split())[:300]})") from e

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import fake_bucket
 import numpy as np
 import pytest
 import t5_files as files
@@ -146,6 +147,34 @@ def test_small_a_caption_that_is_not_there_is_named(config, tmp_path):
             found.tokenize(["a", caption])
 
 
+def test_small_a_cache_in_a_bucket_is_the_same_files(config, tmp_path, monkeypatch, capsys):
+    """Captions from there too; stopped, it goes on; copied to this machine, it is read."""
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    wanted = contents(made(config, tmp_path))
+    write, count = cache.write_shard, []
+
+    def stops(*args, **kwargs):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(args[1])
+        write(*args, **kwargs)
+
+    with fake_bucket.bucket() as objects:
+        objects["captions.txt"] = (tmp_path / "captions.txt").read_bytes()
+        run = ("gs://bucket/captions.txt", "gs://bucket/texts/small")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cache, "write_shard", stops)
+            cache.encode_captions(config, *run)
+        cache.encode_captions(config, *run)
+        objects.pop("captions.txt")
+        assert {name.removeprefix("texts/small/"): data for name, data in objects.items()} == wanted
+        assert f"gs://bucket/texts/small: {len(CAPTIONS) + 4} captions" in capsys.readouterr().out
+        with pytest.raises(UserError, match="gs://bucket/texts/small is in a bucket, .* copy it"):
+            cache.TextCache.open("gs://bucket/texts/small", config.text)
+        with pytest.raises(UserError, match="--out=gs://bucket/texts is a folder with other files"):
+            cache.encode_captions(config, str(tmp_path / "captions.txt"), "gs://bucket/texts")
+
+
 BAD = [
     (b"a\nbroken \xff\xfe caption\n", "line 2: .*broken.* is not UTF-8"),
     (b"", "has no caption: write one a line"),
@@ -194,6 +223,30 @@ def test_small_beam_makes_the_same_cache(config, tmp_path, monkeypatch):
     np.testing.assert_allclose(*values, rtol=2**-7, atol=1e-5)
     with pytest.raises(UserError, match="is a cache of other shards and captions"):
         beam.encode_captions(config, str(tmp_path / "part0.txt"), str(tmp_path / "out"), shards=2, options=options)
+
+
+def test_small_beam_works_in_a_bucket(config, tmp_path, monkeypatch):
+    """Encoder and cache there; the captions' files are Beam's to read."""
+    pytest.importorskip("apache_beam")
+    import importlib.resources
+
+    from ivideo.text import beam
+
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    wanted = contents(made(config, tmp_path))
+    shards = sum(name.endswith("record") for name in wanted)
+    with fake_bucket.bucket() as objects:
+        objects["t5/text.safetensors"] = (importlib.resources.files("ivideo") / text.SHIPPED).read_bytes()
+        config.text.checkpoint = "gs://bucket/t5/text.safetensors"
+        arguments = (config, str(tmp_path / "captions.txt"), "gs://bucket/texts")
+        beam.encode_captions(*arguments, shards=shards, options=["--runner=DirectRunner"])
+        found = {name.removeprefix("texts/"): data for name, data in objects.items() if name.startswith("texts/")}
+    assert found.keys() == wanted.keys()
+    assert all(found[name] == wanted[name] for name in wanted if name.endswith("keys.npy"))
+    (tmp_path / "copied").mkdir()
+    for name, data in found.items():
+        (tmp_path / "copied" / name).write_bytes(data)
+    assert len(cache.TextCache.open(str(tmp_path / "copied"), config.text)) == len(CAPTIONS) + 4
 
 
 def test_killed_three_times_it_is_the_same_file_for_file(tmp_path):

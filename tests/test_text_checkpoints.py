@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import fake_bucket
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import t5_files as files
 
 from ivideo import text
 from ivideo.errors import UserError
-from ivideo.text.checkpoints import _kvstore, open_checkpoint, read_array
+from ivideo.text.checkpoints import open_checkpoint, read_array
 
 TOKENS, MASK = files.random_tokens(files.TINY)
 DECODER = {"decoder": {"layers_0": {"mlp": {"wi_0": {"kernel": np.zeros((4, 4), np.float32)}}}}}
@@ -138,8 +139,105 @@ def test_small_parameters_are_split_over_the_devices(tmp_path, weights, wanted, 
     np.testing.assert_allclose(encoder.encode(TOKENS, MASK), wanted, atol=1e-5)
 
 
-def test_small_google_cloud_paths_become_tensorstores():
-    assert _kvstore("gs://bucket/t5/checkpoint_7") == {"driver": "gcs", "bucket": "bucket", "path": "t5/checkpoint_7/"}
+# ---- in a bucket
+
+
+@pytest.fixture
+def objects():
+    with fake_bucket.bucket() as objects:
+        yield objects
+
+
+def put(folder, objects) -> str:
+    """The files of a folder, or one file, as objects of the bucket; their path."""
+    for path in [folder] if folder.is_file() else (p for p in folder.rglob("*") if p.is_file()):
+        objects[f"t5/{path.relative_to(folder.parent)}"] = path.read_bytes()
+    return f"gs://bucket/t5/{folder.name}"
+
+
+@pytest.mark.parametrize("options", [{}, {"split": True}, {"orbax": True}], ids=["t5x", "chunks", "orbax"])
+def test_small_t5x_directory_in_a_bucket(options, tmp_path, weights, wanted, objects):
+    same(put(files.write_t5x(tmp_path / "checkpoint_7", weights, more=DECODER, **options), objects), wanted)
+
+
+@pytest.mark.parametrize("kept", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_small_huggingface_directory_in_a_bucket(shards, kept, tmp_path, weights, objects):
+    """As on this machine: the same parameters, and so the same fingerprint."""
+    weights = {name: value.astype(kept) for name, value in weights.items()}
+    folder = files.write_huggingface(tmp_path / "hf", weights, files.TINY, shards=shards)
+    here, there = (text.load_encoder(path, length=8) for path in (str(folder), put(folder, objects)))
+    assert here.fingerprint == there.fingerprint
+    np.testing.assert_array_equal(here.encode(TOKENS, MASK), there.encode(TOKENS, MASK))
+
+
+def test_small_only_the_encoder_is_read_from_a_bucket(tmp_path, weights, objects):
+    """Nothing is asked of the decoder's arrays, which are not there."""
+    more = {"decoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((64, 64), np.float32)}
+    path = put(files.write_huggingface(tmp_path / "hf", weights, files.TINY, more=more), objects)
+    (name,) = [name for name in objects if name.endswith(".safetensors")]
+    header = json.loads(objects[name][8 : 8 + int.from_bytes(objects[name][:8], "little")])
+    assert header["decoder.block.0.layer.0.SelfAttention.q.weight"]["data_offsets"][0] == 0
+    assert text.load_encoder(path, length=8).module.dim == files.TINY["dim"]
+
+
+def test_small_tokenizer_in_a_bucket(tmp_path, objects):
+    sizes = {**files.TINY, "vocab": 400}
+    folder = files.write_huggingface(tmp_path / "hf", files.random_weights(sizes), sizes)
+    spiece = files.write_spiece(folder, 300)
+    wanted = text.load_encoder(str(folder), length=8).tokenize(["the red star"])[0]
+    path = put(folder, objects)
+    np.testing.assert_array_equal(text.load_encoder(path, length=8).tokenize(["the red star"])[0], wanted)
+    objects["vocabs/t5.model"] = objects.pop(f"t5/hf/{os.path.basename(spiece)}")
+    with pytest.raises(UserError, match="gs://bucket/t5/hf has no spiece.model"):
+        text.load_encoder(path, length=8)
+    found = text.load_encoder(path, length=8, tokenizer="gs://bucket/vocabs/t5.model").tokenize(["the red star"])[0]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def cut_header(objects):
+    return {name: data[:20] if name.endswith("safetensors") else data for name, data in objects.items()}
+
+
+def cut_array(objects):
+    return {name: data[:-9] if name.endswith("safetensors") else data for name, data in objects.items()}
+
+
+def long_header(objects):
+    return {name: b"\xff" * 8 + data if name.endswith("safetensors") else data for name, data in objects.items()}
+
+
+def without_config(objects):
+    return {name: data for name, data in objects.items() if not name.endswith("config.json")}
+
+
+def pickled(objects):
+    return {name.replace("model.safetensors", "pytorch_model.bin"): data for name, data in objects.items()}
+
+
+def deeper(objects):
+    return {name.replace("hf/", "hf/checkpoint_12/"): data for name, data in objects.items()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (cut_header, "model.safetensors is not a whole safetensors file"),
+        (long_header, "its header would have 18446744073709551615 bytes"),
+        (cut_array, "cannot be read .*: copy the checkpoint again"),
+        (without_config, "has no config.json"),
+        (pickled, "pytorch_model.bin is a pickle"),
+        (deeper, "did you mean gs://bucket/t5/hf/checkpoint_12"),
+        (lambda _: {}, "no text encoder at gs://bucket/t5/hf"),
+    ],
+)
+def test_small_what_is_wrong_in_a_bucket_is_named(edit, message, tmp_path, weights, objects):
+    path = put(files.write_huggingface(tmp_path / "hf", weights, files.TINY), objects)
+    edited = edit(dict(objects))
+    objects.clear()
+    objects.update(edited)
+    with pytest.raises(UserError, match=message):
+        text.load_encoder(path, length=8)
 
 
 # ---- what is wrong with files

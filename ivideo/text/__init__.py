@@ -16,6 +16,7 @@ import numpy as np
 
 from ivideo import sharding
 from ivideo.errors import UserError
+from ivideo.files import exists
 from ivideo.text.checkpoints import Checkpoint, open_checkpoint, read_array
 from ivideo.text.t5 import T5Encoder
 from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
@@ -82,10 +83,11 @@ def encoder_module(text_config) -> T5Encoder:
 def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer: str = "", mesh=None) -> TextEncoder:
     """The encoder of a checkpoint's path, or of a stage's `text` config, which then says all but the mesh.
 
-    A path may be of a T5X or Hugging Face directory or of a safetensors file (`ivideo.text.checkpoints`). `length` is
-    in tokens; `dtype`, of parameters and arithmetic, is float32 or bfloat16. `tokenizer` is a sentencepiece model, or
-    empty for spiece.model in the directory, or bytes where the vocabulary is ByT5's. `mesh`: where parameters are
-    split (`sharding.of_params`), none for one device. A config's `checkpoint` is empty for the encoder in the package.
+    A path may be of a T5X or Hugging Face directory or of a safetensors file (`ivideo.text.checkpoints`), on this
+    machine or in a bucket, gs://…; so may `tokenizer`, a sentencepiece model, or empty for spiece.model in the
+    directory, or bytes where the vocabulary is ByT5's. `length` is in tokens; `dtype`, of parameters and arithmetic, is
+    float32 or bfloat16. `mesh`: where parameters are split (`sharding.of_params`), none for one device. A config's
+    `checkpoint` is empty for the encoder in the package.
 
     Raises UserError where files are missing, damaged, or of another size than the config's.
     """
@@ -128,7 +130,7 @@ def _open_configured(text_config) -> Checkpoint:
 def _tokenizer(checkpoint: Checkpoint, path: str):
     beside = os.path.join(checkpoint.path, VOCABULARY)
     vocab = checkpoint.sizes["vocab"]
-    if not path and os.path.exists(beside):
+    if not path and exists(beside):
         path = beside
     if path:
         return SentencePiece.load(path, vocab)

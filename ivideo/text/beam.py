@@ -1,15 +1,18 @@
 """Text caches of very large sets of captions, by Apache Beam: on this machine, or on Dataflow, Flink or Spark.
 
-The cache is that of `ivideo.text.cache`, with as many shards as are asked for; each is made by one worker, which loads
-the encoder once. A file pattern stands for the captions, local or gs://; the folder is one that
-all workers see.
+The cache is that of `ivideo.text.cache`, with as many shards as are asked for; each is made by one worker, whose
+processes load the encoder once. Captions, encoder and cache lie where all workers see them: in a bucket (gs://…), or in
+a folder that they share. A file pattern stands for the captions.
 """
 
-import os
+import json
 
 import apache_beam as beam
+import ml_collections
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.utils.shared import Shared
 
+from ivideo import files
 from ivideo.text import cache, load_encoder
 
 
@@ -35,7 +38,7 @@ def encode_captions(config, pattern: str, out: str, *, shards: int, options: lis
             | beam.ParDo(_Encode(config.to_json(), out, shards))
         )
     for i in range(shards):  # few captions leave some empty
-        if not os.path.exists(cache.shard_path(out, i, shards)):
+        if not files.exists(cache.shard_path(out, i, shards)):
             cache.write_shard(out, i, shards, [], None, batch=1)
     count, size = cache.finish(out)
     print(cache.summary(out, count, size))
@@ -46,17 +49,14 @@ class _Encode(beam.DoFn):
 
     def __init__(self, config: str, out: str, shards: int):
         self._config, self._out, self._shards = config, out, shards
+        self._shared = Shared()  # the encoder, by all threads of a process
 
     def setup(self):
-        import json
-
-        import ml_collections
-
         self._text = ml_collections.ConfigDict(json.loads(self._config)).text
-        self._encoder = load_encoder(self._text)
+        self._encoder = self._shared.acquire(lambda: load_encoder(self._text))
 
     def process(self, element):
         i, captions = element
-        if not os.path.exists(cache.shard_path(self._out, i, self._shards)):
+        if not files.exists(cache.shard_path(self._out, i, self._shards)):
             cache.write_shard(self._out, i, self._shards, list(captions), self._encoder, batch=self._text.batch)
         yield i

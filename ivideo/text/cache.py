@@ -1,11 +1,11 @@
 """Embeddings of captions, made once and read in training in place of running the encoder.
 
-A cache is a folder: `encoder.json` says what made it and how many shards there are, and every shard is a pair of files,
-`texts-00000-of-00025.array_record` with a record a caption and `texts-00000-of-00025.keys.npy` with their keys.
-`index.json`, written last, says that all are there. A record is a caption's key and the bits of its embedding, [tokens,
-D] in bfloat16, without padding. A key is the beginning of the SHA-256 of the caption. Captions are put into shards by
-their keys and sorted by them, so that neither their order nor how often one occurs changes a file, and a caption is
-found by bisection.
+A cache is a folder, made on this machine or in a bucket (gs://…) and read on this machine. Its `encoder.json` says what
+made it and how many shards there are, and every shard is a pair of files, `texts-00000-of-00025.array_record` with a
+record a caption and `texts-00000-of-00025.keys.npy` with their keys. `index.json`, written last, says that all are
+there. A record is a caption's key and the bits of its embedding, [tokens, D] in bfloat16, without padding. A key is the
+beginning of the SHA-256 of the caption. Captions are put into shards by their keys and sorted by them, so that neither
+their order nor how often one occurs changes a file, and a caption is found by bisection.
 """
 
 import dataclasses
@@ -20,9 +20,8 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from ivideo import sharding
+from ivideo import files, sharding
 from ivideo.errors import UserError
-from ivideo.files import read_json, write_json
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
 
 VERSION = 1
@@ -47,7 +46,7 @@ def read_captions(path: str) -> list[str]:
     """The distinct captions of a text file with one a line, in no order. UserError where a line is not UTF-8."""
     captions = {}
     try:
-        with open(path, "rb") as f:
+        with files.open_read(path) as f:
             for number, line in enumerate(f, 1):
                 try:
                     caption = line.decode().strip()
@@ -59,7 +58,7 @@ def read_captions(path: str) -> list[str]:
                     captions[key_of(caption)] = caption
     except OSError as e:
         raise UserError(
-            f"--captions={path} cannot be read ({e.strerror}): give a text file with a caption a line"
+            f"--captions={path} cannot be read ({e.strerror or e}): give a text file with a caption a line"
         ) from e
     if not captions:
         raise UserError(f"--captions={path} has no caption: write one a line")
@@ -85,7 +84,7 @@ def encode_captions(config, path: str, out: str) -> None:
     mine = range(jax.process_index(), shards, jax.process_count())
     with tqdm.tqdm(total=sum(len(parts[i]) for i in mine), unit="caption", desc="encoding") as bar:
         for i in mine:
-            if not os.path.exists(shard_path(out, i, shards)):
+            if not files.exists(shard_path(out, i, shards)):
                 write_shard(out, i, shards, parts[i], encoder, batch=config.text.batch)
             bar.update(len(parts[i]))
     _wait("encoded")
@@ -94,9 +93,10 @@ def encode_captions(config, path: str, out: str) -> None:
         print(summary(out, count, size))
 
 
-def summary(out: str, count: int, size: int) -> str:
+def summary(out: str, count: int, size: int | None) -> str:
     """A finished cache in a line."""
-    return f"{out}: {count:,} captions, {size / 1e6:,.1f} MB, {size / count:,.0f} MB a million"
+    sizes = f", {size / 1e6:,.1f} MB, {size / count:,.0f} MB a million" if size is not None else ""
+    return f"{out}: {count:,} captions{sizes}"
 
 
 def _wait(name: str) -> None:
@@ -125,38 +125,37 @@ def begin(out: str, encoder: TextEncoder, *, shards: int, of: str) -> None:
     path, first = os.path.join(out, PLAN), jax.process_index() == 0
     if not first:
         _wait("begun")  # the first process writes it
-    if os.path.exists(path):
-        there = read_json(path)
+    if files.exists(path):
+        there = files.read_json(path)
         different = [name for name in plan if plan[name] != there.get(name)]
         if different:
             raise UserError(
                 f"--out={out} is a cache of other {' and '.join(_WORDS.get(name, name) for name in different)}: choose "
                 "another folder"
             )
-    elif os.path.isdir(out) and os.listdir(out):
+    elif (files.in_bucket(out) or os.path.isdir(out)) and files.names(out):
         raise UserError(f"--out={out} is a folder with other files: choose another, or an empty one")
     else:
-        os.makedirs(out, exist_ok=True)
-        write_json(path, plan)
+        if not files.in_bucket(out):
+            os.makedirs(out, exist_ok=True)
+        files.write_json(path, plan)
     if first:
         _wait("begun")
 
 
 def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: TextEncoder, *, batch: int) -> None:
-    """A shard of these captions: its keys, then its records, each under a temporary name until it is whole."""
+    """A shard of these captions: its keys, then its records, neither there before it is whole."""
     captions = sorted(captions, key=key_of)
     keys = np.frombuffer(b"".join(key_of(caption) for caption in captions), np.uint8).reshape(-1, KEY)
     path = shard_path(out, i, shards)
-    temporary = f"{path}.tmp{os.getpid()}"
-    writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
     found = embeddings(captions, encoder, batch=batch) if captions else []
-    for key, embedding in zip(keys, found, strict=True):
-        writer.write(key.tobytes() + embedding.tobytes())
-    writer.close()
-    with open(f"{temporary}.keys", "wb") as f:
-        np.save(f, keys)
-    os.replace(f"{temporary}.keys", _keys(path))
-    os.replace(temporary, path)
+    with files.whole(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+        for key, embedding in zip(keys, found, strict=True):
+            writer.write(key.tobytes() + embedding.tobytes())
+        writer.close()
+        with files.whole(_keys(path)) as other, open(other, "wb") as f:
+            np.save(f, keys)
 
 
 def embeddings(captions: list[str], encoder: TextEncoder, *, batch: int) -> list[np.ndarray]:
@@ -180,18 +179,26 @@ def embeddings(captions: list[str], encoder: TextEncoder, *, batch: int) -> list
     return found
 
 
-def finish(out: str) -> tuple[int, int]:
-    """Writes the index of a cache whose shards are all there; returns the number of captions and of bytes."""
-    plan = read_json(os.path.join(out, PLAN))
+def finish(out: str) -> tuple[int, int | None]:
+    """Writes the index of a cache whose shards are all there; returns the number of captions and of bytes.
+
+    None for the bytes of a bucket's: it tells no sizes without sending the files.
+    """
+    plan = files.read_json(os.path.join(out, PLAN))
     paths = [shard_path(out, i, plan["shards"]) for i in range(plan["shards"])]
-    missing = [path for path in paths if not os.path.exists(path)]
+    there = set(files.names(out))
+    missing = [path for path in paths if os.path.basename(path) not in there]
     if missing:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")
-    for left in glob.glob(os.path.join(glob.escape(out), "texts-*.tmp*")):  # by processes that were killed
-        os.remove(left)
-    counts = [len(np.load(_keys(path), mmap_mode="r")) for path in paths]
-    size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
-    write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
+    counts, size = [], None
+    for path in paths:
+        with files.open_read(_keys(path)) as f:
+            counts.append(len(np.load(f)))
+    if not files.in_bucket(out):
+        for left in glob.glob(os.path.join(glob.escape(out), "texts-*.tmp*")):  # by processes that were killed
+            os.remove(left)
+        size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
+    files.write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
     return sum(counts), size
 
 
@@ -204,10 +211,15 @@ class TextCache:
 
     @classmethod
     def open(cls, path: str, text_config) -> "TextCache":
-        """UserError where there is no whole cache, or where it was made by another encoder than the config's.
+        """UserError where there is no whole cache here, or where it was made by another encoder than the config's.
 
         Without a checkpoint in the config, as on machines that have only the cache, widths and lengths are compared.
         """
+        if files.in_bucket(path):
+            raise UserError(
+                f"config.data.text_cache = {path} is in a bucket, and a cache is read from a file system: copy it to "
+                "every host (`gcloud storage cp -r`), or mount the bucket, and give the folder there"
+            )
         cache = cls(path)
         index = cache.index
         for name in ("dim", "length"):
@@ -233,7 +245,7 @@ class TextCache:
                 f"{self.path} is not a whole text cache: "
                 + ("run the command that began it again" if begun else "make one with --mode=encode_text")
             )
-        index = read_json(path)
+        index = files.read_json(path)
         if index.get("version") != VERSION:
             raise UserError(f"{path} is of version {index.get('version')!r}, expected {VERSION}: make the cache again")
         return index

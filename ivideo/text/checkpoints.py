@@ -5,23 +5,25 @@ asked for, so that memory never holds more than one beside those that are kept. 
 `ivideo.text.t5.T5Encoder`, which are minimal T5X's; other layouts are turned into them on the way. Decoders are left.
 
 A checkpoint is data from somewhere else: nothing in it is run, no path written in it is followed, and links that lead
-out of its directory are refused.
+out of its directory are refused. It may lie in a bucket, gs://…, of which only what is asked for is read.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import pathlib
 import re
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ivideo.errors import UserError
-from ivideo.files import read_json
+from ivideo.files import exists, in_bucket, kvstore, names, read_bytes, read_json
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -50,10 +52,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Finds an encoder's parameters without reading them. UserError where they are not all there, or not an encoder's.
-
-    `path` is local, or gs://BUCKET/… of a T5X directory.
-    """
+    """Finds an encoder's parameters, unread. UserError where they are not all there, or are not an encoder's."""
     leaves = _canonical(path, _found(path))
     for name, leaf in leaves.items():
         if leaf.dtype not in DTYPES:
@@ -82,22 +81,24 @@ def read_array(checkpoint: Checkpoint, name: str, index=()) -> np.ndarray:
 
 def _found(path: str) -> dict[str, Leaf]:
     """All arrays at a path, by the names in its format."""
-    if path.startswith("gs://"):
-        return _t5x(path)
-    if not os.path.exists(path):
-        raise UserError(f"no text encoder at {path}: {EXPECTED}")
-    if os.path.isfile(path):
-        if path.endswith(PICKLES):
+    try:
+        if path.endswith(PICKLES) and exists(path):
             raise UserError(f"{path} is a pickle, which can run any program when read: {_CONVERT}")
-        if not path.endswith(".safetensors"):
+        if path.endswith(".safetensors") and exists(path):
+            return _safetensors(path)
+        for index in _INDEXES:
+            if exists(os.path.join(path, index)):
+                return _t5x(path, index)
+        if os.path.isfile(path):
             raise UserError(f"{path} is not a text encoder: {EXPECTED}")
-        return _safetensors(path)
-    names = sorted(os.listdir(path))
-    if any(os.path.exists(os.path.join(path, index)) for index in _INDEXES):
-        return _t5x(path)
-    if "config.json" in names or any(name.endswith((".safetensors", *PICKLES)) for name in names):
-        return _huggingface(path, names)
-    steps = [name for name in names if re.fullmatch(r"checkpoint_\d+", name)]
+        there = names(path) if in_bucket(path) or exists(path) else []
+        if "config.json" in there or any(name.endswith((".safetensors", *PICKLES)) for name in there):
+            return _huggingface(path, there)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e}): {EXPECTED}") from e
+    if not there:
+        raise UserError(f"no text encoder at {path}: {EXPECTED}")
+    steps = [name for name in there if re.fullmatch(r"checkpoint_\d+", name)]
     hint = f"; did you mean {os.path.join(path, steps[-1])}?" if steps else ""
     raise UserError(f"{path} is not a text encoder: {EXPECTED}{hint}")
 
@@ -109,9 +110,13 @@ _CONVERT = (
     "machine where you trust it"
 )
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HEADER = 2**27  # bytes that a header of safetensors may have, by the library's own limit of 100 MB, about
 
 
 def _safetensors(path: str) -> dict[str, Leaf]:
+    if in_bucket(path):
+        return _safetensors_in_bucket(path)
+
     def read(name, index=()):
         # Opened anew for every array: the pages of an open file's arrays count as this process's memory
         with safe_open(path, framework="numpy") as f:
@@ -132,9 +137,33 @@ def _safetensors(path: str) -> dict[str, Leaf]:
         raise UserError(f"{path} is not a whole safetensors file ({e}): copy it again") from e
 
 
-def _huggingface(path: str, names: list[str]) -> dict[str, Leaf]:
-    shards = _shards(path, names)
-    config = read_json(os.path.join(path, "config.json")) if "config.json" in names else None
+def _safetensors_in_bucket(path: str) -> dict[str, Leaf]:
+    """Of the file, its header now, and each array when it is asked for: the library reads files of this machine."""
+
+    def read(dtype, shape, begin, end, index=()):
+        data = np.frombuffer(read_bytes(path, begin, end), dtype)
+        return data.reshape(shape)[index]
+
+    try:
+        size = int.from_bytes(read_bytes(path, 0, 8), "little")
+        if not 2 <= size <= _HEADER:
+            raise ValueError(f"its header would have {size} bytes")
+        header = json.loads(read_bytes(path, 8, 8 + size))
+        header.pop("__metadata__", None)
+        leaves = {}
+        for name, entry in header.items():
+            dtype, shape = _SAFETENSORS_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+            begin, end = (8 + size + offset for offset in entry["data_offsets"])
+            stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+            leaves[name] = Leaf(shape, dtype, functools.partial(read, stored, shape, begin, end))
+        return leaves
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not a whole safetensors file ({e}): copy it again") from e
+
+
+def _huggingface(path: str, there: list[str]) -> dict[str, Leaf]:
+    shards = _shards(path, there)
+    config = read_json(os.path.join(path, "config.json")) if "config.json" in there else None
     if config is None:
         raise UserError(f"{path} has no config.json: copy the whole Hugging Face directory")
     wanted = {
@@ -155,9 +184,9 @@ def _huggingface(path: str, names: list[str]) -> dict[str, Leaf]:
     return leaves
 
 
-def _shards(path: str, names: list[str]) -> list[str]:
+def _shards(path: str, there: list[str]) -> list[str]:
     """The safetensors files of a Hugging Face directory."""
-    if "model.safetensors.index.json" in names:
+    if "model.safetensors.index.json" in there:
         index = read_json(os.path.join(path, "model.safetensors.index.json"))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -166,12 +195,12 @@ def _shards(path: str, names: list[str]) -> list[str]:
         for shard in shards:
             if not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
                 raise UserError(f"{path}/model.safetensors.index.json names {shard!r}, expected a file beside it")
-            if shard not in names:
+            if shard not in there:
                 raise UserError(f"{path} lacks {shard}, which its index names: copy the whole directory")
         return shards
-    if "model.safetensors" in names:
+    if "model.safetensors" in there:
         return ["model.safetensors"]
-    pickles = [name for name in names if name.endswith(PICKLES)]
+    pickles = [name for name in there if name.endswith(PICKLES)]
     if pickles:
         raise UserError(
             f"{path} has no safetensors, and {pickles[0]} is a pickle, which can run any program when read: {_CONVERT}"
@@ -181,6 +210,8 @@ def _shards(path: str, names: list[str]) -> list[str]:
 
 def _inside(root: str, name: str) -> str:
     """The path of a file or directory in a checkpoint. UserError where it is, or holds, a link that leads out of it."""
+    if in_bucket(root):  # where there are no links
+        return os.path.join(root, name)
     path, inside = os.path.join(root, name), [pathlib.Path(os.path.realpath(root))]
     # Hugging Face's own cache keeps the files of hub/models--…/snapshots/REVISION in hub/models--…/blobs
     if inside[0].parent.name == "snapshots":
@@ -199,11 +230,12 @@ _INDEXES = ("checkpoint", os.path.join("state", "checkpoint"))
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
-def _t5x(path: str) -> dict[str, Leaf]:
+def _t5x(path: str, index: str) -> dict[str, Leaf]:
     """Arrays of a T5X directory, whose index has them inline or names those that lie beside it, in zarr's format."""
-    root, raw = _t5x_index(path)
     from flax import serialization
 
+    raw = read_bytes(_inside(path, index))
+    root = os.path.dirname(os.path.join(path, index))
     try:
         tree = serialization.msgpack_restore(raw)
         if not isinstance(tree, dict):
@@ -219,34 +251,6 @@ def _t5x(path: str) -> dict[str, Leaf]:
         raise UserError(f"{root}/checkpoint has no tree `target` of parameters: expected one as T5X writes it")
     kept = {name: target[name] for name in ("token_embedder", "encoder") if name in target}
     return {name: _t5x_leaf(root, name, value) for name, value in _flat(kept)}
-
-
-def _t5x_index(path: str) -> tuple[str, bytes]:
-    """The directory of a checkpoint's index and arrays, and the index."""
-    import tensorstore as ts
-
-    path = path.rstrip("/")
-    for index in _INDEXES:
-        root = os.path.join(path, os.path.dirname(index)).rstrip("/")
-        if not path.startswith("gs://"):
-            if not os.path.exists(os.path.join(path, index)):
-                continue
-            _inside(path, index)
-        try:
-            found = ts.KvStore.open(_kvstore(root)).result().read("checkpoint").result()
-        except Exception as e:
-            raise UserError(f"{path} cannot be read ({' '.join(str(e).split())[:300]})") from e
-        if found.state == "value":
-            return root, found.value
-    raise UserError(f"{path} has no file `checkpoint`: {EXPECTED}")
-
-
-def _kvstore(path: str) -> dict:
-    """TensorStore's name of a directory."""
-    if path.startswith("gs://"):
-        bucket, _, inner = path.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": inner.rstrip("/") + "/"}
-    return {"driver": "file", "path": os.path.abspath(path) + "/"}
 
 
 def _is_spec(value) -> bool:
@@ -289,11 +293,9 @@ def _t5x_leaf(root: str, name: str, value) -> Leaf:
 def _zarr(root: str, name: str, directory: str) -> Leaf:
     import tensorstore as ts
 
-    if not root.startswith("gs://"):
-        if not os.path.isdir(os.path.join(root, directory)):
-            raise UserError(f"{root} lacks {directory}, the array of {name}: copy the whole directory")
-        _inside(root, directory)
-    spec = {"driver": "zarr", "kvstore": _kvstore(f"{root}/{directory}")}
+    if not exists(os.path.join(root, directory, ".zarray")):
+        raise UserError(f"{root} lacks {directory}, the array of {name}: copy the whole directory")
+    spec = {"driver": "zarr", "kvstore": kvstore(_inside(root, directory))}
     try:
         store = ts.open(spec, open=True, read=True).result()
     except ValueError as e:
@@ -347,9 +349,9 @@ def _canonical(path: str, found: dict[str, Leaf]) -> dict[str, Leaf]:
     elif any(name.startswith(_SCANNED) for name in found):
         found = _unscanned(path, found)
     if not any(name.startswith("encoder/") for name in found):
-        names = ", ".join(itertools.islice(found, 3)) or "nothing"
+        some = ", ".join(itertools.islice(found, 3)) or "nothing"
         raise UserError(
-            f"{path} has no T5 encoder (it holds {names}): give a checkpoint of a whole T5, or its encoder's"
+            f"{path} has no T5 encoder (it holds {some}): give a checkpoint of a whole T5, or its encoder's"
         )
     return found
 

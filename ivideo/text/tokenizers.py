@@ -13,6 +13,7 @@ import logging
 import numpy as np
 
 from ivideo.errors import UserError
+from ivideo.files import read_bytes
 
 PAD, EOS, OFFSET = 0, 1, 3
 BYTE_VOCAB = 384
@@ -51,8 +52,7 @@ class SentencePiece:
     def load(cls, path: str, vocab: int) -> "SentencePiece":
         """Reads a model for an encoder of `vocab` embeddings; UserError where it is none, or of another vocabulary."""
         try:
-            with open(path, "rb") as f:
-                tokenizer = cls(f.read())
+            tokenizer = cls(read_bytes(path))
             pieces = tokenizer.processor
         except (OSError, RuntimeError) as e:
             raise UserError(f"{path} is not a sentencepiece model ({e}): give T5's, spiece.model") from e
