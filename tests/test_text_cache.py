@@ -2,15 +2,13 @@
 
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
+import random
 
 import fake_bucket
 import numpy as np
 import pytest
 import t5_files as files
+import text_speed
 
 from configs import base
 from ivideo import loop, text, train
@@ -251,25 +249,8 @@ def test_small_beam_works_in_a_bucket(config, tmp_path, monkeypatch):
 
 def test_killed_three_times_it_is_the_same_file_for_file(tmp_path):
     """The command, killed without notice while it writes, and run again."""
-    captions = [f"{shapes.caption(a)} {i}" for a in shapes.TRAIN for i in range(80)]
-    (tmp_path / "captions.txt").write_text("\n".join(captions))
-    command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
-    command += [f"--captions={tmp_path}/captions.txt"]
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-
-    def run(out):
-        return subprocess.Popen([*command, f"--out={tmp_path / out}"], cwd=root, env=env, stderr=subprocess.DEVNULL)
-
-    assert run("whole").wait(300) == 0
-    for kills in range(3):
-        process = run("killed")
-        limit = time.monotonic() + 120
-        while time.monotonic() < limit and len(list(tmp_path.glob("killed/texts-*record"))) <= kills:
-            time.sleep(0.02)
-        time.sleep(0.3)  # within the next shard
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "killed" / "index.json").exists()
-    assert run("killed").wait(300) == 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    captions = tmp_path / "captions.txt"
+    text_speed.write_captions(captions, 40_000)
+    text_speed.finished(text_speed.begin(captions, tmp_path / "whole"))
+    text_speed.killed(captions, tmp_path / "killed", kills=3, rng=random.Random(0))
+    assert text_speed.contents(tmp_path / "killed") == text_speed.contents(tmp_path / "whole")

@@ -13,7 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from ivideo import files
-from ivideo.text import cache, load_encoder
+from ivideo.text import cache, fingerprint, load_encoder
 
 
 def encode_captions(config, pattern: str, out: str, *, shards: int, options: list[str]) -> None:
@@ -23,7 +23,7 @@ def encode_captions(config, pattern: str, out: str, *, shards: int, options: lis
     they are, so the same call again goes on where it was stopped. UserError where the encoder cannot be read, or `out`
     is of others; Beam's own errors for captions that are not UTF-8.
     """
-    cache.begin(out, load_encoder(config.text), shards=shards, of=pattern)
+    cache.begin(out, config.text, fingerprint(config.text), shards=shards, of=pattern)
     with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
         lines = pipeline | "read" >> beam.io.ReadFromText(pattern)
         prompts = pipeline | "sample prompts" >> beam.Create(list(config.train.sample_prompts))

@@ -77,7 +77,7 @@ def encode_captions(config, path: str, out: str) -> None:
     shards = -(-len(captions) // PER_SHARD)
     mesh = sharding.make_mesh(config.text.mesh, jax.local_devices())
     encoder = load_encoder(config.text, mesh=mesh)
-    begin(out, encoder, shards=shards, of=hashlib.sha256("\n".join(captions).encode()).hexdigest())
+    begin(out, config.text, encoder.fingerprint, shards=shards, of=hashlib.sha256("\n".join(captions).encode()).hexdigest())
     parts = [[] for _ in range(shards)]
     for caption in captions:
         parts[shard_of(key_of(caption), shards)].append(caption)
@@ -116,11 +116,14 @@ def _keys(shard: str) -> str:
     return shard.removesuffix(".array_record") + ".keys.npy"
 
 
-def begin(out: str, encoder: TextEncoder, *, shards: int, of: str) -> None:
-    """Writes what a cache will be of, or finds that the one there is of the same. `of`: a digest of the captions."""
+def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> None:
+    """Writes what a cache will be of, or finds that the one there is of the same.
+
+    `fingerprint`: the encoder's; `of`: what tells these captions from others. UserError where `out` is of others.
+    """
     plan = {
-        "version": VERSION, "fingerprint": encoder.fingerprint, "shards": shards, "captions": of,
-        "dim": encoder.module.dim, "length": encoder.length,
+        "version": VERSION, "fingerprint": fingerprint, "shards": shards, "captions": of,
+        "dim": text_config.dim, "length": text_config.length,
     }  # fmt: skip
     path, first = os.path.join(out, PLAN), jax.process_index() == 0
     if not first:
