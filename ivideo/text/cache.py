@@ -77,7 +77,8 @@ def encode_captions(config, path: str, out: str) -> None:
     shards = -(-len(captions) // PER_SHARD)
     mesh = sharding.make_mesh(config.text.mesh, jax.local_devices())
     encoder = load_encoder(config.text, mesh=mesh)
-    begin(out, config.text, encoder.fingerprint, shards=shards, of=hashlib.sha256("\n".join(captions).encode()).hexdigest())
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    begin(out, config.text, encoder.fingerprint, shards=shards, of=digest)
     parts = [[] for _ in range(shards)]
     for caption in captions:
         parts[shard_of(key_of(caption), shards)].append(caption)
