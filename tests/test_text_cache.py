@@ -1,5 +1,6 @@
 """Embeddings made once: what is read is what the encoder makes; stopping, other encoders, damage."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -65,24 +66,32 @@ def test_small_order_and_repetition_change_nothing(config, tmp_path, monkeypatch
     assert contents(first) == contents(second)
 
 
-def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PER_SHARD", 10)
-    whole = contents(made(config, tmp_path, name="whole"))
+@contextlib.contextmanager
+def stopping(shards):
+    """The block is interrupted before it makes another shard than this many; yields the numbers of those made."""
     write, count = cache.write_shard, []
 
-    def stops(*args, **kwargs):
-        if len(count) == 2:
+    def counted(*args, **kwargs):
+        if len(count) == shards:
             raise KeyboardInterrupt
         count.append(args[1])
         write(*args, **kwargs)
 
-    monkeypatch.setattr(cache, "write_shard", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "write_shard", counted)
+        yield count
+
+
+def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    whole = contents(made(config, tmp_path, name="whole"))
+    with stopping(2) as count:
         made(config, tmp_path)
     with pytest.raises(UserError, match="not a whole text cache: run the command that began it again"):
         cache.TextCache.open(str(tmp_path / "cache"), config.text)
     with pytest.raises(UserError, match="is missing, and 2 more: run the same command again"):
         cache.finish(str(tmp_path / "cache"))
+    write = cache.write_shard
     monkeypatch.setattr(cache, "write_shard", lambda *a, **k: (count.append(a[1]), write(*a, **k)))
     assert contents(made(config, tmp_path)) == whole
     assert sorted(count) == list(range(5))  # none was made twice
@@ -149,19 +158,10 @@ def test_small_a_cache_in_a_bucket_is_the_same_files(config, tmp_path, monkeypat
     """Captions from there too; stopped, it goes on; copied to this machine, it is read."""
     monkeypatch.setattr(cache, "PER_SHARD", 10)
     wanted = contents(made(config, tmp_path))
-    write, count = cache.write_shard, []
-
-    def stops(*args, **kwargs):
-        if len(count) == 2:
-            raise KeyboardInterrupt
-        count.append(args[1])
-        write(*args, **kwargs)
-
     with fake_bucket.bucket() as objects:
         objects["captions.txt"] = (tmp_path / "captions.txt").read_bytes()
         run = ("gs://bucket/captions.txt", "gs://bucket/texts/small")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(cache, "write_shard", stops)
+        with stopping(2):
             cache.encode_captions(config, *run)
         cache.encode_captions(config, *run)
         objects.pop("captions.txt")
