@@ -5,7 +5,7 @@
 #
 # The first host is the one that the others find each other by (--coordinator). --folder is the checkout on every host, with
 # an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
-# where all that failed left with 75, 76 or 77, all start again, 20 times at most (RESTARTS), after 30 s (PAUSE).
+# where one left with 75, 76, 77 or 134, all start again, 20 times at most (RESTARTS), after 30 s (PAUSE).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"

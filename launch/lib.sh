@@ -15,9 +15,10 @@ run() { # runs a command, or with --dry_run prints it as one could paste it
   fi
 }
 
-# Exit codes of ivideo.main after which the same command goes on: told to stop, a step hung, another process was lost.
+# Exit codes of ivideo.main after which the same command goes on: told to stop, a step hung, another process was lost; 134
+# where jax itself ended the process for that (SIGABRT).
 can_go_on() {
-  [[ $1 == 75 || $1 == 76 || $1 == 77 ]]
+  [[ $1 == 75 || $1 == 76 || $1 == 77 || $1 == 134 ]]
 }
 
 again() { # runs a command until it ends, up to RESTARTS times more where it left with a code that can go on

@@ -7,8 +7,8 @@
 #   launch/tpu_vm.sh logs    NAME --zone=ZONE [--worker=0]
 #   launch/tpu_vm.sh delete  NAME --zone=ZONE [--yes]
 #
-# `run` is the command of ivideo.main on every host; it starts again where that left with 75, 76 or 77 (stopped and saved, a
-# step hung, a host was lost), 20 times at most (RESTARTS), after 30 s (PAUSE). The --workdir has to be storage that all
+# `run` is the command of ivideo.main on every host; it starts again where that left with 75, 76, 77 or 134 (stopped and saved,
+# a step hung, a host was lost), 20 times at most (RESTARTS), after 30 s (PAUSE). The --workdir has to be storage that all
 # hosts share. `create` without --spot waits in a queue. --dry_run, or DRY_RUN=1, prints the commands and runs none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -99,10 +99,10 @@ def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path
     *codes, killed = wait(processes, 60)
     assert time.time() - began < 60
     assert killed == -signal.SIGKILL
-    assert 0 not in codes
-    *left, _ = logs(workdir, count)
-    said = ["another process of the run went away" in text and "same command goes on" in text for text in left]
-    assert any(said), (codes, left)
+    for code, text in zip(codes, logs(workdir, count), strict=False):
+        ours = code == 77 and "another process of the run went away" in text and "same command goes on" in text
+        # jax may be the first to notice, and ends the process
+        assert ours or (code == -signal.SIGABRT and "another task died" in text), (code, text)
 
     processes = start(workdir, count)
     assert wait(processes) == [0] * count, logs(workdir, count)

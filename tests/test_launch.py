@@ -90,7 +90,7 @@ def test_small_install_and_run_on_every_host():
 
 
 @pytest.mark.parametrize(
-    ("codes", "count", "wanted"), [("75 76 77 0", 4, 0), ("75 1", 2, 1), ("75 75 75 75 75", 4, 75)]
+    ("codes", "count", "wanted"), [("75 76 134 0", 4, 0), ("77 1", 2, 1), ("75 75 75 75 75", 4, 75)]
 )
 def test_small_a_run_that_can_go_on_does(tmp_path, codes, count, wanted):
     env = fake(tmp_path, "gcloud", f'codes=({codes}); exit "${{codes[runs - 1]}}"')
