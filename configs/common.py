@@ -118,7 +118,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps
     config.train.keep = 3  # checkpoints
-    config.train.sample_every = 5000  # steps between sample grids in TensorBoard; 0: none
+    config.train.sample_every = 0 if before else 5000  # steps between sample grids of the base in TensorBoard; 0: none
     config.train.sample_prompts = (
         "a red star moving right on a teal background",
         "a blue circle moving up on a black background",

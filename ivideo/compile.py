@@ -45,11 +45,13 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
     such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
     `bytes` and `memory` are a chip's; `model_flops` are all chips' (see `ivideo.flops`), without rematerialisation.
-    UserError where the topology is unknown, the mesh does not fit it, or the program does not fit the chips: then it
-    says what to change.
+    UserError where the topology is unknown, the mesh or the batch does not fit it, or the program does not fit the
+    chips: then it says what to change.
     """
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(config[what].mesh, devices)
+    if what == "train":
+        train.check_batch(config, mesh)
     program = {"train": training_program, "sample": sampling_program, "text": text_program}[what]
     fn, args, out_shardings, donated = program(config, mesh)
     model_flops = count_flops(config, what)
@@ -59,7 +61,10 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     try:
         compiled = lowered.compile({"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as e:
-        raise _does_not_fit(e, config, topology, what) from e
+        found = _does_not_fit(e, config, topology, what)
+        if found is e:
+            raise
+        raise found from e
     seconds = time.perf_counter() - began
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -1,8 +1,13 @@
 """Several processes, on one machine or many, as one program."""
 
 import logging
+import os
+import secrets
+import socket
+import time
 
 import jax
+import numpy as np
 
 from ivideo.errors import UserError
 
@@ -15,8 +20,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     """Makes this process one of several: before anything else of jax, in every one of them.
 
     Without arguments the surroundings tell (Cloud TPU, GKE, Slurm); else all three are needed: the address HOST:PORT of
-    the first process, their number, and this one's, from 0. UserError where they disagree, or where not all processes
-    come within five minutes.
+    the first process, their number, and this one's, from 0. UserError where they are not in order, or where the first
+    process does not come within five minutes. Where another one does not, jax ends those that have come (SIGABRT).
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -32,6 +37,9 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             raise UserError(
                 f"--coordinator={coordinator}: expected HOST:PORT of the first process, such as 10.0.0.2:8476"
             )
+        log.info("process %d waits for all %d at %s", process_id, num_processes, coordinator)
+        if process_id:
+            _wait_for(host, int(port))
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id,
@@ -45,3 +53,47 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         ) from e
     log.info("process %d of %d, with %d of %d devices", jax.process_index(), jax.process_count(),
              jax.local_device_count(), jax.device_count())  # fmt: skip
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Returns when the first process is there. jax itself would end this one with a page of its own, and no advice."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as e:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator={host}:{port} did not answer in {JOIN_SECONDS} s ({e}): start the first process "
+                    "there with the same address, and let the others reach that port"
+                ) from e
+            time.sleep(0.5)
+
+
+def check_shared(folder: str, seconds: float = 30.0) -> None:
+    """UserError, in all of several processes, where they do not all see the first one's files in a folder.
+
+    They would wait for one another without end as soon as they look at different files. The folder is made.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    seen, first = os.path.join(folder, f".seen-{number:08x}"), jax.process_index() == 0
+    if first:
+        os.makedirs(folder, exist_ok=True)
+        open(seen, "w").close()
+    multihost_utils.sync_global_devices("written")
+    deadline = time.monotonic() + seconds  # shared storage may be late
+    while not os.path.exists(seen) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    there = multihost_utils.process_allgather(np.array(os.path.exists(seen)))
+    if first:
+        os.remove(seen)
+    if not there.all():
+        raise UserError(
+            f"{folder} is not the same folder for all processes: {int((~there).sum())} of {there.size} do not see the "
+            "first one's files; give one that they share (docs/tpu.md)"
+        )

@@ -5,6 +5,7 @@ step done twice the last one counts), events.jsonl (where the time went, `ivideo
 """
 
 import collections
+import contextlib
 import faulthandler
 import json
 import logging
@@ -15,13 +16,14 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from ivideo import chips, sharding, stages
+from ivideo import chips, hosts, sharding, stages
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
@@ -29,7 +31,7 @@ from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
-from ivideo.train import TrainState, embed, init_state, make_train_step, model_flops, state_shapes
+from ivideo.train import TrainState, check_batch, embed, init_state, make_train_step, model_flops, state_shapes
 
 log = logging.getLogger("ivideo")
 
@@ -37,6 +39,10 @@ log = logging.getLogger("ivideo")
 PREEMPTED = 75  # told to stop, and saved
 HUNG = 76  # a step took longer than config.train.hang_seconds
 LOST = 77  # another process of the run went away
+
+# What all processes of a run find at the same step, and what XLA says of a program rather than of another process
+EVERYWHERE = (UserError, FloatingPointError)
+OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 TEXTS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
@@ -55,45 +61,60 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     stages.check(config)
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
-    _check_batch(config, mesh)
-    encoder = load_texts(config, mesh)
-    iterator = make_data(config, encoder, part=sharding.process_part(mesh))
+    check_batch(config, mesh)
+    with Stopping() as stopping, leaving_together():
+        encoder = load_texts(config, mesh)
+        if config.train.sample_every:
+            encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
+        hosts.check_shared(workdir)
+        state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
+    if (step := int(state.step)) < config.train.steps:
+        log.warning("told to stop at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
+        sys.exit(PREEMPTED)
+    return state
+
+
+def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
+    """The run from where it stands to its last step, or to the one after which it is told to stop: that is saved."""
+    reader, readers = sharding.process_parts(mesh)
+    iterator = make_data(config, encoder, reader=reader, readers=readers)
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
-    reporter = Reporter(config, workdir, mesh)
+    reporter, step = Reporter(config, workdir, mesh), 0
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
+    try:
+        shapes = state_shapes(config)
+        where = sharding.of_params(mesh, shapes)
+        like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+        began = time.perf_counter()
+        restored = checkpoints.restore(like, iterator)
+        if restored is None:
+            start = load_params(config.train.start, shapes.params) if config.train.start else None
+            state = jax.jit(lambda params: init_state(config, params), out_shardings=where)(start)
+        else:
+            state = restored[1]
+            reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
+            log.info("going on from step %d of %s", restored[0], workdir)
 
-    shapes = state_shapes(config)
-    where = sharding.of_params(mesh, shapes)
-    like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    began = time.perf_counter()
-    restored = checkpoints.restore(like, iterator)
-    if restored is None:
-        start = load_params(config.train.start, shapes.params) if config.train.start else None
-        state = jax.jit(lambda params: init_state(config, params), out_shardings=where)(start)
-    else:
-        state = restored[1]
-        reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
-        log.info("going on from step %d of %s", restored[0], workdir)
+        embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
+        results = (where, sharding.replicated(mesh))
+        step_fn = jax.jit(make_train_step(config, mesh), donate_argnums=0, out_shardings=results)
 
-    embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
-    step_fn = jax.jit(make_train_step(config, mesh), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
-
-    step = int(state.step)
-    reporter.begin(step)
-    recent = collections.deque(maxlen=50)  # mean losses of the last reports
-    rollbacks = 0
-    saving = True  # whether the newest step has been saved
-    with (
-        Stopping() as stopping,
-        Watchdog(config.train.hang_seconds) as watchdog,
-        Profile(workdir, profile_steps) as profile,
-    ):
-        try:
-            pending = []  # metrics of steps not looked at yet: looking waits for the device
+        step = int(state.step)
+        reporter.begin(step)
+        recent = collections.deque(maxlen=50)  # mean losses of the last reports
+        rollbacks = 0
+        saving = True  # whether the newest step has been saved
+        pending = []  # metrics of steps not looked at yet: looking waits for the device
+        with Watchdog(config.train.hang_seconds) as watchdog, Profile(workdir, profile_steps) as profile:
             while step < config.train.steps and not stopping.at(step):
                 profile.before(step + 1)
                 waiting = time.perf_counter()
-                batch = sharding.to_devices(next(iterator), mesh)
+                try:
+                    batch = sharding.to_devices(next(iterator), mesh)
+                except Exception:
+                    if stopping.told:  # so have been the iterator's own processes, where all of a group are
+                        break
+                    raise
                 reporter.waited(time.perf_counter() - waiting)
                 texts = embed_fn(encoder.params, {name: batch[name] for name in TEXTS if name in batch})
                 state, metrics = step_fn(state, {**batch, **texts})
@@ -115,9 +136,10 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                         if back is not None:
                             reporter.event("rollback", step=step, to=back[0])
                             (step, state), saving = back, True
-                            reporter.go_on(step)
+                            reporter.back_at(step)
                             continue
-                    recent.append(loss)
+                    if np.isfinite(loss):  # not where every update was left out
+                        recent.append(loss)
                 if saving:
                     reporter.saved(step, lambda: checkpoints.save(step, state, iterator))  # noqa: B023 - called at once
                     watchdog.beat()
@@ -129,22 +151,14 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
                 reporter.report(step, _numbers(pending))
                 reporter.saved(step, lambda: checkpoints.save(step, state, iterator))
             checkpoints.close()
-        except jax.errors.JaxRuntimeError as e:
-            if jax.process_count() == 1:
-                raise
-            # Whatever waits for the other processes now, as closing the checkpoints does, would wait forever
-            reporter.event("end", step=step, reason="failed: another process went away")
-            _leave(LOST, f"another process of the run went away at about step {step} ({_line(e)}): this one stops; ")
-        except BaseException as e:
-            reporter.event("end", step=step, reason=f"failed: {type(e).__name__}")
-            checkpoints.close()
-            raise
-        finally:
-            reporter.close()
-        reporter.event("end", step=step, reason="finished" if step >= config.train.steps else "preempted")
-    if step < config.train.steps:
-        log.warning("told to stop: saved step %d in %s; the same command goes on from there", step, workdir)
-        sys.exit(PREEMPTED)
+    except BaseException as e:
+        reporter.event("end", step=step, reason=f"failed: {type(e).__name__}")
+        if jax.process_count() == 1 or isinstance(e, EVERYWHERE):
+            checkpoints.close()  # else it could wait for a process that is gone
+        raise
+    finally:
+        reporter.close()
+    reporter.event("end", step=step, reason="finished" if step >= config.train.steps else "preempted")
     return state
 
 
@@ -155,8 +169,8 @@ def load_texts(config, mesh):
     return load_encoder(config.text, mesh=mesh)
 
 
-def make_data(config, encoder, *, part: tuple[int, int] = (0, 1)):
-    """The endless iterator over one part of the stage's batches, (index, count)."""
+def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
+    """The endless iterator over the stage's batches, or over one reader's parts of them (`make_iterator`)."""
     frames, height, width, _ = stages.video_shape(config)
     crop = None
     if stages.training_shape(config) != stages.video_shape(config):
@@ -167,7 +181,8 @@ def make_data(config, encoder, *, part: tuple[int, int] = (0, 1)):
     )  # fmt: skip
     return make_iterator(
         source, batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
-        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers, part=part,
+        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers,
+        reader=reader, readers=readers,
     )  # fmt: skip
 
 
@@ -182,15 +197,6 @@ def sample_prompts(config, encoder, params) -> np.ndarray:
 
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     return np.asarray(jax.jit(sample, out_shardings=sharding.replicated(mesh))(params))
-
-
-def _check_batch(config, mesh) -> None:
-    parts, size = sharding.batch_parts(mesh), config.train.batch_size
-    if size % (parts * config.train.accumulate):
-        raise UserError(
-            f"config.train.batch_size = {size} in config.train.accumulate = {config.train.accumulate} parts over "
-            f"{parts} devices (config.train.mesh.data × fsdp): choose a multiple of {parts * config.train.accumulate}"
-        )
 
 
 def _numbers(metrics: list[dict]) -> list[dict]:
@@ -219,6 +225,26 @@ def _roll_back(config, checkpoints, like, step, rollbacks):
     return found
 
 
+@contextlib.contextmanager
+def leaving_together():
+    """Of several processes, leaves at once after an error that the others may not have: they would wait for this one.
+
+    With LOST where another process is gone, with 1 and the traceback where this one is at fault.
+    """
+    try:
+        yield
+    except EVERYWHERE:
+        raise
+    except Exception as e:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(OF_THE_PROGRAM):
+            _leave(LOST, f"another process of the run went away ({_line(e)}): this one stops; ")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
@@ -235,7 +261,7 @@ class Stopping:
     """Whether the run has been told to stop, by SIGTERM: to this process, or to any of several, which then agree."""
 
     def __init__(self):
-        self._told = False
+        self.told = False
 
     def __enter__(self):
         # Of several processes jax's own preemption service has the signal, and agrees on a step to stop at
@@ -244,12 +270,12 @@ class Stopping:
         return self
 
     def _tell(self, *_):
-        self._told = True
+        self.told = True
 
     def at(self, step: int) -> bool:
         """Whether to stop before the step after this one; every process asks at every step."""
         if jax.process_count() == 1:
-            return self._told
+            return self.told
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
@@ -290,7 +316,8 @@ class Profile:
     """Records the steps from the first to the last of `steps` in WORKDIR/profile, for xprof; None records nothing."""
 
     def __init__(self, workdir: str, steps: tuple[int, int] | None):
-        self._folder, self._steps, self._on = os.path.join(workdir, "profile"), steps, False
+        self._folder, self._steps = os.path.join(workdir, "profile"), steps
+        self._on = self._done = False
 
     def __enter__(self):
         return self
@@ -298,7 +325,7 @@ class Profile:
     def before(self, step: int) -> None:
         if self._steps and self._steps[0] <= step <= self._steps[1] and not self._on:
             jax.profiler.start_trace(self._folder)
-            self._on = True
+            self._on = self._done = True
 
     def after(self, step: int, metrics) -> None:
         if self._on and step >= self._steps[1]:
@@ -313,6 +340,8 @@ class Profile:
     def __exit__(self, *_):
         if self._on:  # the training ended first
             self._stop()
+        elif self._steps and not self._done:
+            log.warning("nothing is profiled: no step from %d to %d was done", *self._steps)
 
 
 class Reporter:
@@ -321,7 +350,7 @@ class Reporter:
     def __init__(self, config, workdir: str, mesh):
         self._config, self._mesh, self._writes = config, mesh, jax.process_index() == 0
         self._began = self._compiled = self._mark = self._first = None
-        self._input = self._saving = 0.0
+        self._input = 0.0
         if self._writes:
             folder = pathlib.Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -358,14 +387,18 @@ class Reporter:
         """The time since the last report was not that of steps; those after `step` come next."""
         self._first, self._mark, self._input = step, time.perf_counter(), 0.0
 
+    def back_at(self, step: int) -> None:
+        """The run is at an earlier step again; its speed is counted from here."""
+        self.go_on(step)
+        self._start, self._compiled = step, self._mark
+
     def saved(self, step: int, save) -> None:
         """Calls `save`, and counts the time that the loop is held up by it."""
         began = time.perf_counter()
         save()
-        seconds = time.perf_counter() - began
-        self._saving += seconds
         self._mark = time.perf_counter()
-        self.event("saved", step=step, seconds=seconds)
+        self.event("saved", step=step, seconds=self._mark - began)
+        self._keep()
 
     def report(self, step: int, metrics: list[dict]) -> float:
         """Writes the metrics of the steps that end with `step`, and returns their mean loss.
@@ -438,10 +471,18 @@ class Reporter:
             grid = videos.transpose(0, 2, 1, 3, 4).reshape(n * h, t * w, c)
             self._board.add_image("samples", ((grid + 1) * 127.5).astype(np.uint8), step, dataformats="HWC")
 
+    def _keep(self):
+        """A disk may lose what it was not asked to keep; a mounted bucket has nothing of a file before."""
+        if self._writes:
+            for file in (self._metrics, self._events):
+                if not file.closed:
+                    os.fsync(file.fileno())
+
     def close(self) -> None:
         """Writes what is not on disk yet."""
         if self._writes:
             self._board.close()
+            self._keep()
             self._metrics.close()
 
 

@@ -102,11 +102,12 @@ def run() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
-    several = bool(FLAGS.distributed or FLAGS.coordinator)
+    addressed = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    several = FLAGS.distributed or any(value is not None for value in addressed)
     if several:
         from ivideo.hosts import join
 
-        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        join(*addressed)
     _keep_compiled(several)
     if FLAGS.mode == "goodput":
         from ivideo.goodput import report

@@ -222,33 +222,40 @@ def batch_parts(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def process_part(mesh) -> tuple[int, int]:
-    """Which part of a batch this process has to read, as (index, count). Processes that split a video read the same."""
+def process_parts(mesh) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Which of a batch's equal parts (`batch_parts`) each reader of data has, and which reader this process is.
+
+    A pod's mesh follows the chips' network, so that a host's parts need not be in a row. Processes that split a video
+    are one reader: each reads all of its parts. UserError where processes share some parts and not others.
+    """
     rows = np.arange(batch_parts(mesh)).reshape([mesh.shape[axis] for axis in RULES["batch"]] + [1, 1, 1])
     rows = np.broadcast_to(rows, mesh.devices.shape)
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     parts = {p: tuple(sorted(set(rows[processes == p].tolist()))) for p in set(processes.ravel().tolist())}
-    distinct = sorted(set(parts.values()))
-    if sorted(row for part in distinct for row in part) != list(range(rows.max() + 1)) or any(
-        part != tuple(range(part[0], part[0] + len(distinct[0]))) for part in distinct
-    ):
+    readers = tuple(sorted(set(parts.values())))
+    if sum(map(len, readers)) != batch_parts(mesh) or len(set(map(len, readers))) > 1:
         raise UserError(
             f"mesh of {dict(mesh.shape)} over {len(parts)} processes: each process must hold whole videos of its own, "
             "or share all of them; make data × fsdp a multiple of the processes, or divide them"
         )
-    return distinct.index(parts[jax.process_index()]), len(distinct)
+    return readers.index(parts[jax.process_index()]), readers
 
 
 def to_devices(batch, mesh):
-    """This process's part of a batch (`process_part`), a tree of numpy arrays, as global arrays on the mesh."""
-    index, count = process_part(mesh)
+    """This process's parts of a batch (`process_parts`), a tree of numpy arrays, as global arrays on the mesh."""
+    index, readers = process_parts(mesh)
+    mine, count = readers[index], batch_parts(mesh)
 
     def place(x):
-        shape, first = (count * len(x), *x.shape[1:]), index * len(x)
+        shape = (len(readers) * len(x), *x.shape[1:])
+        rows = np.arange(shape[0])
+        if len(readers) > 1:
+            rows = rows.reshape(count, -1)[list(mine)].ravel()
 
         def part(indices):
             start, stop, _ = indices[0].indices(shape[0])
-            return x[(slice(start - first, stop - first), *indices[1:])]
+            first = np.searchsorted(rows, start)
+            return x[(slice(first, first + stop - start), *indices[1:])]
 
         sharding = of_batch(mesh, jax.ShapeDtypeStruct(shape, x.dtype))
         return jax.make_array_from_callback(shape, sharding, part)

@@ -38,6 +38,7 @@ CHOICES = {
 POSITIVE = (
     "video.frames", "video.height", "video.width", "video.fps", "train.batch_size", "train.accumulate", "train.steps",
     "train.log_every", "train.checkpoint_every", "train.keep", "sample.steps", "sample.batch", "text.length",
+    "text.batch",
 )  # fmt: skip
 NOT_NEGATIVE = ("train.max_skipped", "train.spike", "train.max_rollbacks", "train.hang_seconds", "data.workers")
 SHARES = ("train.text_dropout", "train.ema", "sample.gamma", "sample.constant_share")
@@ -68,6 +69,11 @@ def check(config) -> None:
         )
     if config.cond.frames:
         _check_conditioning(config)
+        if config.train.sample_every:
+            raise UserError(
+                f"config.train.sample_every = {config.train.sample_every}: stage {config.stage} makes nothing from "
+                "prompts alone, expected 0"
+            )
     try:
         for height, width in {(config.video.height, config.video.width), training_shape(config)[1:3]}:
             build_model(config).check(height, width)

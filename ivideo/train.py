@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ivideo import augment, conditioning, diffusion, flops, joint, sharding, stages
+from ivideo.errors import UserError
 from ivideo.text import encode, from_bits
 
 
@@ -67,6 +68,17 @@ def embed(text_module, text_params, batch, mesh=None):
         if "image_tokens" in batch:
             texts["image_text"] = encode(text_module, text_params, batch["image_tokens"], batch["image_token_mask"])
         return texts
+
+
+def check_batch(config, mesh) -> None:
+    """UserError where a batch cannot be split over the mesh, or over the processes that its devices are of."""
+    parts, size = sharding.batch_parts(mesh), config.train.batch_size
+    if size % (parts * config.train.accumulate):
+        raise UserError(
+            f"config.train.batch_size = {size} in config.train.accumulate = {config.train.accumulate} parts over "
+            f"{parts} devices (config.train.mesh.data × fsdp): choose a multiple of {parts * config.train.accumulate}"
+        )
+    sharding.process_parts(mesh)
 
 
 def batch_shapes(config) -> dict:

@@ -119,6 +119,31 @@ def test_small_table_and_json(tmp_path):
 
 
 @libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh", "readers"),
+    [
+        ("v5p:4x4x4", {"fsdp": -1}, 16),
+        ("v6e:8x8", {"fsdp": -1}, 16),
+        ("v5e:16x16", {"fsdp": -1}, 64),
+        ("v5e:16x16", {"fsdp": -1, "height": 4}, 32),
+        ("v6e:4x4", {"fsdp": 2, "frames": -1}, 2),
+    ],
+)
+def test_small_hosts_of_a_slice_read_parts_of_the_batch(topology, mesh, readers):
+    """Where a mesh follows the chips' network, a host's parts are not in a row."""
+    mesh = sharding.make_mesh(mesh, compile.topology_devices(topology)[0])
+    _, found = sharding.process_parts(mesh)
+    assert len(found) == readers
+    assert sorted(part for parts in found for part in parts) == list(range(sharding.batch_parts(mesh)))
+
+
+@libtpu
+def test_small_a_batch_that_does_not_divide_is_not_compiled():
+    done = ivideo("--config=configs/base.py:small", "--topology=v5e:2x2", "--config.train.batch_size=6")
+    assert done.returncode == 2 and "batch_size = 6" in done.stderr and "choose a multiple of 4" in done.stderr
+
+
+@libtpu
 def test_small_what_does_not_fit_a_chip_ends_with_what_to_change():
     done = ivideo("--config=configs/base.py:demo", "--topology=v5e:2x2", "--config.train.batch_size=65536")
     assert done.returncode == 2, done.stderr[-2000:]

@@ -12,6 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from ivideo import hosts
+from ivideo.errors import UserError
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
 RUN = [
@@ -128,6 +131,56 @@ def test_small_a_notice_to_one_process_stops_all_of_them(one, tmp_path):
     assert wait(processes) == [75, 75], logs(workdir, 2)
     assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
     assert_same(losses(workdir), one)
+
+
+SHUFFLED = """
+import sys
+import jax
+from configs import base
+from ivideo import hosts, loop
+address, process, workdir, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+hosts.join(address, 2, process)
+config = base.get_config("small")
+config.update_from_flattened_dict({name: eval(value) for name, _, value in (o.partition("=") for o in options)})
+loop.train(config, workdir, devices=[jax.devices()[i] for i in (3, 0, 2, 1)])
+"""
+
+
+def start_shuffled(workdirs) -> list[subprocess.Popen]:
+    """Two processes of two devices each, in an order as a torus has it: neither has parts of a batch in a row."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    env = {**os.environ, "XLA_FLAGS": flags}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    values = [option.removeprefix("--config.") for option in RUN[1:]]
+    address, processes = f"127.0.0.1:{free_port()}", []
+    for i, workdir in enumerate(workdirs):
+        command = [sys.executable, "-c", SHUFFLED, address, str(i), str(workdir)]
+        with open(f"{workdir}.{i}.log", "a") as log:
+            processes.append(subprocess.Popen([*command, *values], cwd=ROOT, env=env, stderr=log, stdout=log))
+    return processes
+
+
+def test_small_processes_whose_parts_are_not_in_a_row(one, tmp_path):
+    workdir = tmp_path / "run"
+    assert wait(start_shuffled([workdir, workdir])) == [0, 0], logs(workdir, 2)
+    assert_same(losses(workdir), one)
+
+
+def test_small_folders_that_are_not_shared_are_refused(tmp_path):
+    """Each process with a folder of its own, as machines without shared storage have."""
+    workdirs = [tmp_path / "a", tmp_path / "b"]
+    assert wait(start_shuffled(workdirs), 100) == [1, 1]
+    for i, workdir in enumerate(workdirs):
+        said = pathlib.Path(f"{workdir}.{i}.log").read_text()
+        assert "is not the same folder for all processes: 1 of 2 do not see" in said
+    assert list((tmp_path / "a").iterdir()) == [] and not (tmp_path / "b").exists()
+
+
+def test_small_a_first_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "JOIN_SECONDS", 1)
+    port = free_port()
+    with pytest.raises(UserError, match=rf"--coordinator=127.0.0.1:{port} did not answer in 1 s"):
+        hosts.join(f"127.0.0.1:{port}", 2, 1)
 
 
 @pytest.mark.parametrize(

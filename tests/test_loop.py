@@ -2,7 +2,9 @@
 
 import collections
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -110,6 +112,101 @@ def test_small_peaks_are_known_by_the_devices_names():
 def test_small_a_spike_is_a_multiple_of_the_usual_loss(spike, loss, count, wanted):
     config = run_config(**{"train.spike": spike})
     assert loop._spiked(config, loss, collections.deque([1.0] * (count - 1) + [9.0])) == wanted
+
+
+def test_small_losses_that_are_not_numbers_are_not_compared_with(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "_spiked", lambda config, loss, recent: seen.append((loss, list(recent))))
+    monkeypatch.setattr(loop, "_numbers", lambda metrics: [with_nan(m) for m in metrics])
+
+    def with_nan(metrics):
+        values = {name: float(value) for name, value in metrics.items()}
+        return {**values, "loss": np.nan} if len(seen) in (1, 2) else values
+
+    loop.train(run_config(**{"train.steps": 5}), str(tmp_path), devices=jax.devices()[:1])
+    assert [np.isnan(loss) for loss, _ in seen] == [False, True, True, False, False]
+    assert [len(recent) for _, recent in seen] == [0, 1, 1, 1, 2]
+
+
+class Notice:
+    """An iterator over batches of which asking for the third one brings SIGTERM, and the loss of its own processes."""
+
+    def __init__(self, iterator):
+        self._iterator, self._count = iterator, 0
+
+    def __next__(self):
+        self._count += 1
+        if self._count == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("Worker process was terminated unexpectedly")
+        return next(self._iterator)
+
+    def __getattr__(self, name):
+        return getattr(self._iterator, name)
+
+
+def test_small_a_notice_that_also_ends_the_readers_of_data_saves(tmp_path, monkeypatch):
+    make_data, save = loop.make_data, loop.Checkpoints.save
+    monkeypatch.setattr(loop, "make_data", lambda *args, **options: Notice(make_data(*args, **options)))
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state, i: save(self, step, state, i._iterator))
+    monkeypatch.setattr(loop.Checkpoints, "restore", lambda *_: None)
+    with pytest.raises(SystemExit) as left:
+        loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    assert left.value.code == loop.PREEMPTED
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert lines(tmp_path / "events.jsonl")[-1]["reason"] == "preempted"
+
+
+def test_small_a_notice_before_the_first_step_leaves_as_one_after_it(tmp_path, monkeypatch):
+    load_texts = loop.load_texts
+
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_texts(*args)
+
+    monkeypatch.setattr(loop, "load_texts", told)
+    with pytest.raises(SystemExit) as left:
+        loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    assert left.value.code == loop.PREEMPTED
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path):
+    config = run_config(**{"train.start": str(tmp_path / "none.safetensors")})
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        loop.train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
+    start, end = lines(tmp_path / "run" / "events.jsonl")
+    assert (start["event"], end["reason"]) == ("start", "failed: UserError")
+
+
+LEAVING = """
+import jax
+from ivideo import loop
+jax.process_count = lambda: 2
+with loop.leaving_together():
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("jax.errors.JaxRuntimeError('INTERNAL: Gloo: Connection closed')", 77, "same command goes on"),
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "RESOURCE_EXHAUSTED: Out of memory"),
+        ("RuntimeError('a damaged clip')", 1, "RuntimeError: a damaged clip"),
+        ("loop.UserError('wrong')", 1, "ivideo.errors.UserError: wrong"),
+    ],
+)
+def test_small_one_of_several_processes_says_who_is_at_fault(error, code, said):
+    program = LEAVING.format(error=error)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and said in done.stderr, done.stderr
+
+
+def test_small_profiled_steps_that_never_come_are_said(tmp_path, caplog):
+    config = run_config(**{"train.steps": 2})
+    loop.train(config, str(tmp_path), devices=jax.devices()[:1], profile_steps=(3, 4))
+    assert "nothing is profiled: no step from 3 to 4 was done" in caplog.text
 
 
 def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):

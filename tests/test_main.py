@@ -32,6 +32,12 @@ MISTAKES = {
     "topology": ([SMALL, "--mode=compile", "--topology=v9:4x4"], ["'v9:4x4'", "v5e:4x4"]),
     "no_topology": ([SMALL, "--mode=compile"], ["--topology is missing"]),
     "processes": ([SMALL, "--coordinator=here:1", "--workdir={tmp}/w"], ["--num_processes", "--process_id"]),
+    "no_coordinator": ([SMALL, "--num_processes=2", "--process_id=0", "--workdir={tmp}/w"], ["--coordinator missing"]),
+    "samples": (
+        ["--config=configs/ssr1.py:small", "--config.train.sample_every=5", "--workdir={tmp}/w"],
+        ["sample_every = 5", "expected 0"],
+    ),
+    "text_batch": ([SMALL, "--config.text.batch=0", "--workdir={tmp}/w"], ["config.text.batch = 0"]),
     "profile": ([SMALL, "--profile_steps=5", "--workdir={tmp}/w"], ["--profile_steps=5", "10,15"]),
     "no_run": ([SMALL, "--mode=goodput", "--workdir={tmp}/none"], ["{tmp}/none"]),
     "no_prompt": ([SMALL, "--mode=sample", "--out={tmp}/new.mp4"], ["--prompt", "--prompts_file"]),

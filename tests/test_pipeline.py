@@ -160,20 +160,22 @@ def test_small_orbax_saves_and_restores_the_state(tmp_path):
         pipeline.read_state(tmp_path)
 
 
-def test_small_processes_share_the_global_batch():
+@pytest.mark.parametrize("readers", [((0,), (1,), (2,), (3,)), ((0, 1), (2, 3)), ((0, 3), (1, 2))], ids=str)
+def test_small_processes_share_the_global_batch(readers):
+    """Whichever parts of it each has: together they read the batch that one alone reads."""
     source = make_source()
     whole = make_iterator(source, batch_size=8, num_images=2)
     wanted = [next(whole) for _ in range(2)]
-    parts = []
-    for index in range(4):
-        iterator = make_iterator(source, batch_size=8, num_images=2, part=(index, 4))
-        parts.append([next(iterator) for _ in range(2)])
+    for reader, parts in enumerate(readers):
+        iterator = make_iterator(source, batch_size=8, num_images=2, reader=reader, readers=readers)
+        for step in range(2):
+            found = next(iterator)
+            for key in ARRAYS:
+                rows = wanted[step][key].reshape(4, 2, *wanted[step][key].shape[1:])[list(parts)]
+                np.testing.assert_array_equal(found[key], rows.reshape(-1, *rows.shape[2:]))
         assert iterator.get_state() == whole.get_state()
-    for step in range(2):
-        for key in ARRAYS:
-            np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), wanted[step][key])
-    with pytest.raises(ValueError, match="batch_size is 6 over 4 processes, expected a positive multiple of 4"):
-        make_iterator(source, batch_size=6, part=(0, 4))
+    with pytest.raises(ValueError, match="batch_size is 6 in 4 parts, expected a positive multiple of 4"):
+        make_iterator(source, batch_size=6, readers=readers)
 
 
 def test_small_workers_make_the_same_batches():

@@ -1,6 +1,7 @@
 """Where arrays live: meshes, layouts of compiled programs, and gradients that do not depend on them."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -191,13 +192,30 @@ def test_small_sampling_does_not_depend_on_the_mesh(sizes):
     np.testing.assert_allclose(run(mesh_of(**sizes)), run(None), atol=2e-5)
 
 
+def mesh_over(processes, **sizes):
+    """What is asked of a mesh whose devices, in their order, are of these processes."""
+    devices = np.array([types.SimpleNamespace(process_index=p) for p in processes])
+    shape = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
+    return types.SimpleNamespace(devices=devices.reshape(list(shape.values())), shape=shape)
+
+
+def test_small_processes_have_the_parts_of_their_devices():
+    found = sharding.process_parts(mesh_over([0, 1, 0, 1, 2, 3, 2, 3], fsdp=8))  # as on a torus of 2 × 2 a host
+    assert found == (0, ((0, 2), (1, 3), (4, 6), (5, 7)))
+    assert sharding.process_parts(mesh_over([1, 1, 0, 0], data=2, fsdp=2)) == (1, ((0, 1), (2, 3)))
+    # two processes split every video of theirs, and read the same
+    assert sharding.process_parts(mesh_over([0, 1, 0, 1, 2, 3, 2, 3], fsdp=4, height=2)) == (0, ((0, 1), (2, 3)))
+    with pytest.raises(UserError, match=r"over 2 processes: each process must hold whole videos of its own"):
+        sharding.process_parts(mesh_over([0, 0, 0, 1, 1, 1], fsdp=3, height=2))
+
+
 def test_small_every_device_gets_its_part_of_a_batch():
     mesh = mesh_of(data=2, fsdp=2, height=2)
     batch = {
         "video": np.arange(4 * 2 * 4 * 2 * 3, dtype=np.float32).reshape(4, 2, 4, 2, 3),
         "mask": np.ones((4, 5), bool),
     }
-    assert sharding.process_part(mesh) == (0, 1)
+    assert sharding.process_parts(mesh) == (0, ((0, 1, 2, 3),))
     placed = sharding.to_devices(batch, mesh)
     for name, value in batch.items():
         np.testing.assert_array_equal(sharding.to_host(placed[name]), value)

@@ -14,6 +14,7 @@ import numpy as np
 from ivideo.errors import UserError
 
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+Readers = tuple[tuple[int, ...], ...]  # the numbers of a batch's equal parts that each of several readers has
 
 
 class _Indexed:
@@ -82,16 +83,17 @@ class _Tokenize(grain.transforms.Map):
         return out
 
 
-class _PartsInARow(grain.MapDataset):
-    """The order in which every count-th example, from the index-th, makes the index-th part of each batch in a row.
+class _DealtInParts(grain.MapDataset):
+    """The order in which every n-th example, from the i-th, makes the i-th of n readers' parts of each batch.
 
     Grain deals the examples of a batch out to its readers one by one; a device's part of an array is in one piece, and
-    which example has which place must not depend on the number of readers.
+    which example has which place must not depend on the readers.
     """
 
-    def __init__(self, parent: grain.MapDataset, batch_size: int, count: int):
+    def __init__(self, parent: grain.MapDataset, batch_size: int, readers: Readers):
         super().__init__(parent)
-        self._batch_size, self._count = batch_size, count
+        self._batch_size, self._readers = batch_size, readers
+        self._part_size = batch_size // sum(map(len, readers))
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -100,8 +102,9 @@ class _PartsInARow(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         batch, place = divmod(index, self._batch_size)
-        row, part = divmod(place, self._count)
-        return self._parent[batch * self._batch_size + part * (self._batch_size // self._count) + row]
+        row, reader = divmod(place, len(self._readers))
+        number, row = divmod(row, self._part_size)
+        return self._parent[batch * self._batch_size + self._readers[reader][number] * self._part_size + row]
 
 
 def make_dataset(
@@ -142,16 +145,17 @@ def make_iterator(
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 2,
-    part: tuple[int, int] = (0, 1),
+    reader: int = 0,
+    readers: Readers = ((0,),),
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches of numpy arrays, or of one part of every batch.
+    """An endless iterator of batches of numpy arrays, or of some parts of every batch.
 
     `source`: see `ivideo.data.sources`. `batch_size`: clips over all parts together. `seed`: of the order and of
     the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`, or a `TextCache`. `num_workers`:
     processes that prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass
     a `source` and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0:
-    none, in line); `prefetch`: batches kept ready by each process, which bounds the memory. `part`: (index, count), of
-    several processes that read a part each (`sharding.process_part`).
+    none, in line); `prefetch`: batches kept ready by each process, which bounds the memory. `reader`: which one of
+    `readers` this is, where several processes read (`sharding.process_parts`); its parts come in their order.
 
     A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
     positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
@@ -159,21 +163,21 @@ def make_iterator(
     the bits of bfloat16 as uint16.
 
     Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
-    count of parts and workers. UserError where batch_size does not divide among the parts.
+    count of readers and workers. UserError where batch_size does not divide among the parts.
     """
-    shard = grain.sharding.ShardOptions(shard_index=part[0], shard_count=part[1])
-    if batch_size < 1 or batch_size % shard.shard_count:
+    shard, parts = grain.sharding.ShardOptions(reader, len(readers)), sum(map(len, readers))
+    if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"batch_size is {batch_size} over {shard.shard_count} processes, expected a positive multiple of "
-            f"{shard.shard_count}: the batch is of all processes together."
+            f"batch_size is {batch_size} in {parts} parts, expected a positive multiple of {parts}: the batch is of "
+            "all processes together."
         )
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
     dataset = make_dataset(
         source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle
     )
-    if shard.shard_count > 1:
-        dataset = _PartsInARow(dataset, batch_size, shard.shard_count)
+    if len(readers) > 1:
+        dataset = _DealtInParts(dataset, batch_size, readers)
     # Grain keeps 500 elements ready unless told, here whole batches of video.
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     workers = None
