@@ -9,8 +9,8 @@
 # `render` prints the manifest (JobSet has to be installed in the cluster), `apply` hands it to kubectl; `xpk` does with
 # Google's xpk what it does to a cluster that xpk made. --chips=4 is a host's. The --workdir is storage that all hosts share,
 # such as a bucket mounted by the image. A process told to stop saves within --grace=120 s and the JobSet starts again, 50
-# times at most (--restarts). The image has this checkout in its working folder, installed with '.[tpu]'. --dry_run, or
-# DRY_RUN=1, prints the commands and runs none.
+# times at most (--restarts); exit codes 1 and 2, mistakes that would be made again, end it. The image has this checkout in
+# its working folder, installed with '.[tpu]'. --dry_run, or DRY_RUN=1, prints the commands and runs none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -65,6 +65,10 @@ spec:
   # A host that leaves takes the others with it; all of them go on from the newest checkpoint
   failurePolicy:
     maxRestarts: $restarts
+    rules:
+    - name: mistake
+      action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: host
     replicas: 1
@@ -74,9 +78,17 @@ spec:
         completions: $hosts
         completionMode: Indexed
         backoffLimit: 0
+        # A mistake in the command, or too many updates that were not finite: again, it would only fail again
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes:
+              containerName: ivideo
+              operator: In
+              values: [1, 2]
         template:
           spec:
-            restartPolicy: Never
+            restartPolicy: Never # podFailurePolicy asks for it
             terminationGracePeriodSeconds: $grace
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $accelerator

@@ -5,7 +5,8 @@
 #
 # The first host is the one that the others find each other by (--coordinator). --folder is the checkout on every host, with
 # an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
-# where one left with 75, 76, 77 or 134, all start again, 20 times at most (RESTARTS), after 30 s (PAUSE).
+# where one left with 75, 76, 77 or 134, all start again after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of
+# an hour (LONG, in seconds) begins a new row.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -35,8 +36,9 @@ once() { # every host's process; ends with the first code that is not 0, the gra
   local i pids=() worst=0 code
   for i in "${!hosts[@]}"; do
     local process=(.venv/bin/python -m ivideo.main "--coordinator=${hosts[0]}:$port" "--num_processes=${#hosts[@]}" "--process_id=$i" "${rest[@]}")
-    # -tt: should this script end, so do the processes
-    local command=(ssh -tt -o BatchMode=yes "${hosts[i]}" "cd $(quoted "$folder") && $(quoted "${process[@]}")")
+    # -tt: should this script end, so do the processes. With exit, the shell there outlives the process: of one that a signal
+    # ended, ssh itself would tell 255, the shell tells which signal
+    local command=(ssh -tt -o BatchMode=yes "${hosts[i]}" "cd $(quoted "$folder") && $(quoted "${process[@]}"); exit \$?")
     if [[ -n ${DRY_RUN:-} ]]; then
       run "${command[@]}"
     else
@@ -55,7 +57,8 @@ once() { # every host's process; ends with the first code that is not 0, the gra
 
 DRY_RUN_ONCE=${DRY_RUN:-}
 if [[ -n $DRY_RUN_ONCE ]]; then once; else
-  trap 'kill 0' INT TERM
+  # The signal goes to this script too, which must not answer it again
+  trap 'trap "" INT TERM; kill 0; exit 143' INT TERM
   run() { "$@"; }
   again once
 fi

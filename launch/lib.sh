@@ -21,18 +21,22 @@ can_go_on() {
   [[ $1 == 75 || $1 == 76 || $1 == 77 || $1 == 134 ]]
 }
 
-again() { # runs a command until it ends, up to RESTARTS times more where it left with a code that can go on
-  local left=${RESTARTS:-20} code
+again() { # runs a command until it ends, up to RESTARTS times more in a row where it left with a code that can go on
+  local left=${RESTARTS:-20} code start
   while true; do
-    code=0
+    code=0 start=$SECONDS
     run "$@" || code=$?
     if ! can_go_on "$code"; then return "$code"; fi
+    # In weeks many machines go away; that nothing goes on shows in runs that end soon, one after the other
+    if ((SECONDS - start >= ${LONG:-3600})); then left=${RESTARTS:-20}; fi
     if ((left-- == 0)); then
-      echo "left with $code once more, after ${RESTARTS:-20} restarts: giving up" >&2
+      echo "left with $code once more, after ${RESTARTS:-20} restarts in a row: giving up" >&2
       return "$code"
     fi
     echo "left with $code: again in ${PAUSE:-30} s" >&2
-    sleep "${PAUSE:-30}"
+    # A trap waits for what runs in the foreground to end
+    sleep "${PAUSE:-30}" &
+    wait $!
   done
 }
 

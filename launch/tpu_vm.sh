@@ -7,9 +7,13 @@
 #   launch/tpu_vm.sh logs    NAME --zone=ZONE [--worker=0]
 #   launch/tpu_vm.sh delete  NAME --zone=ZONE [--yes]
 #
-# `run` is the command of ivideo.main on every host; it starts again where that left with 75, 76, 77 or 134 (stopped and saved,
-# a step hung, a host was lost), 20 times at most (RESTARTS), after 30 s (PAUSE). The --workdir has to be storage that all
-# hosts share. `create` without --spot waits in a queue. --dry_run, or DRY_RUN=1, prints the commands and runs none.
+# `install` copies this checkout to every host and makes its environment anew, with Python 3.12; again after changes to it.
+# `run` is the command of ivideo.main on every host; while the slice is there, it starts again where that left with 75, 76, 77
+# or 134 (stopped and saved, a step hung, a process was lost), after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run
+# of an hour (LONG, in seconds) begins a new row. A slice that Google took back, as it may any with --spot, is gone and `run`
+# ends with gcloud's error: nothing here makes another. `delete` what is left of its request, then `create`, `install` and
+# `run` as before, and the run goes on from its --workdir, which has to be storage that all hosts share and that outlives the
+# slice. `create` without --spot waits in a queue. --dry_run, or DRY_RUN=1, prints the commands and runs none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -70,10 +74,16 @@ case $action in
   install)
     # The checkout as it is, so that changes travel too; build outputs stay here
     archive=/tmp/ivideo.tar.gz
-    run tar --exclude=.git --exclude=runs -czf "$archive" -C "$here/.." .
+    left_out=()
+    for pattern in .git runs .venv venv build '*.egg-info' __pycache__ .pytest_cache .ruff_cache; do
+      left_out+=("--exclude=$pattern")
+    done
+    run tar "${left_out[@]}" -czf "$archive" -C "$here/.." .
     tpu scp "$archive" "$name:/tmp/ivideo.tar.gz" --worker=all
     run "${gcloud_tpu[@]}"
-    on_all 'mkdir -p ~/ivideo && tar -xzf /tmp/ivideo.tar.gz -C ~/ivideo && cd ~/ivideo && python3 -m venv .venv && .venv/bin/pip install --quiet ".[tpu]"'
+    # The images' own Python may be 3.10, which is too old; uv brings one. --clear: without it, uv does not replace what an
+    # earlier install made
+    on_all 'mkdir -p ~/ivideo && tar -xzf /tmp/ivideo.tar.gz -C ~/ivideo && cd ~/ivideo && python3 -m pip install --user --quiet uv && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet --python .venv ".[tpu]"'
     ;;
   run)
     [[ ${#rest[@]} -gt 0 ]] || fail "no arguments of ivideo.main: give them after --, such as -- --config=configs/ssr2.py --workdir=DIR"

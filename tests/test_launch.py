@@ -1,10 +1,16 @@
 """The scripts that start runs elsewhere: what they would run, when they run it again, and their mistakes."""
 
+import contextlib
 import os
 import pathlib
+import re
+import select
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -35,7 +41,7 @@ def printed(*arguments) -> list[list[str]]:
 
 def fake(folder, name, script):
     """A program of this name that writes its arguments to NAME.log and then does as the script says."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(
         f'#!/usr/bin/env bash\necho "$@" >> "{folder}/{name}.log"\nruns=$(wc -l < "{folder}/{name}.log")\n{script}\n'
@@ -79,14 +85,49 @@ def test_small_create_a_slice():
 
 def test_small_install_and_run_on_every_host():
     (pack, copy, install) = printed("tpu_vm.sh", "install", "pod", "--zone=z")
-    assert pack[0] == "tar"
+    assert pack[0] == "tar" and {"--exclude=.git", "--exclude=.venv", "--exclude=*.egg-info"} < set(pack)
     assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"] and copy[-2:] == ["--worker=all", "--zone=z"]
-    assert any('pip install --quiet ".[tpu]"' in word for word in install)
+    assert any('uv pip install --quiet --python .venv ".[tpu]"' in word for word in install)
     ((*start, command, zone),) = printed("tpu_vm.sh", "run", "pod", "--zone=z", *RUN)
     assert start == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and zone == "--zone=z"
     # what the host's shell makes of it
     words = shlex.split(command.removeprefix("--command="), comments=False)
     assert "--workdir=/mnt/runs/a b" in words and "--distributed" in words
+
+
+def test_small_what_installing_does_here_and_on_a_host(tmp_path):
+    """Build outputs do not travel; the environment gets a Python that setup.py takes, also the second time."""
+    checkout, home = tmp_path / "checkout", tmp_path / "home"
+    for name in ("launch", "ivideo/__pycache__", ".git", "runs", ".venv", "venv", "build", "ivideo.egg-info"):
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "file").touch()
+    for script in SCRIPTS:
+        shutil.copy(script, checkout / "launch")
+    # gcloud's ssh runs the command here, as a host with this home would
+    line = 'for word; do [[ $word != --command=* ]] || bash -c "${word#--command=}"; done'
+    env = {**fake(tmp_path / "bin", "gcloud", line), "HOME": str(home)}
+    fake(tmp_path / "bin", "python3", "")
+    fake(home / ".local" / "bin", "uv", "")
+    # and the archive is the test's own
+    fake(tmp_path / "bin", "tar", f'exec {shutil.which("tar")} "${{@//\\/tmp\\/ivideo.tar.gz/{tmp_path}/archive}}"')
+    for _ in range(2):
+        done = subprocess.run(
+            [str(checkout / "launch" / "tpu_vm.sh"), "install", "pod", "--zone=z"],
+            env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (home / "ivideo").iterdir()} == {"launch", "ivideo"}
+    assert not list((home / "ivideo" / "ivideo").iterdir())
+    assert (tmp_path / "bin" / "python3.log").read_text() == 2 * "-m pip install --user --quiet uv\n"
+    assert (home / ".local" / "bin" / "uv.log").read_text() == 2 * (
+        "venv --quiet --clear --python 3.12 .venv\npip install --quiet --python .venv .[tpu]\n"
+    )
+
+
+def test_small_help_says_that_a_slice_taken_back_stays_away():
+    text = " ".join(launch("tpu_vm.sh", "--help").stdout.split())
+    assert "nothing here makes another" in text
+    assert "`delete` what is left of its request, then `create`, `install` and `run`" in text
 
 
 @pytest.mark.parametrize(
@@ -99,6 +140,15 @@ def test_small_a_run_that_can_go_on_does(tmp_path, codes, count, wanted):
     assert done.stderr.count("again in 0 s") == count - 1
 
 
+@pytest.mark.parametrize(("long", "count", "wanted"), [("0", 6, 0), ("3600", 3, 75)])
+def test_small_restarts_count_in_a_row(tmp_path, long, count, wanted):
+    """With LONG=0 every run is one that went well for long."""
+    env = fake(tmp_path, "gcloud", "((runs <= 5)) && exit 75; exit 0")
+    done = launch("tpu_vm.sh", "run", "pod", "--zone=z", *RUN, env={**env, "RESTARTS": "2", "LONG": long})
+    assert (done.returncode, runs(tmp_path, "gcloud")) == (wanted, count)
+    assert ("after 2 restarts in a row: giving up" in done.stderr) == (wanted != 0)
+
+
 def test_small_one_process_a_host():
     found = printed("hosts.sh", "a,b", *RUN)
     assert [command[:5] for command in found] == [["ssh", "-tt", "-o", "BatchMode=yes", host] for host in "ab"]
@@ -108,7 +158,7 @@ def test_small_one_process_a_host():
         assert words[3:9] == [
             ".venv/bin/python", "-m", "ivideo.main", "--coordinator=a:8476", "--num_processes=2", f"--process_id={i}"
         ]  # fmt: skip
-        assert words[-1] == "--workdir=/mnt/runs/a b"
+        assert words[-3:] == ["--workdir=/mnt/runs/a b;", "exit", "$?"]
 
 
 @pytest.mark.parametrize(("first", "later", "count", "wanted"), [(77, 0, 4, 0), (1, 0, 2, 1)])
@@ -119,21 +169,68 @@ def test_small_hosts_start_again_together(tmp_path, first, later, count, wanted)
     assert {line for line in done.stdout.splitlines() if "hello" in line} == {"a: hello", "b: hello"}
 
 
+def test_small_a_process_that_jax_aborts_is_started_again(tmp_path):
+    """As ssh, which leaves with 255 where a signal ended what it ran."""
+    program = "import subprocess as s, sys; n = s.call(['bash', '-c', sys.argv[-1]]); sys.exit(n if n >= 0 else 255)"
+    env = fake(tmp_path, "ssh", f'exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} "$@"')
+    there = tmp_path / "check out" / ".venv" / "bin"
+    fake(there, "python", "ulimit -c 0; ((runs > 1)) || kill -ABRT $$")
+    done = launch("hosts.sh", "a", f"--folder={there.parents[1]}", *RUN, env=env)
+    assert (done.returncode, runs(there, "python")) == (0, 2), done.stdout + done.stderr
+    assert "left with 134: again in 0 s" in done.stderr
+    assert (there / "python.log").read_text().splitlines()[0].endswith("--workdir=/mnt/runs/a b")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("what", ["run", "pause"])
+def test_small_hosts_end_with_their_script(tmp_path, what, number):
+    # whatever the script starts holds the pipe open until it ends
+    ours, theirs = os.pipe()
+    env = {**fake(tmp_path, "ssh", "exec sleep 60" if what == "run" else "exit 75"), "PAUSE": "60"}
+    script = subprocess.Popen(
+        [str(LAUNCH / "hosts.sh"), "a,b", *RUN], env={**os.environ, **env}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[theirs],
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        until = time.monotonic() + 30
+        if what == "pause":
+            assert "again in 60 s" in script.stderr.readline()
+        while runs(tmp_path, "ssh") < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        script.send_signal(number)
+        _, errors = script.communicate(timeout=15)
+        assert (script.returncode, errors) == (143, "")
+        assert select.select([ours], [], [], 15)[0] and os.read(ours, 1) == b""
+    finally:
+        os.close(ours)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+
+
 def test_small_manifest_of_a_jobset():
     yaml = pytest.importorskip("yaml")
     done = launch("gke.sh", "render", "ssr2", *MANIFEST, *RUN, 'a "quoted" word')
     found = yaml.safe_load(done.stdout)
     assert (found["kind"], found["metadata"]["name"]) == ("JobSet", "ssr2")
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 50
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert re.fullmatch("[A-Za-z][A-Za-z0-9_,:]*", rule["name"])  # what JobSet takes
     (job,) = found["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"] == 16
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "ivideo", "operator": "In", "values": [1, 2]}}
     pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     (container,) = pod["containers"]
+    assert container["name"] == "ivideo"
     assert container["args"] == ["-m", "ivideo.main", "--distributed", *RUN[1:], 'a "quoted" word']
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
