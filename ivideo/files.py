@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tempfile
+import uuid
 
 from ivideo.errors import UserError
 
@@ -70,9 +71,12 @@ def whole(path: str):
             with open(temporary, "rb") as f:
                 _asked(path, lambda store: store.write(os.path.basename(path), f.read()))
         return
-    temporary = f"{path}.tmp{os.getpid()}"
+    # Of this writer alone: those of other machines may have the same process number
+    temporary = f"{path}.tmp{uuid.uuid4().hex}"
     try:
         yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())  # a machine that is lost after the renaming would leave an empty file
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -87,11 +91,14 @@ def write_text(path, text: str) -> None:
 
 
 def read_json(path):
-    """A JSON file's value; UserError where it is damaged."""
+    """A JSON file's object; UserError where it is damaged, or holds something else."""
     try:
-        return json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): copy it again") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {str(value)[:50]}, expected an object with names: copy it again")
+    return value
 
 
 def write_json(path, value) -> None:

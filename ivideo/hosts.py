@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
+LOST = 77  # exit code where another process is not there, or went away
 JOIN_SECONDS = 300  # for all processes to be there
 HEARTBEAT_SECONDS = 40  # without a sign of life, and the others are told that a process is lost
 
@@ -20,8 +22,9 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     """Makes this process one of several: before anything else of jax, in every one of them.
 
     Without arguments the surroundings tell (Cloud TPU, GKE, Slurm); else all three are needed: the address HOST:PORT of
-    the first process, their number, and this one's, from 0. UserError where they are not in order, or where the first
-    process does not come within five minutes. Where another one does not, jax ends those that have come (SIGABRT).
+    the first process, their number, and this one's, from 0. UserError where they are not in order. Where the first
+    process does not come within five minutes, the others leave with exit code LOST, since machines come late; where
+    another one does not, jax ends those that have come (SIGABRT).
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -64,10 +67,11 @@ def _wait_for(host: str, port: int) -> None:
             return
         except OSError as e:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"--coordinator={host}:{port} did not answer in {JOIN_SECONDS} s ({e}): start the first process "
-                    "there with the same address, and let the others reach that port"
-                ) from e
+                log.error(
+                    "--coordinator=%s:%d did not answer in %d s (%s): start the first process there with the same "
+                    "address, and let the others reach that port (exit code %d)", host, port, JOIN_SECONDS, e, LOST,
+                )  # fmt: skip
+                sys.exit(LOST)
             time.sleep(0.5)
 
 

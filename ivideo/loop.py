@@ -35,10 +35,9 @@ from ivideo.train import TrainState, check_batch, embed, init_state, make_train_
 
 log = logging.getLogger("ivideo")
 
-# Exit codes of runs that the same command takes up again. 75 is EX_TEMPFAIL
+# Exit codes of runs that the same command takes up again, with `hosts.LOST`. 75 is EX_TEMPFAIL
 PREEMPTED = 75  # told to stop, and saved
 HUNG = 76  # a step took longer than config.train.hang_seconds
-LOST = 77  # another process of the run went away
 
 # What all processes of a run find at the same step, and what XLA says of a program rather than of another process
 EVERYWHERE = (UserError, FloatingPointError)
@@ -229,7 +228,7 @@ def _roll_back(config, checkpoints, like, step, rollbacks):
 def leaving_together():
     """Of several processes, leaves at once after an error that the others may not have: they would wait for this one.
 
-    With LOST where another process is gone, with 1 and the traceback where this one is at fault.
+    With `hosts.LOST` where another process is gone, with 1 and the traceback where this one is at fault.
     """
     try:
         yield
@@ -239,7 +238,7 @@ def leaving_together():
         if jax.process_count() == 1:
             raise
         if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(OF_THE_PROGRAM):
-            _leave(LOST, f"another process of the run went away ({_line(e)}): this one stops; ")
+            _leave(hosts.LOST, f"another process of the run went away ({_line(e)}): this one stops; ")
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

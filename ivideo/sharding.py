@@ -79,7 +79,7 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     if math.prod(filled) != count:
         raise UserError(
             f"mesh of {text} on {count} devices: the sizes' product must be {count}, or divide it where one is -1; "
-            "set config.train.mesh or config.sample.mesh"
+            "set the config's train.mesh, sample.mesh or text.mesh"
         )
     return tuple(filled)
 

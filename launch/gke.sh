@@ -129,7 +129,7 @@ case $action in
   xpk)
     needed image cluster zone type
     run xpk workload create "--workload=$name" "--cluster=$cluster" "--zone=$zone" "--tpu-type=$type" \
-      "--docker-image=$image" "--max-restarts=$restarts" \
+      "--docker-image=$image" "--max-restarts=$restarts" --restart-on-exit-codes=75,76,77 \
       "--command=exec python -m ivideo.main --distributed $(quoted "${rest[@]}")"
     ;;
   delete) run kubectl delete jobset "$name" ;;

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from ivideo import hosts
-from ivideo.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
@@ -176,11 +175,13 @@ def test_small_folders_that_are_not_shared_are_refused(tmp_path):
     assert list((tmp_path / "a").iterdir()) == [] and not (tmp_path / "b").exists()
 
 
-def test_small_a_first_process_that_does_not_come_is_named(monkeypatch):
+def test_small_a_first_process_that_does_not_come_is_named(monkeypatch, caplog):
     monkeypatch.setattr(hosts, "JOIN_SECONDS", 1)
     port = free_port()
-    with pytest.raises(UserError, match=rf"--coordinator=127.0.0.1:{port} did not answer in 1 s"):
+    with pytest.raises(SystemExit) as left:
         hosts.join(f"127.0.0.1:{port}", 2, 1)
+    assert left.value.code == hosts.LOST == 77
+    assert f"--coordinator=127.0.0.1:{port} did not answer in 1 s" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ import contextlib
 import os
 import pickle
 import random
+import subprocess
+import sys
 
 import fake_bucket
 import numpy as np
 import pytest
 import t5_files as files
+import test_hosts
 import text_speed
 
 from configs import base
@@ -173,6 +176,90 @@ def test_small_a_cache_in_a_bucket_is_the_same_files(config, tmp_path, monkeypat
             cache.encode_captions(config, str(tmp_path / "captions.txt"), "gs://bucket/texts")
 
 
+def test_small_captions_are_found_whatever_their_spaces(config, tmp_path):
+    """As a data set has them: encoded in training, and in the cache, as one line."""
+    found = cache.TextCache.open(made(config, tmp_path, ["  a red \t star "]), config.text)
+    bits, mask = found.tokenize(["a red star", " a red\nstar\n", " "])
+    assert mask[0].sum() == 11 and not mask[2].any()
+    np.testing.assert_array_equal(bits[0], bits[1])
+    iterator = loop.make_iterator(
+        [{"video": np.zeros((1, 2, 2, 3), np.float32), "caption": " a red\nstar\n"}],
+        batch_size=1, seed=0, tokenize=text.load_encoder(config.text).tokenizer, text_length=64,
+    )  # fmt: skip
+    wanted = text.load_encoder(config.text).tokenize(["a red star"])[0]
+    np.testing.assert_array_equal(next(iterator)["tokens"], wanted)
+
+
+def test_small_many_shards_are_not_open_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PER_SHARD", 4)
+    monkeypatch.setattr(cache, "OPEN", 3)
+    found = cache.TextCache.open(made(config, tmp_path), config.text)
+    assert found.index["shards"] > 6
+    first = found.tokenize(CAPTIONS)[0]
+    assert len(found._readers) == 3
+    np.testing.assert_array_equal(found.tokenize(CAPTIONS)[0], first)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_keys(path):
+    np.save(path, np.load(path)[1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "end", "message"),
+    [
+        (os.remove, "record", "00001-of-00005.array_record is missing: copy the whole cache again"),
+        (os.remove, "npy", "00001-of-00005.keys.npy is missing: copy the whole cache again"),
+        (empty, "record", "array_record cannot be read .*: copy the whole cache again"),
+        (empty, "npy", "keys.npy cannot be read .*: copy the whole cache again"),
+        (half, "record", "(cannot be read|records, and).*: copy the whole cache again"),
+        (other_keys, "npy", r"has \d+ records, and \d+ keys: copy the whole cache again"),
+    ],
+)
+def test_small_shards_that_are_not_whole_are_named(damage, end, message, config, tmp_path, monkeypatch):
+    """When the cache is opened, when the shard is read, and when its making is to be finished."""
+    monkeypatch.setattr(cache, "PER_SHARD", 10)
+    path = made(config, tmp_path)
+    damage(next((tmp_path / "cache").glob(f"*-00001-of-*{end}")))
+    with pytest.raises(UserError, match=message):
+        cache.TextCache.open(path, config.text).tokenize(CAPTIONS)
+    with pytest.raises(UserError, match=f"{message}|is missing, and 0 more"):
+        cache.finish(path)
+
+
+def test_small_two_processes_make_the_same_files(config, tmp_path):
+    """Each some of the shards; and with folders of their own they are told."""
+    captions = tmp_path / "captions.txt"
+    text_speed.write_captions(captions, 9000)
+    command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
+    env = {**os.environ, "XLA_FLAGS": ""}
+
+    def run(outs):
+        address = f"127.0.0.1:{test_hosts.free_port()}"
+        several = [f"--coordinator={address}", "--num_processes=2"]
+        ends = [[f"--captions={captions}", f"--out={tmp_path / out}"] for out in outs]
+        processes = [
+            subprocess.Popen([*command, *several, f"--process_id={i}", *end], cwd=test_hosts.ROOT, env=env, stderr=-1)
+            for i, end in enumerate(ends)
+        ]
+        errors = [process.communicate(timeout=200)[1].decode() for process in processes]
+        return [process.returncode for process in processes], errors
+
+    codes, errors = run(["two", "two"])
+    assert codes == [0, 0], errors
+    text_speed.finished(text_speed.begin(captions, tmp_path / "one"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    codes, errors = run(["mine", "yours"])
+    assert codes[1] == 2 and "process 1 does not see what the first one wrote there" in errors[1], errors
+
+
 BAD = [
     (b"a\nbroken \xff\xfe caption\n", "line 2: .*broken.* is not UTF-8"),
     (b"", "has no caption: write one a line"),
@@ -221,6 +308,17 @@ def test_small_beam_makes_the_same_cache(config, tmp_path, monkeypatch):
     np.testing.assert_allclose(*values, rtol=2**-7, atol=1e-5)
     with pytest.raises(UserError, match="is a cache of other shards and captions"):
         beam.encode_captions(config, str(tmp_path / "part0.txt"), str(tmp_path / "out"), shards=2, options=options)
+    (tmp_path / "part2.txt").write_text("a new caption")
+    with pytest.raises(Exception, match="is a cache of other captions: choose another folder"):
+        beam.encode_captions(config, str(tmp_path / "part*.txt"), str(tmp_path / "out"), shards=shards, options=options)
+    for pattern, runner, message in (
+        ("part*.txt", "Nope", "Beam does not take --beam=--runner=Nope"),
+        ("prat*.txt", "DirectRunner", "matches no file: give a pattern"),
+    ):
+        with pytest.raises(UserError, match=message):
+            beam.encode_captions(config, str(tmp_path / pattern), str(tmp_path / "new"), shards=2,
+                                 options=[f"--runner={runner}"])  # fmt: skip
+        assert not (tmp_path / "new").exists()
 
 
 def test_small_beam_works_in_a_bucket(config, tmp_path, monkeypatch):

@@ -307,6 +307,61 @@ def linked_shard(folder, weights):
     return path
 
 
+def linked_nested_chunk(folder, weights):
+    path = t5x(folder, weights)
+    array = path / "target.encoder.layers_0.mlp.wo.kernel"
+    (array / "0").mkdir()
+    (folder / "elsewhere").mkdir()
+    (array / "0" / "0").symlink_to(folder / "elsewhere")
+    return path
+
+
+def linked_config(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "config.json").rename(folder / "elsewhere")
+    (path / "config.json").symlink_to(folder / "elsewhere")
+    return path
+
+
+def linked_vocabulary(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (folder / "elsewhere").write_text("")
+    (path / "spiece.model").symlink_to(folder / "elsewhere")
+    return path
+
+
+def stray_chunk(folder, weights):
+    """As an interrupted copy leaves one: as many files as there should be, but one under another name."""
+    path = t5x(folder, weights, split=True)
+    array = path / "target.encoder.layers_0.mlp.wo.kernel"
+    (array / "1.0").rename(array / "1.0_.part")
+    return path
+
+
+def positions_without_chunk(folder, weights):
+    path = t5x(folder, files.scanned(weights, files.TINY, joined=False), split=True)
+    (path / "target.encoder.encoder.relpos_bias.rel_embedding" / "0.0.0").unlink()
+    return path
+
+
+def umt5(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "config.json").write_text(json.dumps({**files.huggingface_config(files.TINY), "model_type": "umt5"}))
+    return path
+
+
+def tables_of_their_own(folder, weights):
+    table = np.zeros((32, files.TINY["heads"]), np.float32)
+    more = {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": table}
+    return files.write_huggingface(folder / "hf", weights, files.TINY, more=more)
+
+
+def config_of_a_list(folder, weights):
+    path = files.write_huggingface(folder / "hf", weights, files.TINY)
+    (path / "config.json").write_text("[]")
+    return path
+
+
 def path_upwards(folder, weights):
     def edit(tree):
         tree["optimizer"]["target"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]["kvstore"]["path"] = "../../other"
@@ -423,7 +478,15 @@ MALFORMED = [
     (pickled, "pytorch_model.bin is a pickle, which can run any program when read: save it as safetensors"),
     (pickled_file, "model.pt is a pickle"),
     (truncated_chunk, "encoder/layers_0/mlp/wo/kernel cannot be read .*: copy the checkpoint again"),
-    (missing_chunk, r"encoder/layers_0/mlp/wo/kernel cannot be read \(3 of 4 chunks are there\)"),
+    (missing_chunk, r"encoder/layers_0/mlp/wo/kernel cannot be read \(1 of 4 chunks are not there, such as \d\.\d\)"),
+    (stray_chunk, r"wo/kernel cannot be read \(1 of 4 chunks are not there, such as 1\.0\)"),
+    (positions_without_chunk, r"relpos_bias/rel_embedding cannot be read .*chunks are not there, such as 0\.0\.0"),
+    (linked_nested_chunk, r"wo.kernel/0/0 is a link to .*elsewhere, outside of the checkpoint"),
+    (linked_config, "config.json is a link to .*elsewhere, outside of the checkpoint"),
+    (linked_vocabulary, "spiece.model is a link to .*elsewhere, outside of the checkpoint"),
+    (umt5, "has model_type = 'umt5', expected 't5'"),
+    (tables_of_their_own, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight is .*nothing there"),
+    (config_of_a_list, "config.json holds .., expected an object with names"),
     (missing_array, "lacks target.encoder.layers_0.mlp.wo.kernel"),
     (truncated_shard, "model.safetensors is not a whole safetensors file"),
     (no_layer, "not a whole T5 1.1 encoder: encoder/layers_1/mlp/wi_0/kernel is absent, expected .24, 40."),

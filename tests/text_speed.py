@@ -39,12 +39,15 @@ def begin(captions: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
     command += [f"--captions={captions}", f"--out={out}"]
     env = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(f"{out}.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
 def finished(process: subprocess.Popen) -> None:
     if process.wait():
-        raise SystemExit(f"encode_text ended with exit code {process.returncode}")
+        out = process.args[-1].removeprefix("--out=")
+        said = pathlib.Path(f"{out}.log").read_text()[-1000:]
+        raise SystemExit(f"encode_text ended with exit code {process.returncode}:\n{said}")
 
 
 def killed(captions: pathlib.Path, out: pathlib.Path, *, kills: int, rng: random.Random) -> None:

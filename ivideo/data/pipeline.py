@@ -17,6 +17,14 @@ Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 Readers = tuple[tuple[int, ...], ...]  # the numbers of a batch's equal parts that each of several readers has
 
 
+def one_line(caption: str) -> str:
+    """A caption without spaces around it, and with one for each run of spaces and line breaks in it.
+
+    As the encoder has it in training, and as a file of captions can.
+    """
+    return " ".join(caption.split())
+
+
 class _Indexed:
     """A source whose records carry their index, for choosing the other clips that images are taken from."""
 
@@ -62,6 +70,7 @@ class _Tokenize(grain.transforms.Map):
         self._tokenize, self._text_length = tokenize, text_length
 
     def _tokens(self, captions: list[str]) -> tuple[str, np.ndarray, np.ndarray]:
+        captions = [one_line(caption) for caption in captions]
         tokens, mask = (np.asarray(x) for x in self._tokenize(captions, self._text_length))
         expected = (len(captions), self._text_length)
         if tokens.shape[:2] != expected or mask.shape != expected:

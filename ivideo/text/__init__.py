@@ -17,7 +17,7 @@ import numpy as np
 from ivideo import sharding
 from ivideo.errors import UserError
 from ivideo.files import exists
-from ivideo.text.checkpoints import Checkpoint, open_checkpoint, read_array
+from ivideo.text.checkpoints import Checkpoint, inside, open_checkpoint, read_array
 from ivideo.text.t5 import T5Encoder
 from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
 
@@ -36,16 +36,21 @@ HOW_TO_GET = (
 class TextEncoder:
     """A frozen encoder with its tokenizer, on `mesh` or on one device.
 
-    `fingerprint` is of all that embeddings follow from: other parameters, another tokenizer, another type of number or
-    another length make another one. Whatever format the parameters were stored in, it is the same.
+    `fingerprint` is of what embeddings follow from: other parameters, another tokenizer, another type of number or
+    another length make another one, and whatever format the parameters were stored in, it is the same. It is read from
+    the checkpoint when it is asked for: all vectors and small matrices, and a row of each large one.
     """
 
     module: T5Encoder
     params: Any
     length: int
     tokenizer: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
-    fingerprint: str
+    checkpoint: Checkpoint
     mesh: Any = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.checkpoint, self.tokenizer, self.length, self.module.dtype)
 
     def tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts to tokens [B, L] int32 and mask [B, L] bool."""
@@ -91,8 +96,8 @@ def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer
 
     Raises UserError where files are missing, damaged, or of another size than the config's.
     """
-    if isinstance(source, str):
-        checkpoint = open_checkpoint(source)
+    if isinstance(source, str | os.PathLike):
+        checkpoint = open_checkpoint(os.fspath(source))
     else:
         checkpoint = _open_configured(source)
         length, dtype, tokenizer = source.length, source.dtype, source.tokenizer
@@ -101,7 +106,7 @@ def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer
     tokenize = _tokenizer(checkpoint, tokenizer)
     module = T5Encoder(**checkpoint.sizes, dtype=jnp.dtype(dtype))
     params = _placed(checkpoint, module, mesh)
-    return TextEncoder(module, params, length, tokenize, _fingerprint(checkpoint, tokenize, length, dtype), mesh)
+    return TextEncoder(module, params, length, tokenize, checkpoint, mesh)
 
 
 def fingerprint(text_config) -> str:
@@ -131,7 +136,7 @@ def _tokenizer(checkpoint: Checkpoint, path: str):
     beside = os.path.join(checkpoint.path, VOCABULARY)
     vocab = checkpoint.sizes["vocab"]
     if not path and exists(beside):
-        path = beside
+        path = inside(checkpoint.path, VOCABULARY)
     if path:
         return SentencePiece.load(path, vocab)
     if vocab == BYTE_VOCAB:
@@ -158,9 +163,9 @@ def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
     return flax.traverse_util.unflatten_dict({name: place(name) for name in checkpoint.leaves}, sep="/")
 
 
-def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype: str) -> str:
+def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
     """A hash of sizes, of all vectors among the parameters, and of every matrix's first row: of a part, to be quick."""
-    digest = hashlib.sha256()
+    digest, dtype = hashlib.sha256(), jnp.dtype(dtype).name
     described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for name in sorted(checkpoint.leaves):

@@ -8,11 +8,14 @@ beginning of the SHA-256 of the caption. Captions are put into shards by their k
 their order nor how often one occurs changes a file, and a caption is found by bisection.
 """
 
+import collections
 import dataclasses
 import functools
 import glob
 import hashlib
+import logging
 import os
+import time
 
 import jax
 import ml_dtypes
@@ -21,14 +24,18 @@ import tqdm
 from array_record.python import array_record_module
 
 from ivideo import files, sharding
+from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
 
 VERSION = 1
 KEY = 16  # bytes
 PER_SHARD = 4096  # captions, about
+OPEN = 128  # shards that are open at a time, each a file: a process may have about a thousand
+LEFT_SECONDS = 86400  # after which an unfinished file is not another process's any more
 PLAN, INDEX = "encoder.json", "index.json"
 _ORDERED = np.dtype(f"S{KEY}")  # how keys compare
+_COPY = "copy the whole cache again, or run the command that made it"
 _WORDS = {"fingerprint": "encoder or tokenizer", "dim": "width"}
 
 
@@ -43,13 +50,13 @@ def shard_of(key: bytes, shards: int) -> int:
 
 
 def read_captions(path: str) -> list[str]:
-    """The distinct captions of a text file with one a line, in no order. UserError where a line is not UTF-8."""
+    """The distinct captions of a text file, a line each (`one_line`), in no order. UserError where one is not UTF-8."""
     captions = {}
     try:
         with files.open_read(path) as f:
             for number, line in enumerate(f, 1):
                 try:
-                    caption = line.decode().strip()
+                    caption = one_line(line.decode())
                 except UnicodeDecodeError as e:
                     raise UserError(
                         f"{path}, line {number}: {line[:80]!r} is not UTF-8 ({e.reason}): convert it"
@@ -72,7 +79,7 @@ def encode_captions(config, path: str, out: str) -> None:
     batch of each over its devices. UserError, before anything is written, where the captions or the encoder cannot be
     read, or `out` is of others.
     """
-    captions = {key_of(caption): caption for caption in (*read_captions(path), *config.train.sample_prompts)}
+    captions = {key_of(caption): caption for caption in (*read_captions(path), *sample_prompts(config))}
     captions = [captions[key] for key in sorted(captions)]
     shards = -(-len(captions) // PER_SHARD)
     mesh = sharding.make_mesh(config.text.mesh, jax.local_devices())
@@ -92,6 +99,11 @@ def encode_captions(config, path: str, out: str) -> None:
     if jax.process_index() == 0:
         count, size = finish(out)
         print(summary(out, count, size))
+
+
+def sample_prompts(config) -> list[str]:
+    """The config's sample prompts, as captions."""
+    return [caption for prompt in config.train.sample_prompts if (caption := one_line(prompt))]
 
 
 def summary(out: str, count: int, size: int | None) -> str:
@@ -129,6 +141,11 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
     path, first = os.path.join(out, PLAN), jax.process_index() == 0
     if not first:
         _wait("begun")  # the first process writes it
+        if not files.exists(path):
+            raise UserError(
+                f"--out={out}: process {jax.process_index()} does not see what the first one wrote there; give a "
+                "folder that all processes share, or one in a bucket"
+            )
     if files.exists(path):
         there = files.read_json(path)
         different = [name for name in plan if plan[name] != there.get(name)]
@@ -147,10 +164,19 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
         _wait("begun")
 
 
+def check_encoder(out: str, fingerprint: str) -> None:
+    """UserError where a worker's encoder is not the one that the cache was begun with."""
+    wanted = files.read_json(os.path.join(out, PLAN))["fingerprint"]
+    if fingerprint != wanted:
+        raise UserError(
+            f"this worker's encoder or tokenizer is {fingerprint[:12]}, and {out} was begun with {wanted[:12]}: give "
+            "config.text.checkpoint as a path at which all workers find the same files"
+        )
+
+
 def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: TextEncoder, *, batch: int) -> None:
     """A shard of these captions: its keys, then its records, neither there before it is whole."""
-    captions = sorted(captions, key=key_of)
-    keys = np.frombuffer(b"".join(key_of(caption) for caption in captions), np.uint8).reshape(-1, KEY)
+    captions, keys = sorted(captions, key=key_of), keys_of(captions)
     path = shard_path(out, i, shards)
     found = embeddings(captions, encoder, batch=batch) if captions else []
     with files.whole(path) as temporary:
@@ -160,6 +186,39 @@ def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: Tex
         writer.close()
         with files.whole(_keys(path)) as other, open(other, "wb") as f:
             np.save(f, keys)
+
+
+def keys_of(captions: list[str]) -> np.ndarray:
+    """The keys of a shard's captions in their order, [N, KEY] uint8."""
+    return np.frombuffer(b"".join(sorted(map(key_of, captions))), np.uint8).reshape(-1, KEY)
+
+
+def check_shard(out: str, i: int, shards: int, captions: list[str]) -> None:
+    """UserError where a shard that is there is not of these captions."""
+    if not np.array_equal(_read_keys(shard_path(out, i, shards)), keys_of(captions)):
+        raise UserError(f"--out={out} is a cache of other captions: choose another folder")
+
+
+def _read_keys(shard: str) -> np.ndarray:
+    """[N, KEY] uint8. UserError where the file is not there or damaged."""
+    try:
+        with files.open_read(_keys(shard)) as f:
+            return np.load(f).reshape(-1, KEY)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{_keys(shard)} cannot be read ({e}): {_COPY}") from e
+
+
+def _open_shard(path: str):
+    """A shard's records and keys. UserError where it is not there, or not whole."""
+    keys = _read_keys(path)
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        count = reader.num_records()
+    except Exception as e:  # whatever the library says of a file that is not there or not whole
+        raise UserError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}): {_COPY}") from e
+    if count != len(keys):
+        raise UserError(f"{path} has {count} records, and {len(keys)} keys: {_COPY}")
+    return reader, keys
 
 
 def embeddings(captions: list[str], encoder: TextEncoder, *, batch: int) -> list[np.ndarray]:
@@ -196,11 +255,11 @@ def finish(out: str) -> tuple[int, int | None]:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")
     counts, size = [], None
     for path in paths:
-        with files.open_read(_keys(path)) as f:
-            counts.append(len(np.load(f)))
+        counts.append(len(_read_keys(path) if files.in_bucket(out) else _open_shard(path)[1]))
     if not files.in_bucket(out):
         for left in glob.glob(os.path.join(glob.escape(out), "texts-*.tmp*")):  # by processes that were killed
-            os.remove(left)
+            if time.time() - os.path.getmtime(left) > LEFT_SECONDS:
+                os.remove(left)
         size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
     files.write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
     return sum(counts), size
@@ -226,13 +285,22 @@ class TextCache:
             )
         cache = cls(path)
         index = cache.index
+        for i in range(index["shards"]):
+            for file in (shard := shard_path(path, i, index["shards"]), _keys(shard)):
+                if not os.path.exists(file):
+                    raise UserError(f"{file} is missing: {_COPY}")
         for name in ("dim", "length"):
             if index[name] != text_config[name]:
                 raise UserError(
                     f"config.data.text_cache = {path} has {name} {index[name]}, and config.text.{name} = "
                     f"{text_config[name]}: make a cache with this config's encoder (--mode=encode_text)"
                 )
-        if text_config.checkpoint is not None and index["fingerprint"] != (own := fingerprint(text_config)):
+        if text_config.checkpoint is None:
+            logging.getLogger("ivideo").info(
+                "%s: width and length are those of the config; which encoder made it is not compared, as "
+                "config.text.checkpoint is not set", path,
+            )  # fmt: skip
+        elif index["fingerprint"] != (own := fingerprint(text_config)):
             raise UserError(
                 f"config.data.text_cache = {path} was made by another encoder or tokenizer "
                 f"({index['fingerprint'][:12]}) than config.text names ({own[:12]}): make it again with "
@@ -277,7 +345,7 @@ class TextCache:
         dim = self.index["dim"]
         out = np.zeros((len(captions), length, dim), np.uint16)
         mask = np.zeros((len(captions), length), bool)
-        for caption, row, valid in zip(captions, out, mask, strict=True):
+        for caption, row, valid in zip(map(one_line, captions), out, mask, strict=True):
             if not caption:
                 continue
             values = self._record(caption)
@@ -287,7 +355,11 @@ class TextCache:
     def _record(self, caption: str) -> np.ndarray:
         key, (reader, keys) = key_of(caption), self._open(shard_of(key_of(caption), self.index["shards"]))
         place = int(np.searchsorted(keys, np.frombuffer(key, _ORDERED)[0]))
-        record = reader.read([place])[0] if place < len(keys) else b""
+        try:
+            record = reader.read([place])[0] if place < len(keys) else b""
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"{self.path}: {caption!r} cannot be read ({reason}): {_COPY}") from e
         if record[:KEY] != key:
             raise UserError(
                 f"the text cache {self.path} has no embedding of {caption!r}: add it to the captions and make a cache "
@@ -296,11 +368,13 @@ class TextCache:
         return np.frombuffer(record, np.uint16, offset=KEY).reshape(-1, self.index["dim"])
 
     def _open(self, i: int):
-        readers = self.__dict__.setdefault("_readers", {})
+        readers = self.__dict__.setdefault("_readers", collections.OrderedDict())
         if i not in readers:
-            path = shard_path(self.path, i, self.index["shards"])
-            keys = np.load(_keys(path)).reshape(-1).view(_ORDERED)
-            readers[i] = array_record_module.ArrayRecordReader(path), keys
+            while len(readers) >= OPEN:
+                readers.popitem(last=False)
+            reader, keys = _open_shard(shard_path(self.path, i, self.index["shards"]))
+            readers[i] = reader, keys.reshape(-1).view(_ORDERED)
+        readers.move_to_end(i)
         return readers[i]
 
     def __getstate__(self):

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import re
@@ -71,12 +70,15 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 def read_array(checkpoint: Checkpoint, name: str, index=()) -> np.ndarray:
     """A parameter's values, or those at an index. UserError where its data is damaged."""
-    leaf = checkpoint.leaves[name]
+    return _read(checkpoint.path, name, checkpoint.leaves[name], index)
+
+
+def _read(path: str, name: str, leaf: Leaf, index=()) -> np.ndarray:
     try:
         return leaf.read(index)
     except (ValueError, OSError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"{checkpoint.path}: {name} cannot be read ({reason}): copy the checkpoint again") from e
+        raise UserError(f"{path}: {name} cannot be read ({reason}): copy the checkpoint again") from e
 
 
 def _found(path: str) -> dict[str, Leaf]:
@@ -163,10 +165,11 @@ def _safetensors_in_bucket(path: str) -> dict[str, Leaf]:
 
 def _huggingface(path: str, there: list[str]) -> dict[str, Leaf]:
     shards = _shards(path, there)
-    config = read_json(os.path.join(path, "config.json")) if "config.json" in there else None
+    config = read_json(inside(path, "config.json")) if "config.json" in there else None
     if config is None:
         raise UserError(f"{path} has no config.json: copy the whole Hugging Face directory")
     wanted = {
+        "model_type": ("t5", "mt5", None),
         "feed_forward_proj": ("gated-gelu",),
         "relative_attention_num_buckets": (32, None),
         "relative_attention_max_distance": (128, None),
@@ -180,15 +183,14 @@ def _huggingface(path: str, there: list[str]) -> dict[str, Leaf]:
             )
     leaves = {}
     for shard in shards:
-        leaves |= _safetensors(_inside(path, shard))
+        leaves |= _safetensors(inside(path, shard))
     return leaves
 
 
 def _shards(path: str, there: list[str]) -> list[str]:
     """The safetensors files of a Hugging Face directory."""
     if "model.safetensors.index.json" in there:
-        index = read_json(os.path.join(path, "model.safetensors.index.json"))
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        weight_map = read_json(inside(path, "model.safetensors.index.json")).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{path}/model.safetensors.index.json has no weight_map of files: copy it again")
         shards = sorted(set(weight_map.values()))
@@ -208,7 +210,7 @@ def _shards(path: str, there: list[str]) -> list[str]:
     raise UserError(f"{path} has no model.safetensors: {EXPECTED}")
 
 
-def _inside(root: str, name: str) -> str:
+def inside(root: str, name: str) -> str:
     """The path of a file or directory in a checkpoint. UserError where it is, or holds, a link that leads out of it."""
     if in_bucket(root):  # where there are no links
         return os.path.join(root, name)
@@ -216,8 +218,8 @@ def _inside(root: str, name: str) -> str:
     # Hugging Face's own cache keeps the files of hub/models--…/snapshots/REVISION in hub/models--…/blobs
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parent.parent / "blobs")
-    entries = [path, *(entry.path for entry in os.scandir(path))] if os.path.isdir(path) else [path]
-    for entry in entries:
+    below = (os.path.join(at, entry) for at, folders, there in os.walk(path) for entry in (*folders, *there))
+    for entry in (path, *below):
         target = pathlib.Path(os.path.realpath(entry))
         if not any(target.is_relative_to(place) for place in inside):
             raise UserError(f"{entry} is a link to {target}, outside of the checkpoint: put the file itself there")
@@ -234,7 +236,7 @@ def _t5x(path: str, index: str) -> dict[str, Leaf]:
     """Arrays of a T5X directory, whose index has them inline or names those that lie beside it, in zarr's format."""
     from flax import serialization
 
-    raw = read_bytes(_inside(path, index))
+    raw = read_bytes(inside(path, index))
     root = os.path.dirname(os.path.join(path, index))
     try:
         tree = serialization.msgpack_restore(raw)
@@ -295,7 +297,7 @@ def _zarr(root: str, name: str, directory: str) -> Leaf:
 
     if not exists(os.path.join(root, directory, ".zarray")):
         raise UserError(f"{root} lacks {directory}, the array of {name}: copy the whole directory")
-    spec = {"driver": "zarr", "kvstore": kvstore(_inside(root, directory))}
+    spec = {"driver": "zarr", "kvstore": kvstore(inside(root, directory))}
     try:
         store = ts.open(spec, open=True, read=True).result()
     except ValueError as e:
@@ -311,12 +313,12 @@ def _zarr(root: str, name: str, directory: str) -> Leaf:
 
 def _check_chunks(store):
     """ValueError where a chunk has no file: zarr would take it to be zeros."""
-    wanted = math.prod(
-        -(-size // chunk) for size, chunk in zip(store.shape, store.chunk_layout.read_chunk.shape, strict=True)
-    )
-    there = sum(not key.rsplit(b"/")[-1].startswith(b".z") for key in store.kvstore.list().result())
-    if there < wanted:
-        raise ValueError(f"{there} of {wanted} chunks are there")
+    separator = store.spec().to_json()["metadata"].get("dimension_separator", ".")
+    grid = (-(-size // chunk) for size, chunk in zip(store.shape, store.chunk_layout.read_chunk.shape, strict=True))
+    wanted = {separator.join(map(str, place)).encode() or b"0" for place in itertools.product(*map(range, grid))}
+    missing = wanted - set(store.kvstore.list().result())
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} chunks are not there, such as {min(missing).decode()}")
 
 
 # ---- to the names and shapes of T5Encoder
@@ -362,6 +364,10 @@ def _from_huggingface(found: dict[str, Leaf]) -> dict[str, Leaf]:
         for pattern, ours, transposed in _HUGGINGFACE:
             if match := re.fullmatch(pattern, name):
                 leaves[ours.format(*match.groups())] = _transposed(leaf) if transposed else leaf
+                break
+        else:
+            if name.startswith("encoder."):  # refused later, by its name: it would change the outputs
+                leaves[name] = leaf
     return leaves
 
 
@@ -386,7 +392,8 @@ def _unscanned(path: str, found: dict[str, Leaf]) -> dict[str, Leaf]:
     tables = stacked.pop("relpos_bias/rel_embedding", None)
     if tables is not None:
         tables = [_layer(tables, i, "relpos_bias") for i in range(layers)]
-        if all(np.array_equal(table.read(), tables[0].read()) for table in tables[1:]):
+        values = [_read(path, "relpos_bias/rel_embedding", table) for table in tables]
+        if all(np.array_equal(value, values[0]) for value in values[1:]):
             leaves["encoder/relpos_bias/rel_embedding"] = tables[0]
         else:
             leaves |= {f"encoder/layers_{i}/relpos_bias/rel_embedding": table for i, table in enumerate(tables)}
