@@ -78,7 +78,7 @@ def _wait_for(host: str, port: int) -> None:
 def check_shared(folder: str, seconds: float = 30.0) -> None:
     """UserError, in all of several processes, where they do not all see the first one's files in a folder.
 
-    They would wait for one another without end as soon as they look at different files. The folder is made.
+    They would wait for one another without end as soon as they look at different files.
     """
     if jax.process_count() == 1:
         return
@@ -86,6 +86,7 @@ def check_shared(folder: str, seconds: float = 30.0) -> None:
 
     number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
     seen, first = os.path.join(folder, f".seen-{number:08x}"), jax.process_index() == 0
+    new = not os.path.isdir(folder)
     if first:
         os.makedirs(folder, exist_ok=True)
         open(seen, "w").close()
@@ -96,6 +97,8 @@ def check_shared(folder: str, seconds: float = 30.0) -> None:
     there = multihost_utils.process_allgather(np.array(os.path.exists(seen)))
     if first:
         os.remove(seen)
+        if new:
+            os.rmdir(folder)
     if not there.all():
         raise UserError(
             f"{folder} is not the same folder for all processes: {int((~there).sum())} of {there.size} do not see the "

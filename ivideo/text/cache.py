@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from ivideo import files, sharding
+from ivideo import files, hosts, sharding
 from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
@@ -92,7 +92,7 @@ def encode_captions(config, path: str, out: str) -> None:
     mine = range(jax.process_index(), shards, jax.process_count())
     with tqdm.tqdm(total=sum(len(parts[i]) for i in mine), unit="caption", desc="encoding") as bar:
         for i in mine:
-            if not files.exists(shard_path(out, i, shards)):
+            if not _is_whole(shard_path(out, i, shards)):
                 write_shard(out, i, shards, parts[i], encoder, batch=config.text.batch)
             bar.update(len(parts[i]))
     _wait("encoded")
@@ -138,16 +138,11 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
         "version": VERSION, "fingerprint": fingerprint, "shards": shards, "captions": of,
         "dim": text_config.dim, "length": text_config.length,
     }  # fmt: skip
-    path, first = os.path.join(out, PLAN), jax.process_index() == 0
-    if not first:
-        _wait("begun")  # the first process writes it
-        if not files.exists(path):
-            raise UserError(
-                f"--out={out}: process {jax.process_index()} does not see what the first one wrote there; give a "
-                "folder that all processes share, or one in a bucket"
-            )
-    if files.exists(path):
-        there = files.read_json(path)
+    path = os.path.join(out, PLAN)
+    if not files.in_bucket(out):
+        hosts.check_shared(out)
+    there = files.read_json(path) if files.exists(path) else None
+    if there is not None:
         different = [name for name in plan if plan[name] != there.get(name)]
         if different:
             raise UserError(
@@ -156,12 +151,12 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
             )
     elif (files.in_bucket(out) or os.path.isdir(out)) and files.names(out):
         raise UserError(f"--out={out} is a folder with other files: choose another, or an empty one")
-    else:
+    _wait("looked")  # what is wrong, all have seen
+    if there is None and jax.process_index() == 0:
         if not files.in_bucket(out):
             os.makedirs(out, exist_ok=True)
         files.write_json(path, plan)
-    if first:
-        _wait("begun")
+    _wait("begun")
 
 
 def check_encoder(out: str, fingerprint: str) -> None:
@@ -206,6 +201,19 @@ def _read_keys(shard: str) -> np.ndarray:
             return np.load(f).reshape(-1, KEY)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{_keys(shard)} cannot be read ({e}): {_COPY}") from e
+
+
+def _is_whole(shard: str) -> bool:
+    """Whether a shard is there and whole; of one in a bucket, where files are whole, whether it is there."""
+    if not files.exists(shard):
+        return False
+    try:
+        if not files.in_bucket(shard):
+            _open_shard(shard)
+        return True
+    except UserError as e:
+        logging.getLogger("ivideo").warning("%s: made again", str(e).removesuffix(f": {_COPY}"))
+        return False
 
 
 def _open_shard(path: str):
