@@ -1,11 +1,13 @@
 """Several processes, on one machine or many, as one program."""
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -14,6 +16,9 @@ from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
 LOST = 77  # exit code where another process is not there, or went away
+# What all processes find at the same moment, and what XLA says of a program rather than of another process
+EVERYWHERE = (UserError, FloatingPointError)
+OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 JOIN_SECONDS = 300  # for all processes to be there
 HEARTBEAT_SECONDS = 40  # without a sign of life, and the others are told that a process is lost
 
@@ -104,3 +109,32 @@ def check_shared(folder: str, seconds: float = 30.0) -> None:
             f"{folder} is not the same folder for all processes: {int((~there).sum())} of {there.size} do not see the "
             "first one's files; give one that they share (docs/tpu.md)"
         )
+
+
+@contextlib.contextmanager
+def leaving_together():
+    """Of several processes, leaves at once after an error that the others may not have: they would wait for this one.
+
+    With `LOST` where another process is gone, with 1 and the traceback where this one is at fault.
+    """
+    try:
+        yield
+    except EVERYWHERE:
+        raise
+    except Exception as e:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(OF_THE_PROGRAM):
+            reason = " ".join(str(e).split())[:200]
+            leave(LOST, f"another process of the run went away ({reason}): this one stops; ")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def leave(code: int, message: str):
+    """Ends the process at once, without the exit handlers, which could wait for what never comes."""
+    log.error("%sthe same command goes on from what was saved (exit code %d)", message, code)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)

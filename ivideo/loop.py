@@ -5,7 +5,6 @@ step done twice the last one counts), events.jsonl (where the time went, `ivideo
 """
 
 import collections
-import contextlib
 import faulthandler
 import json
 import logging
@@ -16,7 +15,6 @@ import statistics
 import sys
 import threading
 import time
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ from ivideo import chips, hosts, sharding, stages
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
-from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
@@ -38,10 +35,6 @@ log = logging.getLogger("ivideo")
 # Exit codes of runs that the same command takes up again, with `hosts.LOST`. 75 is EX_TEMPFAIL
 PREEMPTED = 75  # told to stop, and saved
 HUNG = 76  # a step took longer than config.train.hang_seconds
-
-# What all processes of a run find at the same step, and what XLA says of a program rather than of another process
-EVERYWHERE = (UserError, FloatingPointError)
-OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 TEXTS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
@@ -61,7 +54,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
-    with Stopping() as stopping, leaving_together():
+    with Stopping() as stopping, hosts.leaving_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
             encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
@@ -152,7 +145,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
             checkpoints.close()
     except BaseException as e:
         reporter.event("end", step=step, reason=f"failed: {type(e).__name__}")
-        if jax.process_count() == 1 or isinstance(e, EVERYWHERE):
+        if jax.process_count() == 1 or isinstance(e, hosts.EVERYWHERE):
             checkpoints.close()  # else it could wait for a process that is gone
         raise
     finally:
@@ -224,38 +217,6 @@ def _roll_back(config, checkpoints, like, step, rollbacks):
     return found
 
 
-@contextlib.contextmanager
-def leaving_together():
-    """Of several processes, leaves at once after an error that the others may not have: they would wait for this one.
-
-    With `hosts.LOST` where another process is gone, with 1 and the traceback where this one is at fault.
-    """
-    try:
-        yield
-    except EVERYWHERE:
-        raise
-    except Exception as e:
-        if jax.process_count() == 1:
-            raise
-        if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(OF_THE_PROGRAM):
-            _leave(hosts.LOST, f"another process of the run went away ({_line(e)}): this one stops; ")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _leave(code: int, message: str):
-    """Ends the process at once, without the exit handlers, which could wait for what never comes."""
-    log.error("%sthe same command goes on from the newest checkpoint (exit code %d)", message, code)
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 class Stopping:
     """Whether the run has been told to stop, by SIGTERM: to this process, or to any of several, which then agree."""
 
@@ -305,7 +266,7 @@ class Watchdog:
         while not self._over.wait(min(self._seconds / 10, 1.0)):
             if self._last is not None and time.monotonic() - self._last > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
-                _leave(HUNG, f"no step ended for {self._seconds:g} s (config.train.hang_seconds): ")
+                hosts.leave(HUNG, f"no step ended for {self._seconds:g} s (config.train.hang_seconds): ")
 
     def __exit__(self, *_):
         self._over.set()

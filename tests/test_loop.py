@@ -181,9 +181,9 @@ def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path):
 
 LEAVING = """
 import jax
-from ivideo import loop
+from ivideo import hosts
 jax.process_count = lambda: 2
-with loop.leaving_together():
+with hosts.leaving_together():
     raise {error}
 """
 
@@ -194,7 +194,7 @@ with loop.leaving_together():
         ("jax.errors.JaxRuntimeError('INTERNAL: Gloo: Connection closed')", 77, "same command goes on"),
         ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "RESOURCE_EXHAUSTED: Out of memory"),
         ("RuntimeError('a damaged clip')", 1, "RuntimeError: a damaged clip"),
-        ("loop.UserError('wrong')", 1, "ivideo.errors.UserError: wrong"),
+        ("hosts.UserError('wrong')", 1, "ivideo.errors.UserError: wrong"),
     ],
 )
 def test_small_one_of_several_processes_says_who_is_at_fault(error, code, said):

@@ -79,6 +79,11 @@ def encode_captions(config, path: str, out: str) -> None:
     batch of each over its devices. UserError, before anything is written, where the captions or the encoder cannot be
     read, or `out` is of others.
     """
+    with hosts.leaving_together():
+        _encode_captions(config, path, out)
+
+
+def _encode_captions(config, path, out):
     captions = {key_of(caption): caption for caption in (*read_captions(path), *sample_prompts(config))}
     captions = [captions[key] for key in sorted(captions)]
     shards = -(-len(captions) // PER_SHARD)
