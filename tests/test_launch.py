@@ -190,6 +190,8 @@ def test_small_hosts_end_with_their_script(tmp_path, what, number):
     script = subprocess.Popen(
         [str(LAUNCH / "hosts.sh"), "a,b", *RUN], env={**os.environ, **env}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[theirs],
+        # what is started in the background may ignore it, which a script cannot change
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     try:

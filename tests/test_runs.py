@@ -146,7 +146,7 @@ def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained
     assert 11 <= killed_at < STEPS
     process = start(tmp_path)
     assert interrupt(process, tmp_path, killed_at + 9, signal.SIGTERM) == PREEMPTED
-    assert "the same command goes on from there" in process.stderr.read()
+    assert "the same command goes on from the newest checkpoint" in process.stderr.read()
     process = start(tmp_path)
     assert process.wait(300) == 0
     assert "going on from step" in process.stderr.read()

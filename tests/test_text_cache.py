@@ -242,6 +242,7 @@ def test_small_two_processes_make_the_same_files(config, tmp_path):
     text_speed.write_captions(captions, 9000)
     command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
     env = {**os.environ, "XLA_FLAGS": ""}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)  # as in test_hosts
 
     def run(outs):
         address = f"127.0.0.1:{test_hosts.free_port()}"
