@@ -104,6 +104,7 @@ def check_shared(folder: str, seconds: float = 30.0) -> None:
         os.remove(seen)
         if new:
             os.rmdir(folder)
+    multihost_utils.sync_global_devices("removed")
     if not there.all():
         raise UserError(
             f"{folder} is not the same folder for all processes: {int((~there).sum())} of {there.size} do not see the "

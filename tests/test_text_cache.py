@@ -94,6 +94,7 @@ def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
         cache.TextCache.open(str(tmp_path / "cache"), config.text)
     with pytest.raises(UserError, match="is missing, and 2 more: run the same command again"):
         cache.finish(str(tmp_path / "cache"))
+    (tmp_path / "cache" / "texts-00003-of-00005.array_record.tmp0123").write_text("what a killed process has left")
     write = cache.write_shard
     monkeypatch.setattr(cache, "write_shard", lambda *a, **k: (count.append(a[1]), write(*a, **k)))
     assert contents(made(config, tmp_path)) == whole

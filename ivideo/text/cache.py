@@ -15,7 +15,6 @@ import glob
 import hashlib
 import logging
 import os
-import time
 
 import jax
 import ml_dtypes
@@ -32,7 +31,6 @@ VERSION = 1
 KEY = 16  # bytes
 PER_SHARD = 4096  # captions, about
 OPEN = 128  # shards that are open at a time, each a file: a process may have about a thousand
-LEFT_SECONDS = 86400  # after which an unfinished file is not another process's any more
 PLAN, INDEX = "encoder.json", "index.json"
 _ORDERED = np.dtype(f"S{KEY}")  # how keys compare
 _COPY = "copy the whole cache again, or run the command that made it"
@@ -271,8 +269,7 @@ def finish(out: str) -> tuple[int, int | None]:
         counts.append(len(_read_keys(path) if files.in_bucket(out) else _open_shard(path)[1]))
     if not files.in_bucket(out):
         for left in glob.glob(os.path.join(glob.escape(out), "texts-*.tmp*")):  # by processes that were killed
-            if time.time() - os.path.getmtime(left) > LEFT_SECONDS:
-                os.remove(left)
+            os.remove(left)
         size = sum(os.path.getsize(file) for path in paths for file in (path, _keys(path)))
     files.write_json(os.path.join(out, INDEX), {**plan, "counts": counts})
     return sum(counts), size
