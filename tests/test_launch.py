@@ -180,6 +180,9 @@ def test_small_a_process_that_jax_aborts_is_started_again(tmp_path):
     assert "left with 134: again in 0 s" in done.stderr
     assert (there / "python.log").read_text().splitlines()[0].endswith("--workdir=/mnt/runs/a b")
 
+# What is started in the background may ignore SIGINT, which a shell script cannot change
+HEEDING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("what", ["run", "pause"])
@@ -188,10 +191,9 @@ def test_small_hosts_end_with_their_script(tmp_path, what, number):
     ours, theirs = os.pipe()
     env = {**fake(tmp_path, "ssh", "exec sleep 60" if what == "run" else "exit 75"), "PAUSE": "60"}
     script = subprocess.Popen(
-        [str(LAUNCH / "hosts.sh"), "a,b", *RUN], env={**os.environ, **env}, start_new_session=True,
+        [sys.executable, "-c", HEEDING, str(LAUNCH / "hosts.sh"), "a,b", *RUN],
+        env={**os.environ, **env}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[theirs],
-        # what is started in the background may ignore it, which a script cannot change
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     try:
