@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
-from ivideo.files import BUCKET, write_json
+from ivideo.files import in_bucket, write_json
 
 log = logging.getLogger("ivideo")
 
@@ -222,7 +222,7 @@ class Checkpoints:
 
 def check_workdir(workdir) -> None:
     """UserError where a working folder is in a bucket: logs that grow, digests and moves need a file system."""
-    if str(workdir).startswith(BUCKET):
+    if in_bucket(workdir):
         raise UserError(
             f"--workdir={workdir} is in a bucket, and a run needs a file system: mount the bucket on every host with "
             "gcsfuse (docs/tpu.md) and give the folder there"

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from ivideo.errors import UserError
+from ivideo.files import whole
 
 
 def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat16, overwrite: bool = False):
@@ -18,10 +19,8 @@ def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat
         raise UserError(f"{path} exists: choose another --out, or pass --overwrite to replace it")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     data = save({name: jnp.asarray(value, dtype) for name, value in flat.items()}, metadata=metadata)
-    temporary = f"{path}.tmp{os.getpid()}"
-    with open(temporary, "wb") as f:
+    with whole(path) as temporary, open(temporary, "wb") as f:
         f.write(data)
-    os.replace(temporary, path)
 
 
 def load_params(path: str, like=None):

@@ -284,26 +284,27 @@ def decoder_only(folder, weights):
     return path
 
 
+def move_out(file, folder):
+    """A link in a file's place, to where it is now."""
+    file.rename(folder / "elsewhere")
+    file.symlink_to(folder / "elsewhere")
+
+
 def linked(folder, weights):
     path = t5x(folder, weights)
-    array = path / "target.encoder.layers_0.mlp.wo.kernel"
-    array.rename(folder / "elsewhere")
-    array.symlink_to(folder / "elsewhere")
+    move_out(path / "target.encoder.layers_0.mlp.wo.kernel", folder)
     return path
 
 
 def linked_chunk(folder, weights):
     path = t5x(folder, weights)
-    chunk = path / "target.encoder.layers_0.mlp.wo.kernel" / "0.0"
-    chunk.rename(folder / "elsewhere")
-    chunk.symlink_to(folder / "elsewhere")
+    move_out(path / "target.encoder.layers_0.mlp.wo.kernel" / "0.0", folder)
     return path
 
 
 def linked_shard(folder, weights):
     path = files.write_huggingface(folder / "hf", weights, files.TINY)
-    (path / "model.safetensors").rename(folder / "elsewhere")
-    (path / "model.safetensors").symlink_to(folder / "elsewhere")
+    move_out(path / "model.safetensors", folder)
     return path
 
 
@@ -318,8 +319,7 @@ def linked_nested_chunk(folder, weights):
 
 def linked_config(folder, weights):
     path = files.write_huggingface(folder / "hf", weights, files.TINY)
-    (path / "config.json").rename(folder / "elsewhere")
-    (path / "config.json").symlink_to(folder / "elsewhere")
+    move_out(path / "config.json", folder)
     return path
 
 

@@ -214,14 +214,14 @@ def inside(root: str, name: str) -> str:
     """The path of a file or directory in a checkpoint. UserError where it is, or holds, a link that leads out of it."""
     if in_bucket(root):  # where there are no links
         return os.path.join(root, name)
-    path, inside = os.path.join(root, name), [pathlib.Path(os.path.realpath(root))]
+    path, places = os.path.join(root, name), [pathlib.Path(os.path.realpath(root))]
     # Hugging Face's own cache keeps the files of hub/models--…/snapshots/REVISION in hub/models--…/blobs
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
     below = (os.path.join(at, entry) for at, folders, there in os.walk(path) for entry in (*folders, *there))
     for entry in (path, *below):
         target = pathlib.Path(os.path.realpath(entry))
-        if not any(target.is_relative_to(place) for place in inside):
+        if not any(target.is_relative_to(place) for place in places):
             raise UserError(f"{entry} is a link to {target}, outside of the checkpoint: put the file itself there")
     return path
 
