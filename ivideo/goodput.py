@@ -62,7 +62,7 @@ def goodput(events: list[dict]) -> dict:
     """
     processes = _processes(events)
     if not processes:
-        raise UserError("the events hold no start: give those of a run, as ivideo.loop writes them")
+        raise UserError("the events hold no start: give those of a run, as ivideo.report writes them")
     history = _History()
     for process in processes:
         history.follow(process)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import goodput, loop, train
+from ivideo import goodput, guards, loop, report, train
 from ivideo.chips import CHIPS, Chip, of_device
 from ivideo.errors import UserError
 
@@ -42,7 +42,7 @@ def spiked(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_spiked", once)
-        patch.setattr(loop.chips, "of_device", lambda device: Chip(1e9, 1e9, 1e9))
+        patch.setattr(report.chips, "of_device", lambda device: Chip(1e9, 1e9, 1e9))
         loop.train(run_config(), str(workdir), devices=jax.devices()[:1], profile_steps=(3, 4))
     return workdir
 
@@ -73,12 +73,12 @@ def test_small_profile_of_the_steps_asked_for(spiked):
 
 def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, monkeypatch):
     config = run_config()
-    monkeypatch.setattr(loop.chips, "of_device", lambda device: Chip(1e12, 1e9, 1e9))
+    monkeypatch.setattr(report.chips, "of_device", lambda device: Chip(1e12, 1e9, 1e9))
     mesh = loop.sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    reporter = loop.Reporter(config, str(tmp_path), mesh)
+    reporter = report.Reporter(config, str(tmp_path), mesh)
     reporter.begin(0)
     clock = [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
     reporter.stepped(1, {})
     clock[0] += 8.0  # four steps of two seconds
     metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "skipped": 0.0}
@@ -152,7 +152,7 @@ def test_small_a_notice_that_also_ends_the_readers_of_data_saves(tmp_path, monke
     monkeypatch.setattr(loop.Checkpoints, "restore", lambda *_: None)
     with pytest.raises(SystemExit) as left:
         loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
-    assert left.value.code == loop.PREEMPTED
+    assert left.value.code == guards.PREEMPTED
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert lines(tmp_path / "events.jsonl")[-1]["reason"] == "preempted"
 
@@ -167,7 +167,7 @@ def test_small_a_notice_before_the_first_step_leaves_as_one_after_it(tmp_path, m
     monkeypatch.setattr(loop, "load_texts", told)
     with pytest.raises(SystemExit) as left:
         loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
-    assert left.value.code == loop.PREEMPTED
+    assert left.value.code == guards.PREEMPTED
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -219,7 +219,7 @@ def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
 def test_small_a_step_that_hangs_ends_the_process_with_all_stacks():
     program = """
 import time
-from ivideo.loop import Watchdog
+from ivideo.guards import Watchdog
 with Watchdog(0.5) as watchdog:
     time.sleep(1.5)  # before the first step it does not watch: that one is compiled
     print("alive", flush=True)
@@ -229,7 +229,7 @@ with Watchdog(0.5) as watchdog:
     stuck()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert done.returncode == loop.HUNG == 76
+    assert done.returncode == guards.HUNG == 76
     assert done.stdout == "alive\n"
     assert "no step ended for 0.5 s (config.train.hang_seconds)" in done.stderr
     assert "in stuck" in done.stderr
@@ -245,6 +245,6 @@ def test_small_batch_has_to_divide(tmp_path):
 def test_small_torn_last_line_is_ended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
-    with loop._append(path) as file:
+    with report._append(path) as file:
         file.write('{"step": 2}\n')
     assert path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']

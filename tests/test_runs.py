@@ -19,7 +19,8 @@ from ivideo import stages
 from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
 from ivideo.export import save_params
-from ivideo.loop import PREEMPTED, train
+from ivideo.guards import PREEMPTED
+from ivideo.loop import train
 from ivideo.train import state_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
