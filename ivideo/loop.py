@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import hosts, sharding, stages
+from ivideo import checks, hosts, sharding, stages
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
@@ -41,7 +41,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     `config.train.max_skipped` were not finite, or more than `max_rollbacks` spikes of the loss were taken back: the
     checkpoints stay as they were.
     """
-    stages.check(config)
+    checks.check(config)
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)

@@ -114,10 +114,10 @@ def run() -> None:
 
         report(_needed("workdir"), as_json=FLAGS.json)
         return
-    from ivideo import cascade, stages
+    from ivideo import cascade, checks
 
     for stage in cascade.select(config):
-        stages.check(stage)
+        checks.check(stage)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
     if FLAGS.mode == "train":

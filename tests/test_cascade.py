@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import cascade as cascade_config
-from ivideo import augment, cascade, describe, evaluate, generate, stages
+from ivideo import augment, cascade, checks, describe, evaluate, generate, stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.loop import make_data
@@ -75,7 +75,7 @@ def test_small_paper_cascade_chains():
 @pytest.mark.parametrize("variant", ["paper", "demo", "small"])
 def test_small_stages_agree_with_their_neighbours(variant):
     for config in cascade.select(cascade_config.get_config(variant)):
-        stages.check(config)
+        checks.check(config)
     config = cascade_config.get_config(variant)
     config.stages.ssr2.cond.height *= 2
     with pytest.raises(UserError, match=r"ssr1 makes .* but ssr2 is given .* must be config.stages.ssr1.video"):

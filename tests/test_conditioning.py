@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import ssr1, tsr1
-from ivideo import conditioning, stages
+from ivideo import checks, conditioning, stages
 from ivideo.data import shapes
 from ivideo.errors import UserError
 from ivideo.train import conditioning_inputs
@@ -121,4 +121,4 @@ def test_small_training_blur_is_the_configs():
     with pytest.raises(
         UserError, match="augmentation_blur = 4.0: expected pixels from 0 to those trained on, .* = 3.0"
     ):
-        stages.check(config)
+        checks.check(config)

@@ -20,7 +20,7 @@ LEVELS = [
     {"diffusion", "guidance", "augment", "joint", "flops", "models"},
     {"conditioning", "windows"},
     {"samplers", "distill", "export", "data"},
-    {"text", "stages", "metrics"},
+    {"text", "stages", "checks", "metrics"},
     {"checkpoint"},
     {"guards"},
     {"train", "pretrain_text"},
@@ -124,11 +124,11 @@ def test_small_every_config_key_is_read(stage, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_small_configs_are_locked_and_valid(stage, variant):
-    from ivideo import stages
+    from ivideo import checks
 
     config = STAGES[stage].get_config(variant)
     assert (config.stage, config.variant) == (stage, variant)
-    stages.check(config)
+    checks.check(config)
     with pytest.raises(AttributeError):
         config.train.batchsize = 1
 
