@@ -138,7 +138,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.sample.gamma = 0.3  # of the ancestral sampler, as Video Diffusion Models
     oscillating = name in ("base", "tsr1", "ssr1")  # beyond 48 × 80 pixels it adds artifacts (Section 2.6.2)
     config.sample.guidance = "oscillating" if oscillating else "constant"
-    config.sample.weight = 15.0 if oscillating else 6.0  # w; 'oscillating' alternates it with the low weight
+    config.sample.weight = 6.0  # w of 'constant' guidance; 0 is none
+    config.sample.high_weight = 15.0  # w that 'oscillating' guidance starts with, and alternates with the low one
     config.sample.low_weight = 1.0
     config.sample.constant_share = 0.1  # share of steps before the oscillation; the paper prints none
     config.sample.threshold = "dynamic"  # of the predicted video: 'none', 'static', 'dynamic'

@@ -42,6 +42,11 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     checkpoints stay as they were.
     """
     checks.check(config)
+    if config.train.warmup >= config.train.steps:
+        log.warning(
+            "config.train.warmup = %d is not below config.train.steps = %d: the learning rate rises over the first %d",
+            config.train.warmup, config.train.steps, config.train.steps - 1,
+        )  # fmt: skip
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)

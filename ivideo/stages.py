@@ -101,7 +101,7 @@ def guided_denoiser(config, model, params, text, text_mask, **conditioning):
     if config.sample.guidance == "oscillating":
         weight = guidance.oscillating_weight(
             num_steps=config.sample.steps,
-            high=config.sample.weight,
+            high=config.sample.high_weight,
             low=config.sample.low_weight,
             constant_steps=round(config.sample.constant_share * config.sample.steps),
             time_fn=time_fn(config),

@@ -207,6 +207,7 @@ def test_small_profiled_steps_that_never_come_are_said(tmp_path, caplog):
     config = run_config(**{"train.steps": 2})
     loop.train(config, str(tmp_path), devices=jax.devices()[:1], profile_steps=(3, 4))
     assert "nothing is profiled: no step from 3 to 4 was done" in caplog.text
+    assert "config.train.warmup = 4 is not below config.train.steps = 2: the learning rate rises over" in caplog.text
 
 
 def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
