@@ -16,11 +16,10 @@ import numpy as np
 import tqdm
 
 from ivideo import sharding, stages
-from ivideo.checkpoint import Checkpoints
+from ivideo.average import read_average
 from ivideo.errors import UserError
 from ivideo.export import load_params
 from ivideo.text import load_encoder
-from ivideo.train import state_shapes
 
 SIZE = ("frames", "height", "width", "fps")
 TEXTS = 8  # prompts embedded at a time
@@ -74,19 +73,10 @@ def load_weights(config, workdir: str | None):
                 f"{config.variant}; give the folder of a training run"
             )
         return load_params(str(path), stages.param_shapes(config))
-    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
-        raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
-    shapes = state_shapes(config)
+    shapes = stages.param_shapes(config)
     where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    checkpoints = Checkpoints(workdir, keep=config.train.keep)
-    restored = checkpoints.restore(like)
-    checkpoints.close()
-    if restored is None:
-        raise UserError(
-            f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"
-        )
-    return restored[1].ema
+    return read_average(workdir, like)[1]
 
 
 def embedded(config, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

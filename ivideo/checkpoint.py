@@ -1,16 +1,13 @@
 """Training states on disk: written by Orbax, checked by digests of our own, never lost.
 
-A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (the SHA-256 of every file there) and, should one be
-found damaged, damaged/STEP/. All processes of a program share that storage: Orbax writes from each of them, digests and
-moves are the first one's alone.
+A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (`ivideo.digests`) and, should a checkpoint be found
+damaged, damaged/STEP/. All processes of a program share that storage: Orbax writes from each of them, digests and moves
+are the first one's alone. What only reads a run, as sampling does, uses `ivideo.average`, which moves nothing.
 """
 
 import concurrent.futures
-import hashlib
-import json
 import logging
 import os
-import pathlib
 
 import grain
 import jax
@@ -19,14 +16,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ivideo import digests
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
-from ivideo.files import in_bucket, write_json
+from ivideo.files import in_bucket
 
 log = logging.getLogger("ivideo")
 
-WHOLE, UNCHECKED = "whole", "unchecked"  # what digests say of a checkpoint with which they find nothing wrong
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 SAVE_SECONDS = 3600  # for all processes to write one checkpoint: shared storage can be slow
 
@@ -50,6 +47,9 @@ class Checkpoints:
 
         Raises what went wrong with the checkpoint before.
         """
+        if self._first and not self._path(step).exists():
+            # Somebody deleted a checkpoint of this step: its digests would make the new one look damaged
+            digests.forget(self.workdir, step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
         if not self._manager.save(step, args=args):
             log.warning("step %d is not saved: there is step %d already", step, self._manager.latest_step())
@@ -74,21 +74,19 @@ class Checkpoints:
         if self._first:
             self._sweep(temporary=iterator is not None)
         while (step := self._manager.latest_step()) is not None:
-            state, problem = None, _said(self._compare(step) if self._first else "")
-            if problem in (WHOLE, UNCHECKED):
-                state, problem = self._load(step, like, iterator, whole=problem == WHOLE)
-                problem = _said(problem)
+            state, problem = None, said(digests.compare(self.workdir, step) if self._first else "")
+            if problem in (digests.WHOLE, digests.UNCHECKED):
+                state, problem = self._load(step, like, iterator, whole=problem == digests.WHOLE)
+                problem = said(problem)
             if not problem:
                 return int(step), state
+            if self._first:
+                self._set_aside(str(step), problem)
+                log.warning("trying the checkpoint before %d", step)
+            said("")  # none may look before it is moved
             self._reopen()
-            if self._manager.latest_step() == step:  # else a run that goes on has saved another, and may delete this
-                if self._first:
-                    self._set_aside(str(step), problem)
-                    log.warning("trying the checkpoint before %d", step)
-                _said("")  # none may look before it is moved
-                self._reopen()
         # Also when the next start finds nothing but these: it would begin anew where a run has been
-        if _said("damaged" if self._first and self._lost() else ""):
+        if said("damaged" if self._first and self._lost() else ""):
             raise UserError(
                 f"every checkpoint in {self.workdir / 'checkpoints'} is damaged (moved to {self.workdir / 'damaged'}): "
                 "copy a whole one back, or start anew in another --workdir"
@@ -120,64 +118,28 @@ class Checkpoints:
     def _path(self, step):
         return self.workdir / "checkpoints" / str(step)
 
-    def _digest_path(self, step):
-        return self.workdir / "digests" / f"{step}.json"
-
     def _write_digests(self, step):
         """Waits for a checkpoint and writes its digests, in a thread: that may take as long as many training steps."""
-        path = self._digest_path(step)
         try:
             self._manager.wait_until_finished()
-            path.parent.mkdir(exist_ok=True)
-            path.unlink(missing_ok=True)  # of another checkpoint that had this step
-            write_json(path, digests(self._path(step)))
-            kept = {self._digest_path(s).name for s in self._manager.all_steps()}
-            for other in path.parent.iterdir():
-                if other.name not in kept:
-                    other.unlink()
+            digests.write(self.workdir, step, kept=self._manager.all_steps())
         except Exception as e:
             # Else saving has failed, which is raised in the main thread, or there are newer ones enough
             if self._path(step).exists():
-                log.warning("checkpoint %d has no digests (%s): Orbax's own checks remain", step, _line(e))
-
-    def _compare(self, step):
-        """WHOLE, UNCHECKED, or what is wrong with the checkpoint's files."""
-        wanted = self._read_digests(step)
-        if wanted is None:
-            return UNCHECKED
-        try:
-            found = digests(self._path(step))
-        except OSError as e:
-            return f"it cannot be read: {e}"
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                return f"{name} is missing"
-            if name not in wanted:
-                return f"{name} was not there when it was written"
-            if wanted[name] != found[name]:
-                return f"{name} has changed since it was written"
-        return WHOLE
-
-    def _read_digests(self, step):
-        """What was written for the checkpoint, or None: one killed before its digests were written has none."""
-        path = self._digest_path(step)
-        try:
-            found = json.loads(path.read_text())
-            if isinstance(found, dict) and found:
-                return found
-            problem = f"it holds {str(found)[:50]}"
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as e:
-            problem = _line(e)
-        log.warning("%s is damaged (%s): checkpoint %d is checked by Orbax alone", path, problem, step)
-        return None
+                log.warning("checkpoint %d has no digests (%s): Orbax's own checks remain", step, line(e))
 
     def _load(self, step, like, iterator, *, whole):
         """(state, what is wrong with it), of which one is empty; in every process its own part."""
         path = self._path(step)
         handler = ocp.StandardCheckpointHandler()  # not the manager: a process that fails alone would miss its barriers
-        unread = _check_model(path, handler, like)
+        unread = None
+        try:
+            found = shapes_in(path, handler)
+        except Exception as e:  # restoring may do without what is damaged here
+            unread = e
+        else:
+            check_shapes(f"the checkpoint {path}", below(found, "params"), below(shapes(like), "params"))
+            check_shapes(f"the checkpoint {path}", found, shapes(like))
         try:
             state = handler.restore(path / "state", args=ocp.args.StandardRestore(like))
             if int(state.step) != step:
@@ -191,7 +153,7 @@ class Checkpoints:
             if whole:
                 e.add_note(f"{path} is as it was written, by its digests: not set aside")
                 raise
-            return None, _line(unread or e)
+            return None, line(unread or e)
 
     def _sweep(self, *, temporary):
         """Sets aside what has a checkpoint's place but is none, as Orbax would pass over it, and then fail to save."""
@@ -211,7 +173,7 @@ class Checkpoints:
             target = target.with_name(target.name + "_")
         target.parent.mkdir(exist_ok=True)
         (self.workdir / "checkpoints" / name).rename(target)
-        self._digest_path(name).unlink(missing_ok=True)
+        digests.forget(self.workdir, name)
         log.warning("checkpoint %s is damaged (%s): moved to %s", name, problem, target)
 
     def _lost(self):
@@ -229,43 +191,30 @@ def check_workdir(workdir) -> None:
         )
 
 
-def _check_model(path, handler, like):
-    """UserError that names the first leaf in which a checkpoint differs from the state; why it cannot tell, or None."""
-    try:
-        found = handler.metadata(path / "state").tree
-        found, params = _shapes(found), _shapes(found["params"])
-    except Exception as e:  # restoring may do without what is damaged here
-        return e
-    check_shapes(f"the checkpoint {path}", params, _shapes(like.params))
-    check_shapes(f"the checkpoint {path}", found, _shapes(like))
-    return None
+def shapes_in(path, handler) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of a checkpoint's state by its path, a/b/c; raises what keeps it from being read."""
+    return shapes(handler.metadata(path / "state").tree)
 
 
-def _shapes(tree):
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of a tree by its path, a/b/c."""
     return {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
-def digests(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by its relative path; several files at a time, none whole in memory."""
-    folder = pathlib.Path(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_digest, files), strict=True))
+def below(found: dict, name: str) -> dict:
+    """The part of such shapes that is below a name, by the paths from there."""
+    return {path.removeprefix(f"{name}/"): shape for path, shape in found.items() if path.startswith(f"{name}/")}
 
 
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _line(error):
+def line(error) -> str:
+    """An error in one line: what was wrong."""
     while error.__cause__ is not None:  # Orbax tells where it was, its cause what is wrong
         error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:400] if text else ''}"
 
 
-def _said(text: str) -> str:
+def said(text: str) -> str:
     """In every process what the first of them says that says anything; returns once all have been asked."""
     if jax.process_count() == 1:
         return text

@@ -14,19 +14,30 @@ import sys
 import time
 import tracemalloc
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from checkpoint_files import (
+    DAMAGES,
+    assert_same,
+    contents,
+    cut,
+    flip,
+    iterator,
+    iterator_at,
+    largest,
+    like,
+    names,
+    remove,
+    save_run,
+    state_of,
+)  # fmt: skip
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ivideo.checkpoint import Checkpoints, digests
-from ivideo.data.pipeline import make_iterator
-from ivideo.data.sources import ShapesSource
+from ivideo import digests
+from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
-from ivideo.text.tokenizers import byte_tokens
 
 # Of Orbax's reads that were still under way when one failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -34,50 +45,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@flax.struct.dataclass
-class State:
-    """As a training state, with what a checkpoint looks at."""
-
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-
-
-def state_of(step, *, width=64, seed=0):
-    """Numbers that do not compress: of the files written, the largest holds them."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    params = {"layer": {"kernel": jax.random.normal(key, (width, 64)), "bias": jnp.arange(3.0) + step}}
-    return State(jnp.int32(step), params, ({"m": jnp.ones(5) * step}, ()))
-
-
-def like(width=64):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: state_of(0, width=width))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-
-
-def iterator():
-    source = ShapesSource(num_clips=432, seed=0, frames=1, height=4, width=4)
-    return make_iterator(source, batch_size=2, seed=0, tokenize=byte_tokens, text_length=8)
-
-
-def iterator_at(step):
-    data = iterator()
-    for _ in range(step):
-        next(data)
-    return data
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """Checkpoints of steps 1, 2, 3, of which two are kept, and the batches that follow each."""
     workdir = tmp_path_factory.mktemp("run")
-    data = iterator()
-    checkpoints = Checkpoints(workdir, keep=2)
-    for step in (1, 2, 3):
-        next(data)
-        checkpoints.save(step, state_of(step), data)
-    checkpoints.close()
+    save_run(workdir)
     data = iterator()
     return workdir, [next(data) for _ in range(4)]
 
@@ -87,18 +59,6 @@ def saved(original, tmp_path):
     """A copy of them, to be damaged."""
     shutil.copytree(original[0], tmp_path / "run")
     return tmp_path / "run", original[1]
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def largest(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def test_small_newest_state_and_data_position_come_back(saved):
@@ -113,106 +73,7 @@ def test_small_newest_state_and_data_position_come_back(saved):
     assert names(workdir / "damaged") == []
 
 
-# What becomes of checkpoint 3, given its folder
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
-
-
-def zero(file):
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-def empty_file(file):
-    file.write_bytes(b"")
-
-
-def scribble(file):
-    file.write_bytes(b"\xff{not json")
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def become_folder(file):
-    file.unlink()
-    file.mkdir()
-
-
-def become_file(folder):
-    shutil.rmtree(folder)
-    folder.write_text("not a folder")
-
-
-def lose_all(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def become_the_one_before(folder):
-    shutil.rmtree(folder)
-    shutil.copytree(folder.with_name("2"), folder)
-
-
-def lock(file):
-    file.chmod(0)
-    if os.access(file, os.R_OK):
-        pytest.skip("root reads every file")
-
-
-def add_a_file(folder):
-    (folder / "state" / "notes.txt").write_text("mine")
-
-
-def of(name, damage):
-    """The damage, done to one file or folder of the checkpoint."""
-    return lambda folder: damage(folder / name)
-
-
-def big(damage):
-    return lambda folder: damage(largest(folder))
-
-
-DATA = "data/process_0-of-1.json"
-# name: the damage, what the digests say of it, and what is said without them: None where Orbax sees nothing wrong
-DAMAGES = {
-    "cut": (big(cut), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
-    "flipped": (big(flip), r"ocdbt.process_0/d/\w+ has changed", None),
-    "zeros": (big(zero), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
-    "emptied": (big(empty_file), r"ocdbt.process_0/d/\w+ has changed", "Error reading"),
-    "gone": (big(remove), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
-    "file-is-folder": (big(become_folder), r"ocdbt.process_0/d/\w+ is missing", "Error reading"),
-    "unreadable": (big(lock), "cannot be read: .*Permission", "ermission"),
-    "extra-file": (add_a_file, "notes.txt was not there", None),
-    "empty-folder": (lose_all, "_CHECKPOINT_METADATA is missing", "FileNotFoundError"),
-    "is-a-file": (become_file, "it is a file", "it is a file"),
-    "is-step-2": (become_the_one_before, "has changed", "it holds step 2"),
-    "no-state": (of("state", remove), "state/.* is missing", "FileNotFoundError"),
-    "data-gone": (of(DATA, remove), f"{DATA} is missing", "holds no process_"),
-    "data-garbage": (of(DATA, scribble), f"{DATA} has changed", "UnicodeDecodeError"),
-    "data-emptied": (of(DATA, empty_file), f"{DATA} has changed", "JSONDecodeError"),
-    "tree-gone": (of("state/_METADATA", remove), "state/_METADATA is missing", "_METADATA"),
-    "tree-garbage": (of("state/_METADATA", scribble), "state/_METADATA has changed", "Error"),
-    "manifest-gone": (of("state/manifest.ocdbt", remove), "state/manifest.ocdbt is missing", "Error"),
-    "manifest-flipped": (of("state/manifest.ocdbt", flip), "state/manifest.ocdbt has changed", "manifest.ocdbt"),
-    "step-metadata-gone": (of("_CHECKPOINT_METADATA", remove), "_CHECKPOINT_METADATA is missing", None),
-    "step-metadata-garbage": (of("_CHECKPOINT_METADATA", scribble), "_CHECKPOINT_METADATA has changed", None),
-}
 CASES = [(name, digested) for name in DAMAGES for digested in (True, False) if digested or DAMAGES[name][2]]
-
-
-def contents(path):
-    """What there is, and whether it has been touched."""
-    stats = {p.relative_to(path): p.lstat() for p in [path, *path.rglob("*")]}
-    return {name: (stat.st_mode, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def assert_training_goes_on_from_2(workdir, data, batches):
@@ -229,7 +90,7 @@ def assert_training_goes_on_from_2(workdir, data, batches):
     assert names(workdir / "digests") == ["3.json", "4.json"]
     for step in (3, 4):
         written = json.loads((workdir / "digests" / f"{step}.json").read_text())
-        assert written == digests(workdir / "checkpoints" / str(step))
+        assert written == digests.of_folder(workdir / "checkpoints" / str(step))
     data = iterator()
     step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 4
@@ -421,7 +282,9 @@ def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):
     while not (tmp_path / "digests" / "1.json").exists():
         assert time.time() < deadline
         time.sleep(0.01)
-    assert json.loads((tmp_path / "digests" / "1.json").read_text()) == digests(tmp_path / "checkpoints" / "1")
+    assert json.loads((tmp_path / "digests" / "1.json").read_text()) == digests.of_folder(
+        tmp_path / "checkpoints" / "1"
+    )
     checkpoints.close()
 
 
@@ -471,23 +334,19 @@ def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
     assert_same(state, state_of(3))
 
 
-def test_small_checkpoint_deleted_by_a_run_that_goes_on_is_not_damaged(saved, monkeypatch):
-    """Sampling from a run finds the checkpoint that it looks at half deleted, since there is a newer one."""
+def test_small_digests_left_of_a_deleted_checkpoint_do_not_condemn_the_next_of_that_step(saved, monkeypatch):
+    """The newest is deleted by hand, its step saved again, and the run killed before the new digests are written."""
     workdir, _ = saved
-
-    def digests_meanwhile(folder):
-        monkeypatch.undo()
-        training = Checkpoints(workdir, keep=1)
-        training.save(4, state_of(4), iterator_at(4))
-        training.close()
-        shutil.copytree(workdir / "checkpoints" / "4" / "data", workdir / "checkpoints" / "3" / "data")
-        return digests(folder)
-
-    monkeypatch.setattr("ivideo.checkpoint.digests", digests_meanwhile)
-    step, state = Checkpoints(workdir, keep=2).restore(like())
-    assert step == 4
-    assert_same(state, state_of(4))
-    assert names(workdir / "checkpoints") == ["3", "4"]
+    remove(workdir / "checkpoints" / "3")
+    data = iterator()
+    checkpoints = Checkpoints(workdir, keep=2)
+    assert checkpoints.restore(like(), data)[0] == 2
+    monkeypatch.setattr(digests, "write", lambda *_, **__: None)
+    checkpoints.save(3, state_of(3, seed=10), data)
+    checkpoints.close()
+    step, state = Checkpoints(workdir, keep=2).restore(like(), iterator())
+    assert step == 3
+    assert_same(state, state_of(3, seed=10))
     assert names(workdir / "damaged") == []
 
 
@@ -512,7 +371,7 @@ def test_small_digests_are_sha256_and_read_in_pieces(tmp_path):
     }
     tracemalloc.start()
     try:
-        assert digests(tmp_path) == wanted
+        assert digests.of_folder(tmp_path) == wanted
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

@@ -1,0 +1,107 @@
+"""The averaged parameters of a training run, read without touching the run.
+
+Sampling, evaluating and exporting need nothing else of a checkpoint. The run may go on beside them and delete what they
+read, or its folder may be read-only: nothing is written, moved or deleted here.
+"""
+
+import logging
+import os
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ivideo import digests
+from ivideo.checkpoint import below, check_workdir, line, said, shapes, shapes_in
+from ivideo.errors import UserError
+from ivideo.export import check_shapes
+
+log = logging.getLogger("ivideo")
+
+TRIES = 100  # checkpoints that may be deleted while they are read, one after the other
+
+
+def read_average(workdir: str, like) -> tuple[int, dict]:
+    """The newest whole checkpoint of a run as (step, averaged parameters).
+
+    `like`: the parameters' shapes with the shardings wanted, whatever devices saved them. All files of a checkpoint are
+    compared with their digests, and the averaged parameters alone are then loaded. A damaged checkpoint is named in a
+    warning and the one before it is read. Where a checkpoint is deleted while it is read, since the run has saved
+    another one, that one is read. All processes of `jax.distributed` call this together.
+    UserError where there is no checkpoint, where all are damaged, or where it is of another model.
+    """
+    check_workdir(workdir)
+    folder, first = epath.Path(os.path.abspath(workdir)), jax.process_index() == 0
+    if said("none" if first and not (folder / "checkpoints").is_dir() else ""):
+        raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
+    damaged = set()
+    for _ in range(TRIES):
+        steps = _steps(folder) if first else set()
+        step = said(str(max(steps - damaged, default="")))
+        if not step:
+            break
+        path, params = folder / "checkpoints" / step, None
+        found = problem = said(digests.compare(folder, step) if first else "")
+        if found in (digests.WHOLE, digests.UNCHECKED):
+            params, problem = _load(path, like)
+            problem = said(problem)
+        if not problem:
+            return int(step), params
+        if said("gone" if first and (not path.exists() or max(_steps(folder)) > max(steps)) else ""):
+            log.info("checkpoint %s was deleted while it was read: the newest one is read instead", step)
+            continue
+        if found == digests.WHOLE:
+            raise OSError(f"{path} is as it was written, by its digests, but cannot be read ({problem})")
+        if first:
+            log.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
+        damaged.add(int(step))
+    else:
+        raise UserError(
+            f"the checkpoints in {folder} are deleted faster than one can be read: copy the folder, or train with a "
+            "larger config.train.keep or config.train.checkpoint_every"
+        )
+    if damaged:
+        raise UserError(f"every checkpoint in {folder / 'checkpoints'} is damaged: copy a whole one back")
+    raise UserError(f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every")
+
+
+def _steps(folder) -> set[int]:
+    """The steps of the checkpoints in a run's folder. One that is being saved has another name."""
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    return {int(name) for name in names if name.isdecimal() and name == str(int(name))}
+
+
+def _load(path, like):
+    """(averaged parameters, what is wrong with them), of which one is empty; in every process its own part.
+
+    UserError, in all processes, where they are of another model.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    if other := said(_other_model(path, handler, like) if jax.process_index() == 0 else ""):
+        raise UserError(other)
+    wanted = {"step": jax.ShapeDtypeStruct((), np.int32), "ema": like}
+    options = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    try:
+        handler.metadata(path / "state")  # without it Orbax would take the shapes to be those wanted
+        found = handler.restore(path / "state", args=options)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+        raise
+    except Exception as e:  # what a damaged file raises depends on the byte
+        return None, line(e)
+    if int(found["step"]) != int(path.name):
+        return None, f"it holds step {int(found['step'])}"
+    return found["ema"], ""
+
+
+def _other_model(path, handler, like) -> str:
+    """What says that a checkpoint is of another model, where it is."""
+    try:
+        check_shapes(f"the checkpoint {path}", below(shapes_in(path, handler), "ema"), shapes(like))
+    except UserError as e:
+        return str(e)
+    except Exception:  # damaged: loading it says so
+        pass
+    return ""
