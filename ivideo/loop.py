@@ -132,7 +132,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                     reporter.saved(step, lambda: checkpoints.save(step, state, iterator))  # noqa: B023 - called at once
                     watchdog.beat()
                 if config.train.sample_every and (last or step % config.train.sample_every == 0):
-                    reporter.samples(step, sample_prompts(config, encoder, state.ema))
+                    reporter.samples(step, lambda: sample_prompts(config, encoder, state.ema))  # noqa: B023
                     reporter.go_on(step)
                     watchdog.beat()
             if not saving:

@@ -1,5 +1,6 @@
 """What a training run reports: the progress line, TensorBoard, metrics.jsonl and events.jsonl."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,36 +10,52 @@ import time
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from ivideo import chips
+from ivideo.board import Board
 from ivideo.train import model_flops
 
 log = logging.getLogger("ivideo")
 
 
 class Reporter:
-    """The progress line, TensorBoard, metrics.jsonl and events.jsonl. Of several processes the first one writes."""
+    """The progress line, TensorBoard, metrics.jsonl and events.jsonl. Of several processes the first one writes.
+
+    A report that fails never ends a run: the first failure of each kind is a warning.
+    """
 
     def __init__(self, config, workdir: str, mesh):
         self._config, self._mesh, self._writes = config, mesh, jax.process_index() == 0
         self._began = self._compiled = self._mark = self._first = None
         self._input = 0.0
+        self._failed, self._ended = set(), False
         if self._writes:
             folder = pathlib.Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-            self._metrics, self._events = (_append(folder / f"{name}.jsonl") for name in ("metrics", "events"))
+            self._board = Board(folder / "tensorboard")
+            self._metrics, self._events = (_Lines(folder / f"{name}.jsonl") for name in ("metrics", "events"))
         chip = chips.of_device(mesh.devices.flat[0])
         self._peak = chip and chip.flops * mesh.size
         self._flops = model_flops(config) if chip else None
 
+    @contextlib.contextmanager
+    def _reporting(self, what: str):
+        """Turns an error of the block into a warning, the first time that `what` fails."""
+        try:
+            yield
+        except Exception as e:
+            if jax.process_count() > 1 and isinstance(e, jax.errors.JaxRuntimeError):
+                raise  # samples are made by all processes together, and another one may be gone
+            if what not in self._failed:
+                self._failed.add(what)
+                log.warning("%s cannot be written (%s: %s): the training goes on without", what, type(e).__name__, e)
+
     def event(self, event: str, **fields) -> None:
-        """Adds a line to events.jsonl: what happened, when, and its numbers."""
-        if self._writes and not self._events.closed:
-            self._events.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-            if event == "end":
-                self._events.close()
+        """Adds a line to events.jsonl: what happened, when, and its numbers. None follows an event `end`."""
+        if self._writes and not self._ended:
+            self._ended = event == "end"
+            with self._reporting(self._events.path):
+                self._events.add({"event": event, "time": time.time(), **fields})
 
     def begin(self, step: int) -> None:
         """The state of `step` is there, and the loop begins."""
@@ -82,7 +99,8 @@ class Reporter:
             return float("nan")
         for at, values in enumerate(metrics, step - len(metrics) + 1):
             if self._writes:
-                self._metrics.write(json.dumps({"step": at, **values}) + "\n")
+                with self._reporting(self._metrics.path):
+                    self._metrics.add({"step": at, **values})
             self._check_finite(at, values)
         finite = [m for m in metrics if np.isfinite([m["loss"], m["grad_norm"]]).all()] or metrics
         mean = {name: float(np.mean([m[name] for m in finite])) for name in metrics[0]}
@@ -118,55 +136,82 @@ class Reporter:
         self.go_on(step)
         if not self._writes:
             return
-        speed, eta = "compiled", ""
+        speed, eta, scalars = "compiled", "", {f"train/{name}": value for name, value in mean.items()}
         if step > self._start:
             rate = (step - self._start) / (now - self._compiled)
-            speeds = {"steps": rate, "videos": rate * self._config.train.batch_size}
+            videos = rate * self._config.train.batch_size
+            scalars |= {"speed/steps_per_second": rate, "speed/videos_per_second": videos}
             left = (self._config.train.steps - step) / rate
-            speed = f"{rate:.3g} steps/s  {speeds['videos']:.3g} videos/s"
+            speed = f"{rate:.3g} steps/s  {videos:.3g} videos/s"
             eta = f"ETA {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02}"
-            for name, value in speeds.items():
-                self._board.add_scalar(f"speed/{name}_per_second", value, step)
             if self._peak:
                 utilisation = rate * self._flops / self._peak
                 speed += f"  MFU {utilisation:.1%}"
-                self._board.add_scalar("speed/model_flops_utilisation", utilisation, step)
-        for name, value in mean.items():
-            self._board.add_scalar(f"train/{name}", value, step)
-        end = "\r" if sys.stderr.isatty() and step < self._config.train.steps else "\n"
+                scalars["speed/model_flops_utilisation"] = utilisation
+        with self._reporting("TensorBoard's log"):
+            self._board.scalars(step, scalars)
         line = f"{self._config.stage} step {step}/{self._config.train.steps}  loss {mean['loss']:.4f}  {speed}  {eta}"
-        print(line.ljust(100), end=end, file=sys.stderr, flush=True)
+        with self._reporting("the progress line"):
+            end = "\r" if sys.stderr.isatty() and step < self._config.train.steps else "\n"
+            print(line.ljust(100), end=end, file=sys.stderr, flush=True)
 
-    def samples(self, step: int, videos) -> None:
-        """A grid in TensorBoard: a row a video, its frames from left to right."""
-        if self._writes:
-            n, t, h, w, c = videos.shape
-            grid = videos.transpose(0, 2, 1, 3, 4).reshape(n * h, t * w, c)
-            self._board.add_image("samples", ((grid + 1) * 127.5).astype(np.uint8), step, dataformats="HWC")
+    def samples(self, step: int, make_videos) -> None:
+        """A grid in TensorBoard of what `make_videos()` returns: a row a video, its frames from left to right."""
+        with self._reporting("the grid of samples"):
+            videos = make_videos()  # in every process: they make them together
+            if self._writes:
+                n, t, h, w, c = videos.shape
+                grid = videos.transpose(0, 2, 1, 3, 4).reshape(n * h, t * w, c)
+                self._board.image(step, "samples", ((grid + 1) * 127.5).astype(np.uint8))
 
     def _keep(self):
         """A disk may lose what it was not asked to keep; a mounted bucket has nothing of a file before."""
         if self._writes:
             for file in (self._metrics, self._events):
-                if not file.closed:
-                    os.fsync(file.fileno())
+                with self._reporting(file.path):
+                    file.keep()
 
     def close(self) -> None:
-        """Writes what is not on disk yet."""
+        """Writes what is not on disk yet. Events may follow, and metrics where a run goes on."""
         if self._writes:
-            self._board.close()
+            with self._reporting("TensorBoard's log"):
+                self._board.close()
             self._keep()
-            self._metrics.close()
 
 
-def _append(path):
-    """A file to add lines to. A line that a killed process left unfinished is ended first."""
-    torn = False
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb") as f:
-            f.seek(-1, os.SEEK_END)
-            torn = f.read() != b"\n"
-    file = open(path, "a", buffering=1)  # noqa: SIM115
-    if torn:
-        file.write("\n")
-    return file
+class _Lines:
+    """A file that JSON objects are added to, a line each.
+
+    It is opened by its name for each of them: a file that was deleted, or on storage that was away, is there again.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._torn = True  # a killed process may have left a line without an end, and so may a disk that was full
+
+    def add(self, value: dict) -> None:
+        """Adds a line, in one write. OSError where that cannot be."""
+        line = json.dumps(value) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=0) as file:
+            if self._torn and _ends_torn(self.path):
+                line = "\n" + line
+            self._torn = True
+            data = line.encode()
+            if file.write(data) < len(data):
+                raise OSError("the disk took a part of a line")
+            self._torn = False
+
+    def keep(self) -> None:
+        """Returns once the lines are on the disk. OSError where that cannot be."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _ends_torn(path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

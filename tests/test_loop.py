@@ -246,6 +246,5 @@ def test_small_batch_has_to_divide(tmp_path):
 def test_small_torn_last_line_is_ended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
-    with report._append(path) as file:
-        file.write('{"step": 2}\n')
+    report._Lines(path).add({"step": 2})
     assert path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']

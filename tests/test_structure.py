@@ -15,7 +15,7 @@ VARIANTS = ("paper", "demo", "small")
 
 # Lower first. A module imports modules of its own level and below.
 LEVELS = [
-    {"__init__", "errors", "files", "schedules", "resize", "demo", "chips", "hlo"},
+    {"__init__", "errors", "files", "schedules", "resize", "demo", "chips", "hlo", "board"},
     {"sharding", "hosts"},
     {"diffusion", "guidance", "augment", "joint", "flops", "models"},
     {"conditioning", "windows"},

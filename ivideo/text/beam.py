@@ -7,17 +7,21 @@ a folder that they share. A file pattern stands for the captions.
 
 import json
 
-import apache_beam as beam
 import ml_collections
-from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.utils.shared import Shared
 
 from ivideo import files
 from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
 from ivideo.text import cache, fingerprint, load_encoder
+
+try:
+    import apache_beam as beam
+    from apache_beam.io.filesystem import BeamIOError
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.utils.shared import Shared
+except ImportError as e:
+    raise UserError("Apache Beam is not installed: run `pip install '.[beam]'` in the clone") from e
 
 
 def encode_captions(config, pattern: str, out: str, *, shards: int, options: list[str]) -> None:

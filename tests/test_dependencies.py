@@ -1,0 +1,65 @@
+"""What the package imports, also late, is what a plain install brings."""
+
+import ast
+import importlib
+import importlib.metadata
+import pathlib
+import re
+import sys
+
+import pytest
+
+from ivideo.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXTRAS = {"apache_beam": "beam"}  # modules that an extra brings, of which one line tells where they are missing
+PARTS = {"jaxlib": "jax"}  # packages that a declared one is never without
+# What a declared package imports late without declaring it: (module that imports, what it imports, its distribution)
+LATE = [("tensorboardX/summary.py", "PIL", "pillow"), ("tensorflow_datasets", "importlib_resources", None)]
+
+
+def imported():
+    """The top-level modules that the package imports, wherever in a file, by the files that do."""
+    found = {}
+    for path in sorted((ROOT / "ivideo").rglob("*.py")):
+        source = path.read_text()
+        names = set(re.findall(r"""import_module\(["'](\w+)""", source))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+        for name in names:
+            found.setdefault(name.split(".")[0], []).append(path.name)
+    return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | {"ivideo", "configs"}}
+
+
+def required():
+    """Names of the packages that a plain install asks for."""
+    source = (ROOT / "setup.py").read_text()
+    listed = re.search(r"install_requires=\[(.*?)\n    \]", source, re.S)[1]
+    return {normal(name) for name in re.findall(r'^\s*"([\w.-]+)', listed, re.M)}
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_small_every_import_is_declared():
+    distributions = importlib.metadata.packages_distributions()
+    for module, files in imported().items():
+        if module in EXTRAS:
+            continue
+        package = PARTS.get(module) or normal(distributions[module][0])
+        assert package in required(), f"{files} import {module}, and setup.py does not require {package}"
+    assert {normal(package or module) for _, module, package in LATE} <= required()
+
+
+def test_small_an_extra_that_is_missing_is_said_in_one_line(monkeypatch):
+    """So far only Beam is imported by the package itself; jax asks for a TPU's compiler, which mode compile says."""
+    assert [name for name in imported() if name in EXTRAS] == ["apache_beam"]
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "ivideo.text.beam", raising=False)
+    with pytest.raises(UserError) as error:
+        importlib.import_module("ivideo.text.beam")
+    assert str(error.value) == "Apache Beam is not installed: run `pip install '.[beam]'` in the clone"
