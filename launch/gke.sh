@@ -15,8 +15,6 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 
-usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
-
 [[ $# -gt 0 ]] || fail "no action: expected render, apply, xpk or delete; see --help"
 case $1 in -h | --help) usage && exit 0 ;; esac
 action=$1
@@ -25,7 +23,8 @@ case $action in render | apply | xpk | delete) ;; *) fail "action '$action' is u
 [[ $# -gt 0 && $1 != -* ]] || fail "no name: expected launch/gke.sh $action NAME …"
 name=$1
 shift
-[[ $name =~ ^[a-z][a-z0-9-]{0,37}$ ]] || fail "NAME='$name': Kubernetes wants small letters, digits and -, up to 38"
+[[ $name =~ ^[a-z]([a-z0-9-]{0,36}[a-z0-9])?$ ]] ||
+  fail "NAME='$name': expected small letters, digits and -, at most 38, the first a letter and the last no -"
 image='' accelerator='' topology='' hosts='' chips=4 cluster='' zone='' type='' restarts=50 grace=120
 rest=()
 while [[ $# -gt 0 ]]; do
@@ -50,12 +49,52 @@ needed() { # the options of these names have to be there
 
 json() { # a string as JSON, which is YAML too
   local text=${1//\\/\\\\}
-  printf '"%s"' "${text//\"/\\\"}"
+  text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\t'/\\t} text=${text//$'\r'/\\r}
+  [[ $text != *[[:cntrl:]]* ]] || fail "$(printf '%q' "$1") holds a character that no argument has: leave it out"
+  printf '"%s"' "$text"
+}
+
+check_image() {
+  [[ $image != *[[:space:][:cntrl:]]* && $image != -* ]] || fail "--image=$image: expected an image's name, such as europe-docker.pkg.dev/me/ivideo:1"
+}
+
+needs_kubectl() {
+  needs kubectl "gcloud components install kubectl, or see https://kubernetes.io/docs/tasks/tools"
+}
+
+chips_in() { # how many chips a topology has
+  local product=1 size
+  for size in ${1//x/ }; do product=$((product * size)); done
+  echo "$product"
+}
+
+check_slice() { # the options of a manifest, which Kubernetes would find wrong after minutes, or wait for without end
+  local number dimensions=''
+  is_number "$hosts" 1 100000 || fail "--hosts=$hosts: expected the slice's number of hosts, from 1"
+  is_number "$chips" 1 100 || fail "--chips=$chips: expected the number of chips of a host, such as 4"
+  for number in restarts grace; do
+    is_number "${!number}" 0 1000000 || fail "--$number=${!number}: expected a number, from 0"
+  done
+  [[ $accelerator =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] ||
+    fail "--accelerator=$accelerator: expected one of GKE's names, such as tpu-v6e-slice"
+  [[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+    fail "--topology=$topology: expected a slice's chips along each dimension, such as 8x8 or 4x4x4"
+  case $accelerator in
+    tpu-v5-lite-* | tpu-v6e-*) dimensions=2 ;;
+    tpu-v4-* | tpu-v5p-* | tpu7x*) dimensions=3 ;;
+  esac
+  local crosses=${topology//[!x]/}
+  [[ -z $dimensions || $((${#crosses} + 1)) == "$dimensions" ]] ||
+    fail "--topology=$topology: slices of $accelerator have $dimensions dimensions"
+  number=$(chips_in "$topology")
+  ((number == hosts * chips)) ||
+    fail "--topology=$topology has $number chips, but --hosts=$hosts of --chips=$chips have $((hosts * chips)): a run takes the whole slice"
 }
 
 manifest() {
   local argument arguments='"-m", "ivideo.main", "--distributed"'
-  for argument in "${rest[@]}"; do arguments+=", $(json "$argument")"; done
+  # Kubernetes puts variables in for $(NAME); $$ is a $ that is left alone
+  for argument in "${rest[@]}"; do arguments+=", $(json "${argument//\$(/\$\$(}")" || exit 2; done
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -91,7 +130,7 @@ spec:
             restartPolicy: Never # podFailurePolicy asks for it
             terminationGracePeriodSeconds: $grace
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: $accelerator
+              cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")
               cloud.google.com/gke-tpu-topology: $(json "$topology")
             containers:
             - name: ivideo
@@ -114,23 +153,25 @@ fi
 case $action in
   render | apply)
     needed image accelerator topology hosts
-    for number in hosts chips restarts grace; do
-      [[ ${!number} =~ ^[0-9]+$ ]] || fail "--$number=${!number}: expected a number"
-    done
-    if [[ $action == render ]]; then
-      manifest
-    elif [[ -n ${DRY_RUN:-} ]]; then
-      manifest
-      run kubectl apply -f -
-    else
-      manifest | kubectl apply -f -
-    fi
+    check_image
+    check_slice
+    text=$(manifest)
+    [[ $action == render ]] || needs_kubectl
+    if [[ $action == render || -n ${DRY_RUN:-} ]]; then echo "$text"; fi
+    if [[ $action == apply ]]; then run kubectl apply -f - <<<"$text"; fi
     ;;
   xpk)
     needed image cluster zone type
+    check_image
+    is_number "$restarts" 0 1000000 || fail "--restarts=$restarts: expected a number, from 0"
+    needs xpk "pip install xpk, in an environment of its own"
+    codes=${GO_ON[*]}
     run xpk workload create "--workload=$name" "--cluster=$cluster" "--zone=$zone" "--tpu-type=$type" \
-      "--docker-image=$image" "--max-restarts=$restarts" --restart-on-exit-codes=75,76,77 \
+      "--docker-image=$image" "--max-restarts=$restarts" "--restart-on-exit-codes=${codes// /,}" \
       "--command=exec python -m ivideo.main --distributed $(quoted "${rest[@]}")"
     ;;
-  delete) run kubectl delete jobset "$name" ;;
+  delete)
+    needs_kubectl
+    run kubectl delete jobset "$name"
+    ;;
 esac

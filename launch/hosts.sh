@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
 # One training run on several machines that are reached by ssh and share a disk: one process a machine.
 #
-#   launch/hosts.sh HOST1,HOST2,… [--folder=ivideo] [--port=8476] [--dry_run] -- --config=configs/ssr2.py --workdir=DIR …
+#   launch/hosts.sh HOST1,HOST2,… [--folder=ivideo] [--port=PORT] [--dry_run] -- --config=configs/ssr2.py --workdir=DIR …
 #
-# The first host is the one that the others find each other by (--coordinator). --folder is the checkout on every host, with
-# an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
+# HOST is a name that ssh knows, or USER@HOST. The others find the first host by its name, without the user, at --port. Unless
+# given, the port is a number from 20000 to 29999 that follows from the --workdir: the same whenever this run starts again,
+# another for another run. --folder is the checkout on every host, from the home folder there, with an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
 # where one left with 75, 76, 77 or 134, all start again after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of
 # an hour (LONG, in seconds) begins a new row.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 
-usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
-
 case ${1:-} in -h | --help) usage && exit 0 ;; esac
 [[ $# -gt 0 && $1 != -* ]] || fail "no hosts: expected launch/hosts.sh HOST1,HOST2,… -- --config=FILE --workdir=DIR"
-IFS=, read -r -a hosts <<<"$1"
+hosts=() names=()
+while IFS= read -r host; do
+  [[ $host =~ ^([A-Za-z0-9_][A-Za-z0-9._-]*@)?([A-Za-z0-9][A-Za-z0-9._-]*)$ ]] ||
+    fail "hosts '$1': '$host' is not a host; expected names with a comma between them and no spaces, such as h1,h2 or me@h1,me@h2"
+  name=${BASH_REMATCH[2]}
+  [[ " ${names[*]-} " != *" $name "* ]] || fail "hosts '$1': $name is there twice; one process runs on each host"
+  hosts+=("$host") names+=("$name")
+done <<<"${1//,/$'\n'}"
 shift
-folder=ivideo port=8476
+folder=ivideo port=auto
 rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -29,16 +35,41 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ $port =~ ^[0-9]+$ ]] || fail "--port=$port: expected a number, such as 8476"
+[[ -n $folder ]] || fail "--folder is empty: give the checkout's folder on every host, such as --folder=ivideo"
 [[ ${#rest[@]} -gt 0 ]] || fail "no arguments of ivideo.main: give them after --, such as -- --config=configs/ssr2.py --workdir=DIR"
+
+workdir() { # the value of --workdir, or of an argument that says nothing of it all of them
+  local i
+  for i in "${!rest[@]}"; do
+    case ${rest[i]} in
+      --workdir=*) echo "${rest[i]#*=}" && return ;;
+      --workdir) echo "${rest[i + 1]-}" && return ;;
+    esac
+  done
+  echo "${rest[*]}"
+}
+
+if [[ $port == auto ]]; then
+  sum=$(workdir | cksum)
+  port=$((20000 + ${sum%% *} % 10000))
+fi
+is_number "$port" 1 65535 || fail "--port=$port: expected a number from 1 to 65535, such as 8476"
+needs ssh "install OpenSSH's client (on Debian and Ubuntu: apt install openssh-client)"
+
+there=$(quoted "$folder")
+# A shell does not look for a home folder in what is quoted
+if [[ $folder =~ ^(~[A-Za-z0-9._-]*)(/(.*))?$ ]]; then
+  there=${BASH_REMATCH[1]}${BASH_REMATCH[2]:+/}
+  [[ -z ${BASH_REMATCH[3]-} ]] || there+=$(quoted "${BASH_REMATCH[3]}")
+fi
 
 once() { # every host's process; ends with the first code that is not 0, the gravest first
   local i pids=() worst=0 code
   for i in "${!hosts[@]}"; do
-    local process=(.venv/bin/python -m ivideo.main "--coordinator=${hosts[0]}:$port" "--num_processes=${#hosts[@]}" "--process_id=$i" "${rest[@]}")
+    local process=(.venv/bin/python -m ivideo.main "--coordinator=${names[0]}:$port" "--num_processes=${#hosts[@]}" "--process_id=$i" "${rest[@]}")
     # -tt: should this script end, so do the processes. With exit, the shell there outlives the process: of one that a signal
     # ended, ssh itself would tell 255, the shell tells which signal
-    local command=(ssh -tt -o BatchMode=yes "${hosts[i]}" "cd $(quoted "$folder") && $(quoted "${process[@]}"); exit \$?")
+    local command=(ssh -tt -o BatchMode=yes "${hosts[i]}" "cd $there && $(quoted "${process[@]}"); exit \$?")
     if [[ -n ${DRY_RUN:-} ]]; then
       run "${command[@]}"
     else

@@ -6,6 +6,18 @@ fail() { # one line on stderr, and exit code 2
   exit 2
 }
 
+usage() { # the head of the script
+  sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'
+}
+
+needs() { # a program that the script cannot do without, and how one gets it; a dry run does without
+  [[ -n ${DRY_RUN:-} ]] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
+}
+
+is_number() { # whether $1 is a whole number from $2 to $3, written without zeros in front: bash takes 010 for 8
+  [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($1 >= $2 && $1 <= $3))
+}
+
 run() { # runs a command, or with --dry_run prints it as one could paste it
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "$@" | sed 's/ $//'
@@ -17,8 +29,10 @@ run() { # runs a command, or with --dry_run prints it as one could paste it
 
 # Exit codes of ivideo.main after which the same command goes on: told to stop, a step hung, another process was lost; 134
 # where jax itself ended the process for that (SIGABRT).
+GO_ON=(75 76 77 134)
+
 can_go_on() {
-  [[ $1 == 75 || $1 == 76 || $1 == 77 || $1 == 134 ]]
+  [[ " ${GO_ON[*]} " == *" $1 "* ]]
 }
 
 again() { # runs a command until it ends, up to RESTARTS times more in a row where it left with a code that can go on
@@ -40,6 +54,11 @@ again() { # runs a command until it ends, up to RESTARTS times more in a row whe
   done
 }
 
-quoted() { # the arguments as one line for a shell elsewhere
-  printf '%q ' "$@" | sed 's/ $//'
+quoted() { # the arguments as words for a shell elsewhere, of whatever kind: bash's own way to quote is not known to all
+  local word line=''
+  for word in "$@"; do
+    [[ -n $word && $word != *[!A-Za-z0-9_./:=,+@%-]* ]] || word="'${word//\'/\'\\\'\'}'"
+    line+="${line:+ }$word"
+  done
+  printf '%s' "$line"
 }

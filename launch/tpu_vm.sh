@@ -18,8 +18,6 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 
-usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
-
 [[ $# -gt 0 ]] || fail "no action: expected create, install, run, logs or delete; see --help"
 case $1 in -h | --help) usage && exit 0 ;; esac
 action=$1
@@ -28,6 +26,8 @@ case $action in create | install | run | logs | delete) ;; *) fail "action '$act
 [[ $# -gt 0 && $1 != -* ]] || fail "no name: expected launch/tpu_vm.sh $action NAME --zone=ZONE"
 name=$1
 shift
+[[ $name =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] ||
+  fail "NAME='$name': expected small letters, digits and -, at most 63, the first a letter and the last no -"
 zone='' type='' spot='' version='' worker=0 yes=''
 rest=()
 while [[ $# -gt 0 ]]; do
@@ -44,6 +44,7 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
+[[ $worker =~ ^([0-9]+|all)$ ]] || fail "--worker=$worker: expected the number of a host, from 0, or all"
 [[ -n $zone ]] || fail "--zone is missing: give the slice's zone, such as --zone=us-east5-a"
 
 tpu() { gcloud_tpu=(gcloud compute tpus tpu-vm "$@" "--zone=$zone"); }
@@ -56,13 +57,15 @@ on_all() { # a command line on every host at once
 # The runtime that the generation's documentation names; Cloud TPU has no newest one to ask for
 runtime() {
   case $type in
-    v6e-*) echo v2-alpha-tpuv6e ;;
-    v5p-*) echo v2-alpha-tpuv5 ;;
-    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-    v4-*) echo tpu-ubuntu2204-base ;;
+    v6e-[1-9]*) echo v2-alpha-tpuv6e ;;
+    v5p-[1-9]*) echo v2-alpha-tpuv5 ;;
+    v5litepod-[1-9]*) echo v2-alpha-tpuv5-lite ;;
+    v4-[1-9]*) echo tpu-ubuntu2204-base ;;
     *) fail "--type=$type: expected a slice such as v5p-128, v6e-64, v5litepod-256 or v4-64, or give --version=RUNTIME" ;;
   esac
 }
+
+needs gcloud "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), then run gcloud init"
 
 case $action in
   create)

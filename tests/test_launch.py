@@ -1,6 +1,7 @@
 """The scripts that start runs elsewhere: what they would run, when they run it again, and their mistakes."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ import pytest
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 RUN = ["--", "--config=configs/ssr2.py", "--workdir=/mnt/runs/a b"]
+PORTS = ("x", "0", "010", "-1", "65536", "70000", "99999999999999999999", "8476.0", "")
+XPK = ["--cluster=c", "--zone=z", "--type=v6e-64"]
 MANIFEST = ["--image=eu/ivideo:1", "--accelerator=tpu-v6e-slice", "--topology=8x8", "--hosts=16"]
 
 
@@ -48,6 +51,10 @@ def fake(folder, name, script):
     )
     path.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "PAUSE": "0"}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def runs(folder, name) -> int:
@@ -150,7 +157,7 @@ def test_small_restarts_count_in_a_row(tmp_path, long, count, wanted):
 
 
 def test_small_one_process_a_host():
-    found = printed("hosts.sh", "a,b", *RUN)
+    found = printed("hosts.sh", "a,b", "--port=8476", *RUN)
     assert [command[:5] for command in found] == [["ssh", "-tt", "-o", "BatchMode=yes", host] for host in "ab"]
     for i, command in enumerate(found):
         words = shlex.split(command[5])
@@ -159,6 +166,49 @@ def test_small_one_process_a_host():
             ".venv/bin/python", "-m", "ivideo.main", "--coordinator=a:8476", "--num_processes=2", f"--process_id={i}"
         ]  # fmt: skip
         assert words[-3:] == ["--workdir=/mnt/runs/a b;", "exit", "$?"]
+
+
+def test_small_users_are_for_ssh_alone():
+    found = printed("hosts.sh", "me@h1,you@h2.example.org", *RUN)
+    assert [command[4] for command in found] == ["me@h1", "you@h2.example.org"]
+    assert all("--coordinator=h1:" in command[5] for command in found)
+
+
+def test_small_a_run_has_a_port_of_its_own_and_keeps_it():
+    """Two runs on the same hosts would else meet; one that starts again has to find the port that it had."""
+
+    def port(*arguments):
+        ((*_, command),) = printed("hosts.sh", "h1", "--", *arguments)
+        return int(re.search(r"--coordinator=h1:(\d+) ", command)[1])
+
+    first = port("--config=a.py", "--workdir=/mnt/runs/a")
+    assert 20000 <= first < 30000
+    assert port("--workdir=/mnt/runs/a", "--config=a.py", "--config.seed=1") == first
+    assert port("--workdir", "/mnt/runs/a") == first
+    assert port("--config=a.py", "--workdir=/mnt/runs/b") != first
+    assert "--coordinator=h1:65535 " in printed("hosts.sh", "h1", "--port=65535", *RUN)[0][-1]
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize(("folder", "there"), [("~/x y", "home/x y"), ("~", "home"), ("it's", "it's")])
+def test_small_what_a_host_gets_is_what_was_given(tmp_path, shell, folder, there):
+    """~ is the home folder there; quotes, line breaks, blanks and signs of the shell arrive as they are."""
+    there = tmp_path / there
+    python = there / ".venv" / "bin"
+    python.mkdir(parents=True)
+    program = "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv]))"
+    (python / "python").write_text(f"#!{sys.executable}\n{program}")
+    (python / "python").chmod(0o755)
+    env = {**fake(tmp_path / "bin", "ssh", f'exec {shell} -c "${{@: -1}}"'), "HOME": str(tmp_path / "home")}
+    arguments = ["--workdir=~/a", "it's", "two \nlines ", "é*$HOME `ls` \\n \t;", ""]
+    done = subprocess.run(
+        [str(LAUNCH / "hosts.sh"), "h", f"--folder={folder}", "--", *arguments],
+        cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    where, words = json.loads(done.stdout.removeprefix("h: "))
+    assert where == str(there)
+    assert words[-len(arguments) :] == arguments
 
 
 @pytest.mark.parametrize(("first", "later", "count", "wanted"), [(77, 0, 4, 0), (1, 0, 2, 1)])
@@ -239,6 +289,70 @@ def test_small_manifest_of_a_jobset():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
+def test_small_arguments_arrive_through_a_manifest():
+    """Quotes, line breaks and what Kubernetes would take for a variable."""
+    yaml = pytest.importorskip("yaml")
+    words = ["--workdir=/mnt/a: b # c", 'a "b" \\n', "two\nlines\tand\r", "$(HOME) $HOME", "- é {x}", ""]
+    done = launch("gke.sh", "render", "ssr2", *MANIFEST, "--", *words)
+    assert done.returncode == 0, done.stderr
+    pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    # as Kubernetes reads them
+    assert [word.replace("$$", "$") for word in pod["containers"][0]["args"][3:]] == words
+    assert pod["containers"][0]["args"][-3] == "$$(HOME) $HOME"
+    done = launch("gke.sh", "render", "ssr2", *MANIFEST, "--", "a\x1bb")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds a character that no argument has" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "hosts", "chips"),
+    [
+        ("tpu-v6e-slice", "8x8", 16, 4),
+        ("tpu-v6e-slice", "2x4", 1, 8),
+        ("tpu-v5-lite-podslice", "1x1", 1, 1),
+        ("tpu-v5p-slice", "4x4x8", 32, 4),
+        ("tpu7x", "2x2x1", 1, 4),
+    ],
+)
+def test_small_slices_that_there_are(accelerator, topology, hosts, chips):
+    options = [f"--accelerator={accelerator}", f"--topology={topology}", f"--hosts={hosts}", f"--chips={chips}"]
+    done = launch("gke.sh", "render", "a", "--image=i", *options, *RUN)
+    assert done.returncode == 0, done.stderr
+
+
+def test_small_codes_that_are_started_again_are_those_of_the_program():
+    """134 is SIGABRT, by which jax ends a process whose run has lost another."""
+    from ivideo import guards, hosts
+
+    script = f'. {LAUNCH}/lib.sh; for code in $(seq 0 255); do ! can_go_on "$code" || echo "$code"; done'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    wanted = {guards.PREEMPTED, guards.HUNG, hosts.LOST, 128 + signal.SIGABRT}
+    assert {int(code) for code in done.stdout.split()} == wanted
+    (command,) = printed("gke.sh", "xpk", "a", "--image=i", *XPK, *RUN)
+    assert f"--restart-on-exit-codes={','.join(str(code) for code in sorted(wanted))}" in command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["hosts.sh", "h1,h2", *RUN], "ssh"),
+        (["tpu_vm.sh", "install", "pod", "--zone=z"], "gcloud"),
+        (["tpu_vm.sh", "delete", "pod", "--zone=z"], "gcloud"),
+        (["gke.sh", "apply", "a", *MANIFEST, *RUN], "kubectl"),
+        (["gke.sh", "delete", "a"], "kubectl"),
+        (["gke.sh", "xpk", "a", "--image=i", *XPK, *RUN], "xpk"),
+    ],
+)
+def test_small_a_program_that_is_missing_is_named(tmp_path, arguments, program):
+    for name in ("bash", "env", "dirname", "basename", "sed", "cat", "cksum"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = launch(*arguments, env={"PATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{arguments[0]}: {program} is not installed: ") and len(line) > len(program) + 40
+    assert program in launch(*arguments[:2], *arguments[2:], env={"DRY_RUN": "1", "PATH": str(tmp_path)}).stdout
+
+
 def test_small_apply_hands_the_manifest_to_kubectl(tmp_path):
     env = fake(tmp_path, "kubectl", f'cat > "{tmp_path}/manifest"')
     assert launch("gke.sh", "apply", "ssr2", *MANIFEST, *RUN, env=env).returncode == 0
@@ -247,7 +361,7 @@ def test_small_apply_hands_the_manifest_to_kubectl(tmp_path):
 
 
 def test_small_xpk():
-    (command,) = printed("gke.sh", "xpk", "ssr2", "--image=i", "--cluster=c", "--zone=z", "--type=v6e-64", *RUN)
+    (command,) = printed("gke.sh", "xpk", "ssr2", "--image=i", *XPK, *RUN)
     assert command[:4] == ["xpk", "workload", "create", "--workload=ssr2"]
     assert {"--cluster=c", "--zone=z", "--tpu-type=v6e-64", "--docker-image=i", "--max-restarts=50"} < set(command)
     assert shlex.split(command[-1])[-1] == "--workdir=/mnt/runs/a b"
@@ -265,10 +379,39 @@ def test_small_xpk():
         (["tpu_vm.sh", "create", "pod", "--zone=z", "--type=v99-8"], "--type=v99-8: expected a slice such as"),
         (["tpu_vm.sh", "run", "pod", "--zon=z", *RUN], "'--zon=z' is unknown"),
         (["hosts.sh"], "no hosts"),
-        (["hosts.sh", "a,b", "--port=x", *RUN], "--port=x: expected a number"),
+        (["tpu_vm.sh", "create", "pod-", "--zone=z", "--type=v5p-8"], "NAME='pod-': expected small letters"),
+        (["tpu_vm.sh", "create", "pod", "--zone=z", "--type=v5p-"], "--type=v5p-: expected a slice such as"),
+        (["tpu_vm.sh", "logs", "pod", "--zone=z", "--worker=-1"], "--worker=-1: expected the number of a host"),
+        *((["hosts.sh", "a,b", f"--port={p}", *RUN], f"--port={p}: expected a number from 1 to 65535") for p in PORTS),
+        (["hosts.sh", "h1,,h2", *RUN], "hosts 'h1,,h2': '' is not a host; expected names with a comma"),
+        (["hosts.sh", "h1, h2", *RUN], "hosts 'h1, h2': ' h2' is not a host"),
+        (["hosts.sh", ",", *RUN], "hosts ',': '' is not a host"),
+        (["hosts.sh", "h1,", *RUN], "hosts 'h1,': '' is not a host"),
+        (["hosts.sh", "", *RUN], "hosts '': '' is not a host"),
+        (["hosts.sh", "h1,-oProxyCommand=x", *RUN], "'-oProxyCommand=x' is not a host"),
+        (["hosts.sh", "h1,a@b@c", *RUN], "'a@b@c' is not a host"),
+        (["hosts.sh", "h1,h2;ls", *RUN], "'h2;ls' is not a host"),
+        (["hosts.sh", "h1,me@h1", *RUN], "hosts 'h1,me@h1': h1 is there twice"),
+        (["hosts.sh", "h1", "--folder=", *RUN], "--folder is empty"),
         (["gke.sh", "render", "ssr2", "--image=i", *RUN], "--accelerator is missing: render needs"),
         (["gke.sh", "render", "SSR_2", *MANIFEST, *RUN], "NAME='SSR_2'"),
-        (["gke.sh", "render", "ssr2", *MANIFEST[:3], "--hosts=many", *RUN], "--hosts=many: expected a number"),
+        (["gke.sh", "render", "ssr2-", *MANIFEST, *RUN], "NAME='ssr2-': expected small letters"),
+        (["gke.sh", "delete", "ssr2-"], "NAME='ssr2-': expected small letters"),
+        *(
+            (["gke.sh", "render", "ssr2", *MANIFEST[:3], f"--hosts={n}", *RUN], f"--hosts={n}: expected the slice's")
+            for n in ("many", "0", "010", "-1", "1.5", "9999999999999999999999")
+        ),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--chips=0", *RUN], "--chips=0: expected the number of chips"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--restarts=1e3", *RUN], "--restarts=1e3: expected a number"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--grace=-1", *RUN], "--grace=-1: expected a number"),
+        (["gke.sh", "render", "ssr2", *MANIFEST[:3], "--hosts=4", *RUN], "--topology=8x8 has 64 chips, but --hosts=4 "),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--topology=8x8x1", *RUN], "slices of tpu-v6e-slice have 2 dim"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--accelerator=tpu-v5p-slice", *RUN], "tpu-v5p-slice have 3 dim"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--topology=8", *RUN], "--topology=8: expected a slice's chips"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--topology=08x8", *RUN], "--topology=08x8: expected a slice's"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--accelerator=x: y", *RUN], "--accelerator=x: y: expected one of"),
+        (["gke.sh", "render", "ssr2", *MANIFEST, "--image=a b", *RUN], "--image=a b: expected an image's name"),
+        (["gke.sh", "xpk", "a", "--image=i", *XPK, "--restarts=no", *RUN], "--restarts=no: expected a number"),
     ],
 )
 def test_small_mistakes_are_one_line_and_run_nothing(tmp_path, arguments, message):
@@ -279,6 +422,30 @@ def test_small_mistakes_are_one_line_and_run_nothing(tmp_path, arguments, messag
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "bin").glob("*.log"))
+
+
+def test_small_the_demo_is_trained_in_a_folder_of_the_one_who_asks(tmp_path):
+    """Paths from where the script is called; every mistake before the first stage."""
+    env = fake(tmp_path / "bin", "python", "")
+
+    def run(*arguments):
+        return subprocess.run(
+            [str(LAUNCH / "train_demo.sh"), *arguments],
+            cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    mistakes = (([], "no folder"), (["--fast"], "no folder"), (["a", "ssr9"], "stage 'ssr9' is unknown"))
+    for arguments, message in mistakes:
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert run("--help").stdout.startswith("Makes the weights")
+    assert names(tmp_path) == ["bin"] and names(tmp_path / "bin") == ["python"]
+    assert run("a b", "tsr3").returncode == 0
+    text, train, export = (tmp_path / "bin" / "python.log").read_text().splitlines()
+    assert f"--mode=train_text --out={tmp_path}/a b/text.safetensors" in text
+    assert f"--workdir={tmp_path}/a b/tsr3 --config.train.start={tmp_path}/a b/tsr2.safetensors" in train
+    assert f"--out={tmp_path}/a b/tsr3.safetensors" in export
 
 
 def test_small_deleting_asks_unless_told(tmp_path):
