@@ -16,8 +16,10 @@ down        between a process's last event and the next one's start. What a kill
             not known: it is here.
 other       the rest
 
-Goodput is the share of `productive`. A process's times are compared with each other only: should the next one's clock
-be behind, nothing is `down` between them; and one whose clock was set back lasted as long as the events that it timed.
+Goodput is the share of `productive`. Within a process, time is measured by a clock that nobody sets (`clock`, which is
+`time.monotonic`); the report says by how much the machine's clock was set meanwhile. Logs without it have the machine's
+clock alone (`time`); a process whose clock was set back lasted at least as long as the events that it timed. Between
+processes the machines' clocks are compared: should the next one's be behind, nothing is `down`.
 """
 
 import itertools
@@ -38,6 +40,7 @@ KINDS = {
     "other": "other",
 }
 TIMED = {"compiled": "compiling", "restored": "restoring", "saved": "saving"}
+JUMP = 1.0  # seconds by which two clocks may differ from one event to the next: they are not read at the same moment
 COUNTED = {
     "processes": ("process", "processes"),
     "preemptions": ("preemption", "preemptions"),
@@ -58,7 +61,8 @@ def goodput(events: list[dict]) -> dict:
     """Seconds and shares by kind of time, and what happened how often, from a run's events in their order.
 
     `shares` add up to 1 exactly. `steps` counts the productive and the lost ones; `kills` are starts whose predecessor
-    left no end, `skipped` updates with non-finite gradients among the productive steps.
+    left no end, `skipped` updates with non-finite gradients among the productive steps. `clock_set` has the seconds by
+    which the clock of a machine was set each time, backwards less than 0; a machine that slept looks the same.
     """
     processes = _processes(events)
     if not processes:
@@ -82,6 +86,7 @@ def goodput(events: list[dict]) -> dict:
         "kills": ends[:-1].count(None),
         "rollbacks": sum(event["event"] == "rollback" for process in processes for event in process),
         "skipped": len(history.skipped),
+        "clock_set": [jump for process in processes for jump in _jumps(process)],
     }
 
 
@@ -97,6 +102,9 @@ def table(found: dict) -> str:
         label = name + counts.get(kind, "")
         lines.append(f"{label:40}{found['seconds'][kind]:12.1f}{found['shares'][kind]:z9.1%}")
     lines += ["", ", ".join(_count(found[key], *names) for key, names in COUNTED.items())]
+    if found["clock_set"]:
+        jumps = ", ".join(f"{jump:+.0f} s" for jump in found["clock_set"])
+        lines.append(f"the clock was set, or the machine slept ({jumps}): the durations above leave that out")
     return "\n".join(lines)
 
 
@@ -154,7 +162,7 @@ def _times(processes: list[list[dict]], history) -> tuple[float, dict[str, float
     gaps = (after[0]["time"] - before[-1]["time"] for before, after in itertools.pairwise(processes))
     seconds["down"] = sum(max(gap, 0.0) for gap in gaps)
     seconds["productive"], seconds["lost"] = sum(history.kept.values()), history.lost
-    spans = (process[-1]["time"] - process[0]["time"] for process in processes)
+    spans = (_span(process[0], process[-1]) for process in processes)
     total = seconds["down"] + sum(max(span, sum(part.values())) for span, part in zip(spans, parts, strict=True))
     # The steps' seconds add up in another order above: rounding can leave less than nothing
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
@@ -174,7 +182,19 @@ def _timed(process: list[dict]) -> dict[str, float]:
             steps += event["seconds"] - event["input_seconds"]
         if event is first:
             before = sum(seconds.values()) + steps
-    return {**seconds, "steps": steps, "startup": max(first["time"] - process[0]["time"] - before, 0.0)}
+    return {**seconds, "steps": steps, "startup": max(_span(process[0], first) - before, 0.0)}
+
+
+def _span(first: dict, last: dict) -> float:
+    """Seconds from one event of a process to another."""
+    clock = "clock" if "clock" in first and "clock" in last else "time"
+    return last[clock] - first[clock]
+
+
+def _jumps(process: list[dict]) -> list[float]:
+    """Seconds by which the machine's clock went further than time did, from one event of a process to the next."""
+    jumps = (after["time"] - before["time"] - _span(before, after) for before, after in itertools.pairwise(process))
+    return [jump for jump in jumps if abs(jump) > JUMP]
 
 
 class _History:

@@ -55,7 +55,7 @@ class Reporter:
         if self._writes and not self._ended:
             self._ended = event == "end"
             with self._reporting(self._events.path):
-                self._events.add({"event": event, "time": time.time(), **fields})
+                self._events.add({"event": event, "time": time.time(), "clock": time.monotonic(), **fields})
 
     def begin(self, step: int) -> None:
         """The state of `step` is there, and the loop begins."""

@@ -12,14 +12,19 @@ from ivideo.errors import UserError
 
 
 class Log:
-    """Events in the making: times count from 1000, and go on by what is given."""
+    """Events in the making: times count from 1000, and go on by what is given. The machine's clock is `ahead`."""
 
-    def __init__(self):
-        self.events, self.now = [], 1000.0
+    def __init__(self, clock=True):
+        self.events, self.now, self.ahead, self.clock = [], 1000.0, 0.0, clock
 
     def add(self, event, after=0.0, **fields):
         self.now += after
-        self.events.append({"event": event, "time": self.now, **fields})
+        clock = {"clock": self.now} if self.clock else {}
+        self.events.append({"event": event, "time": self.now + self.ahead, **clock, **fields})
+        return self
+
+    def set_clock(self, seconds):
+        self.ahead += seconds
         return self
 
     def start(self, after=0.0):
@@ -128,13 +133,32 @@ def test_small_rollback():
 
 
 def test_small_clocks_of_several_processes():
-    """The second machine's clock is behind by more than the gap, and is set back while it works."""
-    log = first_process().steps(11, 16, 6.0)
+    """In a log without `clock`. The second machine's is behind by more than the gap, and is set back while it works."""
+    log = Log(clock=False).start().compiled(1, 20.0).steps(2, 10, 9.0, waiting=1.0).saved(10, 0.5).steps(11, 16, 6.0)
     log.start(after=-30.0).restored(10, seconds=1.0, after=1.0).compiled(11, 4.0).steps(12, 20, 9.0)
     log.now -= 20.0
     log.steps(21, 24, 4.0).end(24, "finished")
     expected = {"productive": 8.0 + 9.0 + 4.0, "lost": 6.0, "input": 1.0, "compiling": 24.0}
     check(log.events, total=35.5 + 18.0, steps=(24, 6), restoring=1.0, saving=0.5, **expected)
+
+
+def test_small_clock_that_is_set_while_a_process_starts(tmp_path, capsys):
+    """A day forward before the first step, an hour back after it: no second of that is anyone's."""
+    log = Log().start().add("restored", 2.0, step=0, seconds=1.0).set_clock(86400).compiled(1, 20.0, startup=3.0)
+    log.steps(2, 10, 9.0).set_clock(-3600).saved(10, 0.5).end(10, "finished", after=1.0)
+    expected = {"productive": 9.0, "compiling": 20.0, "restoring": 1.0, "saving": 0.5, "startup": 4.0, "other": 1.0}
+    found = check(log.events, total=35.5, steps=(10, 0), **expected)
+    assert found["clock_set"] == [86400.0, -3600.0]
+    goodput.report(write(tmp_path, lines(log.events)))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "the clock was set, or the machine slept (+86400 s, -3600 s): the durations above leave that out"
+
+
+def test_small_clocks_that_run_a_little_apart_are_not_mentioned():
+    log = Log().start()
+    for step in range(1, 200, 2):
+        log.set_clock(0.4).steps(step, step + 1, 1.0)
+    assert goodput.goodput(log.events)["clock_set"] == []
 
 
 def test_small_shares_of_awkward_seconds_add_up():
