@@ -16,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ivideo", "ivideo.*"]),
+    packages=[*find_packages(include=["ivideo", "ivideo.*"]), "ivideo.configs"],
+    package_dir={"ivideo.configs": "configs"},
     package_data={"ivideo": ["demo/weights/*.safetensors"]},
     install_requires=[
         "absl-py>=2.1",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ivideo import conditioning, sharding, stages
+from ivideo import conditioning, files, sharding, stages
 from ivideo.diffusion import LOSS_KINDS
 from ivideo.errors import UserError
 from ivideo.models.blocks import TEMPORAL
@@ -191,6 +191,15 @@ def check(config) -> None:
             _check_stage(stage)
         except UserError as e:
             raise UserError(str(e).replace("config.", f"config.stages.{name}.")) from e
+
+
+def expand_home(config) -> None:
+    """Replaces ~ at the head of every path in a stage's or the cascade's config by the home folder."""
+    for stage in config.stages.values() if "stages" in config else [config]:
+        for group, keys in KEYS.items():
+            for name in keys if isinstance(keys, dict) else ():
+                if keys[name] in (PATH, PATH_OR_NONE) and isinstance(stage.get(group, {}).get(name), str):
+                    stage[group][name] = files.expand_home(stage[group][name])
 
 
 def _check_stage(config) -> None:

@@ -12,6 +12,18 @@ from ivideo.errors import UserError
 BUCKET = "gs://"  # what a path in a bucket begins with
 
 
+def expand_home(path: str) -> str:
+    """A path that a user gave, with ~ or ~NAME at its head as that user's home folder; UserError where there is none.
+
+    Shells expand it in `--out ~/x.mp4` but not in `--out=~/x.mp4`, nor do configs.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise UserError(f"{path}: {user} has no home folder; write ./{path} for a file whose name begins with ~")
+    return found
+
+
 def in_bucket(path) -> bool:
     """Whether a path is of an object in a bucket; others are of this machine's files."""
     return str(path).startswith(BUCKET)

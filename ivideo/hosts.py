@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -41,9 +42,10 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
                 f"--process_id={process_id} of --num_processes={num_processes}: expected 0 to {num_processes - 1}"
             )
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
             raise UserError(
-                f"--coordinator={coordinator}: expected HOST:PORT of the first process, such as 10.0.0.2:8476"
+                f"--coordinator={coordinator}: expected HOST:PORT of the first process, such as 10.0.0.2:8476, with a "
+                "port from 1 to 65535"
             )
         log.info("process %d waits for all %d at %s", process_id, num_processes, coordinator)
         if process_id:

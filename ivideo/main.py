@@ -17,15 +17,15 @@ benchmark  time a stage's forward, training step and guided sampling step on thi
 A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
 """
 
-import difflib
 import logging
 import os
 import re
+import signal
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
+from ivideo.arguments import EXAMPLE, PATH, parse
 from ivideo.errors import UserError
 
 MODES = (
@@ -42,31 +42,35 @@ MODES = (
 )
 FLAGS = flags.FLAGS
 
-config_flags.DEFINE_config_file("config", None, "A stage's config file, as configs/base.py or configs/base.py:demo.")
-flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
 flags.DEFINE_string(
-    "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard. Sampling without it takes the "
-    "weights in the package (variant demo).",
+    "config", None, "A stage's config file, as configs/base.py or configs/base.py:demo, of yours or of the package.",
+    allow_override=True,
+)  # fmt: skip
+flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
+flags.DEFINE(
+    PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard. Sampling without it "
+    "takes the weights in the package (variant demo).",
 )  # fmt: skip
 flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')
-flags.DEFINE_string(
-    "prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …"
+flags.DEFINE(
+    PATH, "prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …"
 )
-flags.DEFINE_string(
+flags.DEFINE(
+    PATH,
     "out",
     None,
     "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate and compile.",
 )
-flags.DEFINE_string("captions", None, "A text file with a caption a line, for mode encode_text.")
+flags.DEFINE(PATH, "captions", None, "A text file with a caption a line, for mode encode_text.")
 flags.DEFINE_multi_string(
     "beam",
     None,
     "Makes mode encode_text run by Apache Beam, with its options, one a flag: --beam=--runner=DirectRunner.",
 )
 flags.DEFINE_integer("shards", 256, "Files of the cache that --beam makes.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", 0, 2**32 - 1)
 flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
-flags.DEFINE_string("input", None, "A video file that the first stage, one of super-resolution, enlarges.")
+flags.DEFINE(PATH, "input", None, "A video file that the first stage, one of super-resolution, enlarges.")
 flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run; it needs --input.")
 flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")
 flags.DEFINE_bool("save_stages", False, "Write what every stage makes beside --out, as out.base.mp4, out.tsr1.mp4, …")
@@ -84,9 +88,9 @@ flags.DEFINE_float(
     "effort", -1.0, "How hard mode compile's compiler tries for speed: -1 takes minutes, 0 is what runs on TPUs take."
 )
 flags.DEFINE_string("profile_steps", None, "Steps of mode train to profile for xprof, as 10,15: to WORKDIR/profile.")
-flags.DEFINE_string(
-    "compile_cache", os.path.join("~", ".cache", "ivideo"), "Folder where compiled programs are kept for the next run; "
-    "empty: none. JAX_COMPILATION_CACHE_DIR goes before it.",
+flags.DEFINE(
+    PATH, "compile_cache", None, "Folder where compiled programs are kept for the next run, ~/.cache/ivideo unless "
+    "given; empty: none. JAX_COMPILATION_CACHE_DIR goes before it.",
 )  # fmt: skip
 flags.DEFINE_bool(
     "distributed", False, "One of several processes of a TPU pod, GKE or Slurm, which tell where they are."
@@ -101,7 +105,7 @@ def run() -> None:
     """Does what the flags say. Imports follow the mode, so that --help answers at once."""
     config = FLAGS.config
     if config is None:
-        raise UserError("--config is missing: name a stage's file, such as --config=configs/base.py:demo")
+        raise UserError(f"--config is missing: {EXAMPLE}")
     addressed = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     several = FLAGS.distributed or any(value is not None for value in addressed)
     if several:
@@ -116,8 +120,9 @@ def run() -> None:
         return
     from ivideo import cascade, checks
 
-    for stage in cascade.select(config):
-        checks.check(stage)
+    checks.expand_home(config)
+    checks.check(config)
+    cascade.select(config)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
     if FLAGS.mode == "train":
@@ -177,12 +182,14 @@ def _keep_compiled(several: bool) -> None:
     """Compiled programs are kept on disk, by jax, for the next run of the same program."""
     import jax
 
-    if not FLAGS.compile_cache or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
+    folder = os.path.expanduser("~/.cache/ivideo") if FLAGS.compile_cache is None else FLAGS.compile_cache
+    homeless = folder.startswith("~")  # the user of a container, without an entry in its list of users
+    if not folder or homeless or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
         return
     # jax lets the first of several processes alone write. On CPUs one that finds its program there does not wait long
     # enough for the others to compile theirs; chips wait
     if not (several and jax.default_backend() == "cpu"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compile_cache))
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _profile_steps() -> tuple[int, int] | None:
@@ -219,63 +226,6 @@ def _prompts() -> list[str]:
     return prompts
 
 
-def parse(argv: list[str]) -> None:
-    """Reads the flags; every mistake in them is a UserError of one line."""
-    name = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if name is not None:
-        path = name.split(":")[0]
-        if not os.path.isfile(path):
-            raise UserError(f"no config at {path}: name a stage's file, such as --config=configs/base.py:demo")
-        # A config file imports its neighbours as configs.*, from wherever the command is run
-        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
-    app.define_help_flags()
-    try:
-        rest = FLAGS(argv)
-        FLAGS.config  # noqa: B018 - loaded here, so that its errors are met here
-    except flags.UnrecognizedFlagError as e:
-        raise UserError(f"--{e.flagname} is not a flag{_nearest(e.flagname)}: see --helpshort") from e
-    except (AttributeError, KeyError, TypeError) as e:  # a TypeError where the key goes on below a value
-        raise UserError(f"the config has no such key ({_line(e)}){_nearest_key(argv)}") from e
-    except (flags.Error, ValueError, OSError, SyntaxError, ImportError) as e:
-        raise UserError(_line(e)) from e
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag: values are given as --name=value; see --helpshort")
-
-
-def _line(error: Exception) -> str:
-    """An error's message as one line; of a config file's own error, which arrives as a traceback, its last line."""
-    message = str(error).strip()
-    if "Traceback (most recent call last)" in message:
-        message = re.sub(r"^\w+(Error|Exception): ", "", message.splitlines()[-1])
-    return " ".join(message.split())[:400]
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, list(FLAGS), n=1)
-    return f", did you mean --{close[0]}?" if close else ""
-
-
-def _nearest_key(argv: list[str]) -> str:
-    """What the user may have meant by the first config key that does not exist."""
-    spec = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if spec is None:
-        return ""
-    path, _, variant = spec.partition(":")
-    import importlib.util
-
-    module_spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config = module.get_config(variant) if variant else module.get_config()
-    keys = list(config.to_dict()) + [f"{a}.{b}" for a, v in config.to_dict().items() if isinstance(v, dict) for b in v]
-    for arg in argv:
-        match = re.match(r"--config\.([\w.]+)", arg)
-        if match and match[1] not in keys:
-            close = difflib.get_close_matches(match[1], keys, n=3, cutoff=0.4)
-            return f": --config.{match[1]} is unknown" + (f", near it are {', '.join(close)}" if close else "")
-    return ""
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after an error that the user can mend, printed as one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -284,6 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parse(sys.argv if argv is None else argv)
         run()
+    except BrokenPipeError:  # whoever reads the output has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, FloatingPointError, OSError) as e:
         print(f"ivideo: {e}", file=sys.stderr)
         return 2

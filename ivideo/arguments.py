@@ -1,0 +1,210 @@
+"""The command line's own grammar: where a config is found and loaded, its overrides, paths, and help."""
+
+import difflib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import re
+import sys
+import traceback
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from ivideo import files
+from ivideo.errors import UserError
+
+log = logging.getLogger("ivideo")
+FLAGS = flags.FLAGS
+EXAMPLE = "name a stage's file, such as --config=configs/base.py:demo"
+HELP = re.compile(r"--?(h|help|helpshort|helpfull|helpxml|\?)")
+
+
+class Path(flags.ArgumentParser):
+    """A flag that is a path: ~ stands for the home folder, as it does where a shell expands it."""
+
+    def parse(self, argument: str) -> str:
+        return files.expand_home(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+class Whole(flags.IntegerParser):
+    """A whole number, also as 1e6."""
+
+    def convert(self, argument: str) -> int:
+        try:
+            return super().convert(argument)
+        except ValueError:
+            if not re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", argument) or not float(argument).is_integer():
+                raise ValueError("expected a whole number") from None
+            return int(float(argument))
+
+
+PATH = Path()
+config_flags.register_flag_parser_for_type(int, Whole())
+
+
+def parse(argv: list[str]) -> None:
+    """Reads the flags into absl's FLAGS, `config` as the loaded config with its overrides.
+
+    Every mistake is a UserError of one line. Prints what --help asks for and leaves with 0.
+    """
+    app.define_help_flags()
+    if wanted := [arg for arg in argv[1:] if HELP.fullmatch(arg)]:
+        _help(argv[0], wanted[0])
+    try:
+        argv, spec = _split_config(FLAGS.read_flags_from_files(argv, force_gnu=False))
+        if spec is not None:
+            config = load_config(spec)
+            _check_overrides(argv, config)
+            config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
+        rest = FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        if e.flagname.startswith("config."):
+            raise UserError(f"--{e.flagname} is set without a config: {EXAMPLE}") from e
+        raise UserError(f"--{e.flagname} is not a flag{_nearest(e.flagname)}: see --helpshort") from e
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise UserError(_line(e)) from e
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag: values are given as --name=value; see --helpshort")
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """The config that FILE or FILE:VARIANT names, such as configs/base.py:demo.
+
+    A relative configs/NAME.py that is not there is the package's own. `from configs import NAME` in the file finds its
+    neighbours in its folder, and those that are not there in the package. UserError where there is no such file, with
+    the reason and the line where it cannot be run, or where it makes no ConfigDict.
+    """
+    path, variant = _find(spec)
+    path = os.path.abspath(path)
+    folders = [os.path.dirname(path), packaged()]
+    _make_importable("configs", folders)
+    try:
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader("config", importlib.machinery.SourceFileLoader("config", path))
+        )
+        module.__spec__.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"it has no get_config(): {EXAMPLE}")
+        config = module.get_config(*variant)
+    except Exception as e:
+        raise UserError(f"--config={spec}: {_reason(e, folders)}") from e
+    if not isinstance(config, ml_collections.ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"--config={spec}: get_config() returned {kind}, expected an ml_collections.ConfigDict")
+    return config
+
+
+def packaged() -> str:
+    """The folder of the configs that belong to this code: inside the installed package, beside it in a clone."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "configs")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
+
+
+def _find(spec: str) -> tuple[str, list[str]]:
+    """The file that a config's name means, and its variant if it names one. A path may have colons of its own."""
+    spec = files.expand_home(spec)
+    path, colon, variant = spec.rpartition(":")
+    tries = [(spec, [])] + ([(path, [variant])] if colon else [])
+    for path, variant in tries:
+        if os.path.isfile(path):
+            return path, variant
+    for path, variant in tries:
+        own = os.path.join(packaged(), os.path.basename(path))
+        if os.path.normpath(os.path.dirname(path)) == "configs" and os.path.isfile(own):
+            log.info("%s is not in this folder: taking the package's own, %s", path, own)
+            return own, variant
+    path = tries[-1][0]
+    what = f"{path} is a folder" if os.path.isdir(path) else f"no config at {path!r}"
+    names = ", ".join(sorted(name for name in os.listdir(packaged()) if re.fullmatch(r"(?!common)[a-z]\w*\.py", name)))
+    raise UserError(f"{what}: {EXAMPLE}; the package has {names}")
+
+
+def _make_importable(name: str, folders: list[str]) -> None:
+    """Makes `from NAME import …` look in these folders, one after the other, whatever is on Python's path."""
+    spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations.extend(folders)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without --config, and its value: given by = or a space, the last one where there are several."""
+    rest, specs = argv[:1], []
+    arguments = iter(argv[1:])
+    for arg in arguments:
+        if arg == "--":
+            rest += [arg, *arguments]
+        elif re.fullmatch(r"--?config", arg):
+            specs.append(next(arguments, ""))
+        elif found := re.match(r"--?config=", arg):
+            specs.append(arg[found.end() :])
+        else:
+            rest.append(arg)
+    if not specs:
+        return rest, None
+    if not specs[-1]:
+        raise UserError(f"--config has no value: {EXAMPLE}")
+    if len(set(specs)) > 1:
+        log.warning("--config is given %d times: taking the last one, %s", len(specs), specs[-1])
+    return rest, specs[-1]
+
+
+def _check_overrides(argv: list[str], config) -> None:
+    """UserError for the first --config.KEY whose key the config does not have."""
+    for arg in argv:
+        found = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
+        if found and not _has(config, found[1].split(".")):
+            close = difflib.get_close_matches(found[1], list(_keys(config)), n=3, cutoff=0.4)
+            near = f": near it are {', '.join(close)}" if close else ""
+            raise UserError(f"the config has no key {found[1]} (--config.{found[1]}){near}")
+
+
+def _has(node, names: list[str]) -> bool:
+    for name in names:
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _keys(config, prefix: str = ""):
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _help(program: str, flag: str):
+    try:
+        FLAGS([program, {"-h": "--help", "--h": "--help"}.get(flag, flag)])
+    except SystemExit:  # absl leaves with 1
+        sys.exit(0)
+
+
+def _reason(error: Exception, folders: list[str]) -> str:
+    """Why a config file could not be run: the error as one line, and the last of its lines that is in `folders`."""
+    message = _line(error).split(" Other fields present")[0]
+    if isinstance(error, SyntaxError):
+        return f"{message.split(' (')[0]} ({error.filename}, line {error.lineno})"
+    if not isinstance(error, ValueError):
+        message = f"{type(error).__name__}: {message}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.dirname(f.filename) in folders]
+    return f"{message} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else message
+
+
+def _line(error: Exception) -> str:
+    """An error's message as one line."""
+    return " ".join(str(error).split())[:400]
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, list(FLAGS), n=1)
+    return f", did you mean --{close[0]}?" if close else ""
