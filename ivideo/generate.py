@@ -1,5 +1,6 @@
 """From prompts to video files. Sections 2.2 and 2.6."""
 
+import itertools
 import logging
 import os
 
@@ -74,20 +75,22 @@ def read_clip(path: str, config) -> np.ndarray:
     """A video file as what a super-resolution stage is given: [t, h, w, 3] in [-1, 1].
 
     Frames are taken at the stage's rate from the clip's beginning, cut to the stage's aspect ratio about their middle
-    and resized; what had to change is logged. UserError where the stage takes no input, or the clip is unreadable or
-    too short.
+    and resized, one at a time: the rest of the file is not read. What had to change is logged. UserError where the
+    stage takes no input, or the clip is unreadable or too short.
     """
     size = config.cond
     if not size.frames:
         raise UserError(f"--input={path}: stage {config.stage} makes videos from noise; begin with --from_stage=tsr1")
-    given, fps = video_io.read_video(path)
-    frames = video_io.sample_frames(path, frames=size.frames, fps=config.cond.fps)
-    if given.shape[1:3] != (size.height, size.width) or fps != config.cond.fps or len(given) != size.frames:
+    frames = video_io.iter_frames(path, frames=size.frames, fps=config.cond.fps)
+    first = next(frames)
+    rate = video_io.read_rate(path)
+    if first.shape[:2] != (size.height, size.width) or rate != config.cond.fps:
         log.info(
-            "%s: %d frames of %d×%d at %g a second, resampled to %d of %d×%d at %d for %s",
-            path, *given.shape[:3], float(fps), size.frames, size.height, size.width, config.cond.fps, config.stage,
+            "%s: %d×%d at %g a second; its first %.3g seconds are resampled to %d frames of %d×%d at %d for %s",
+            path, *first.shape[:2], float(rate), size.frames / config.cond.fps,
+            size.frames, size.height, size.width, config.cond.fps, config.stage,
         )  # fmt: skip
-    return resize_video(frames, height=size.height, width=size.width)
+    return resize_video(itertools.chain([first], frames), height=size.height, width=size.width)
 
 
 def stage_path(path: str, stage) -> str:
@@ -98,7 +101,7 @@ def stage_path(path: str, stage) -> str:
 
 def output_paths(out: str, count: int, *, in_folder: bool, overwrite: bool) -> list[str]:
     """The files that `count` videos go to; UserError where one is there already or `out` is not of the right kind."""
-    extension = os.path.splitext(out)[1]
+    extension = os.path.splitext(out)[1].lower()
     if in_folder:
         if extension in video_io.EXTENSIONS:
             raise UserError(f"--out={out} names one file for several videos: give a folder")

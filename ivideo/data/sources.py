@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -167,15 +167,17 @@ class TFDSSource:
         video, caption = (record[name] for name in self._features)
         return bytes(video), caption.decode() if isinstance(caption, bytes) else str(caption)
 
-    def _decode(self, index: int, data: bytes) -> np.ndarray:
+    def _decode(self, index: int, data: bytes, pick: int | None = None) -> np.ndarray:
+        """The clip's frames, or only the one that is picked, resized."""
         try:
-            return video_io.sample_frames(data, frames=self.frames, fps=self.fps, start=self.start)
+            frames = video_io.iter_frames(data, frames=self.frames, fps=self.fps, start=self.start, pick=pick)
+            return resize_video(frames, height=self.height, width=self.width)
         except video_io.VideoError as error:
             raise video_io.VideoError(f"clip {index} of {self.split!r} in {self.data_dir}: {error}") from error
 
     def __getitem__(self, index: int) -> dict:
         data, caption = self._read(index)
-        video = resize_video(self._decode(index, data), height=self.height, width=self.width)
+        video = self._decode(index, data)
         if self.crop is not None:
             # At a place that follows from the clip
             rng = np.random.default_rng(int(index))
@@ -185,8 +187,7 @@ class TFDSSource:
     def image(self, index: int, rng: np.random.Generator) -> dict:
         """One frame of clip `index`, chosen by `rng`, and the clip's caption."""
         data, caption = self._read(index)
-        frame = self._decode(index, data)[[rng.integers(self.frames)]]
-        image = resize_video(frame, height=self.height, width=self.width)[0]
+        image = self._decode(index, data, pick=int(rng.integers(self.frames)))[0]
         if self.crop is not None:
             image = image[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)[1:]]
         return {"image": image, "caption": caption}
@@ -226,24 +227,26 @@ def _check_positive(**values: int) -> None:
             raise UserError(f"{name} is {value}, expected 1 or more: pass a positive number.")
 
 
-def resize_video(video: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """uint8 [T,h,w,3] to float32 [T,height,width,3] in [-1, 1], keeping the aspect ratio.
+def resize_video(video: Iterable[np.ndarray], *, height: int, width: int) -> np.ndarray:
+    """Frames, uint8 [h,w,3] each of a size of its own, to float32 [T,height,width,3] in [-1, 1], keeping their shapes.
 
     The middle of the frame that has the new aspect ratio is resized as `jax.image.resize` does with 'linear' and
     antialias, so that stages trained on different sizes of a clip agree.
     """
-    old_height, old_width = video.shape[1:3]
+    return np.stack([_resize_frame(frame, height=height, width=width) for frame in video])
+
+
+def _resize_frame(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    old_height, old_width = frame.shape[:2]
     # Whole pixels are cut off: the ratio can be off by one of them.
     crop_height = min(old_height, max(1, round(old_width * height / width)))
     crop_width = min(old_width, max(1, round(old_height * width / height)))
     top, left = (old_height - crop_height) // 2, (old_width - crop_width) // 2
     rows, columns = _resize_weights(crop_height, height), _resize_weights(crop_width, width)
-    out = np.empty((len(video), height, width, 3), np.float32)
-    for frame, target in zip(video[:, top : top + crop_height, left : left + crop_width], out, strict=True):
-        tall = rows @ video_io.to_float(frame).reshape(crop_height, -1)
-        across = tall.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
-        target[:] = (columns @ across).reshape(width, height, 3).transpose(1, 0, 2)
-    return out
+    cut = video_io.to_float(frame[top : top + crop_height, left : left + crop_width])
+    tall = rows @ cut.reshape(crop_height, -1)
+    across = tall.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
+    return (columns @ across).reshape(width, height, 3).transpose(1, 0, 2)
 
 
 @functools.lru_cache(maxsize=64)

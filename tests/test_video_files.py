@@ -1,0 +1,451 @@
+"""Files as people have them: turned, anamorphic, HDR, cut without coding, oddly named, damaged."""
+
+import io
+import logging
+import os
+import types
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import video_files as files
+
+from configs import ssr1
+from ivideo import generate
+from ivideo.data import colour, decoding, pictures, sources, video_io
+from ivideo.data.video_io import VideoError
+
+
+def near(pixel, rgb, off=4):
+    assert np.abs(np.asarray(pixel, int) - rgb).max() <= off, (pixel, rgb)
+
+
+def read(data, **how):
+    return video_io.sample_frames(data, **(dict(frames=4, fps=25) | how))
+
+
+# What is at the top left and at the bottom right, and the size, of the scene that is red above and blue below.
+@pytest.mark.parametrize(
+    ("matrix", "shape", "first", "last"),
+    [
+        (files.IDENTITY, (384, 640), (251, 0, 0), (0, 0, 251)),
+        (files.LEFT, (640, 384), (251, 0, 0), (0, 0, 251)),
+        (files.RIGHT, (640, 384), (0, 0, 251), (251, 0, 0)),
+        (files.UPSIDE_DOWN, (384, 640), (0, 0, 251), (251, 0, 0)),
+        (files.MIRRORED, (384, 640), (251, 0, 0), (0, 0, 251)),
+    ],
+)
+def test_small_frames_are_turned_and_mirrored_as_players_show_them(matrix, shape, first, last):
+    plain = files.coded(files.scene(4), matrix=1, colorspace=1)
+    video = read(files.with_matrix(plain, matrix))
+    assert video.shape == (4, *shape, 3)
+    near(video[1, 8, 8], first)
+    near(video[1, -8, -8], last)
+    # The white box of the first frame: at the left of the scene's upper half.
+    turned = {
+        files.IDENTITY: lambda v: v,
+        files.LEFT: lambda v: np.rot90(v, 1, (1, 2)),
+        files.RIGHT: lambda v: np.rot90(v, -1, (1, 2)),
+        files.UPSIDE_DOWN: lambda v: v[:, ::-1, ::-1],
+        files.MIRRORED: lambda v: v[:, :, ::-1],
+    }[matrix]
+    np.testing.assert_array_equal(video, turned(read(plain)))
+
+
+def test_small_pixels_are_shown_square():
+    wide = files.scene(4, 384, 640)
+    for squeezed, sar in ((wide[:, :, ::2], (2, 1)), (wide[:, ::2], (1, 2))):
+        video = read(files.coded(squeezed, sar=sar, matrix=1, colorspace=1))
+        assert video.shape == (4, 384, 640, 3)
+        assert np.abs(video.astype(int) - wide).mean() < 3
+    # Turned as well: the ratio is of the stored frame.
+    turned = files.with_matrix(files.coded(wide[:, :, ::2], sar=(2, 1)), files.LEFT)
+    assert read(turned).shape == (4, 640, 384, 3)
+    stream = types.SimpleNamespace(sample_aspect_ratio=Fraction(500, 1))
+    with pytest.raises(VideoError, match="x.mp4 has pixels of 500:1, expected about 1:1"):
+        pictures.picture(av.VideoFrame(640, 64, "rgb24"), stream, "x.mp4")
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("matrix", [1, 6, 9])
+def test_small_matrix_and_range_are_those_the_file_states(matrix, full_range):
+    video = files.scene(4, 96, 160)
+    states = dict(colorspace=matrix, color_range=2 if full_range else 1)
+    data = files.coded(video, matrix=5 if matrix == 6 else matrix, full_range=full_range, **states)
+    near(read(data)[0, 90, 80], (0, 0, 251))
+    near(read(data)[0, 4, 80], (251, 0, 0))
+
+
+def test_small_a_file_without_tags_is_bt601_when_small_and_bt709_when_large():
+    for (height, width), matrix in (((96, 160), 5), ((576, 160), 5), ((578, 160), 1), ((96, 1280), 1)):
+        data = files.coded(files.scene(2, height, width), matrix=matrix)
+        near(read(data, frames=2)[0, 4, width // 2], (251, 0, 0))
+    # Motion JPEG is always BT.601 of full range.
+    jpeg = files.coded(
+        files.scene(2, 720, 64), form="avi", codec="mjpeg", pix_fmt="yuvj420p", matrix=5, full_range=True, color_range=2
+    )
+    near(read(jpeg, frames=2)[0, 4, 32], (251, 0, 0))
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mov", "webm"])
+def test_small_what_is_written_says_that_it_is_bt709(tmp_path, extension):
+    path = tmp_path / f"clip.{extension}"
+    video_io.write_video(path, files.scene(4, 96, 160), fps=25)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        context = container.streams.video[0].codec_context
+        assert (frame.colorspace, frame.color_range) == (1, 1)
+        assert extension == "webm" or (context.color_trc, context.color_primaries) == (1, 1)
+    near(video_io.read_video(path)[0][0, 4, 80], (251, 0, 0))
+
+
+def hdr_signal(rgb, nits, transfer):
+    """The PQ or HLG signal, uint16 [3], of an SDR colour whose white is at `nits` on the display (BT.2100)."""
+    light = np.linalg.inv(colour._to_bt709_primaries(colour.BT2020)) @ ((np.array(rgb) / 255) ** 2.4) * nits
+    if transfer == colour.PQ:
+        signal = colour._light_to_pq(light)
+    else:
+        scene = light / 1000
+        scene = scene * max(scene @ [0.2627, 0.6780, 0.0593], 1e-9) ** (1 / 1.2 - 1)
+        log = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+        signal = np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)
+    return np.rint(65535 * np.clip(signal, 0, 1)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("transfer", [colour.PQ, colour.HLG])
+def test_small_hdr_becomes_bt709(transfer):
+    # Reference white stays below the highlights, which keep a tenth of the range; hues stay; black is black.
+    wanted = {
+        ((255, 255, 255), 203): (230, 230, 230),
+        ((255, 255, 255), 1000): (255, 255, 255),
+        ((251, 0, 0), 203): (229, 0, 0),
+        ((251, 0, 0), 100): (187, 0, 0),
+        ((0, 0, 251), 203): (0, 0, 229),
+        ((128, 128, 128), 203): (128, 128, 128),
+        ((0, 0, 0), 203): (0, 0, 0),
+    }
+    for (rgb, nits), shown in wanted.items():
+        signal = hdr_signal(rgb, nits, transfer)
+        near(colour.to_bt709(signal[None, None], transfer=transfer, primaries=colour.BT2020)[0, 0], shown, off=2)
+        video = np.broadcast_to(signal, (2, 64, 64, 3))
+        data = files.coded(
+            video,
+            codec="libx265",
+            pix_fmt="yuv420p10le",
+            rgb="rgb48le",
+            matrix=9,
+            colorspace=9,
+            color_trc=transfer,
+            color_primaries=9,
+            options={"crf": "4", "x265-params": "log-level=none"},
+        )
+        near(read(data, frames=2)[0, 32, 32], shown, off=12)  # ten bits near black
+
+
+def test_small_wide_gamuts_of_sdr_become_bt709():
+    red = np.linalg.inv(colour._to_bt709_primaries(colour.BT2020)) @ [1, 0, 0]
+    signal = np.rint(255 * red ** (1 / 2.4)).astype(np.uint8)
+    data = files.coded(np.broadcast_to(signal, (2, 64, 64, 3)), matrix=9, colorspace=9, color_trc=14, color_primaries=9)
+    near(read(data, frames=2)[0, 32, 32], (255, 0, 0), off=6)
+    # ITU-R BT.2087 has the inverse to four digits.
+    np.testing.assert_allclose(
+        np.linalg.inv(colour._to_bt709_primaries(colour.BT2020))[0], [0.6274, 0.3293, 0.0433], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (dict(colorspace=14, color_trc=16, color_primaries=9), "has colour matrix 14 of ITU-T H.273"),
+        (dict(colorspace=8), "has colour matrix 8 of ITU-T H.273"),
+        (dict(colorspace=1, color_trc=8), "has transfer 8"),
+    ],
+)
+def test_small_colours_that_cannot_be_converted_are_refused_with_a_command(tags, message):
+    data = files.coded(files.scene(2, 64, 64), **tags)
+    with pytest.raises(VideoError, match=f"{message}.*ffmpeg -i IN -vf libplacebo"):
+        read(data, frames=2)
+
+
+# Cut without coding, and other files whose header counts frames that are not shown
+
+
+def long_clip(**how):
+    """24 numbered frames in groups of eight."""
+    how = dict(codec="libx264", options={"g": "8", "sc_threshold": "0"}) | how
+    return files.coded(files.counting(24), **how)
+
+
+def test_small_a_lossless_trim_with_an_edit_list_is_read(caplog):
+    # Shown from frame 3 on; the group's frames before it are decoded only.
+    data = long_clip()
+    with av.open(io.BytesIO(data)) as container:
+        ticks = int(3 / (25 * container.streams.video[0].time_base))
+    trimmed = files.with_edit_list(data, start=ticks)
+    assert files.numbers(read(trimmed, frames=12)) == list(range(3, 15))
+    assert files.numbers(read(trimmed, frames=4, start=Fraction(12, 25))) == [15, 16, 17, 18]
+    with caplog.at_level(logging.WARNING, "ivideo"):
+        video, rate = video_io.read_video(trimmed)
+    assert (files.numbers(video), rate) == (list(range(3, 24)), 25)
+    assert "21 frames can be read, and it states 24" in caplog.text
+
+
+def test_small_a_mov_with_a_negative_start_is_read():
+    data = long_clip(form="mov")
+    moved = files.remuxed(data, "mov", options={"avoid_negative_ts": "disabled"}, shift=-5)
+    assert files.numbers(read(moved, frames=8))[-1] - files.numbers(read(moved, frames=8))[0] == 7
+    assert files.numbers(read(moved, frames=8, start=Fraction(1, 5))) == [
+        n + 5 for n in files.numbers(read(moved, frames=8))
+    ]
+    assert len(video_io.read_video(moved)[0]) >= 19
+
+
+@pytest.mark.parametrize("form", ["mp4", "mpegts", "matroska"])
+def test_small_an_hevc_cut_at_an_open_group_is_read(form):
+    options = {"g": "8", "x265-params": "log-level=none:open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
+    whole = long_clip(codec="libx265", options=options)
+    container, stream, found = files.packets(whole)
+    keys = [k for k, packet in enumerate(found) if packet.is_keyframe]
+    leading = [p.pts for p in found[keys[1] + 1 :] if p.pts < found[keys[1]].pts]
+    first = round(found[keys[1]].pts * float(stream.time_base) * 25)
+    container.close()
+    assert leading, "the encoder made no open group"
+    cut = files.remuxed(whole, form, keep=lambda k, packet: k >= keys[1])
+    assert files.numbers(read(cut, frames=10)) == list(range(first, first + 10))
+    assert len(video_io.read_video(cut)[0]) == 24 - first
+
+
+def test_small_an_h264_stream_cut_within_a_group_begins_at_its_first_key_frame(caplog):
+    cut = files.remuxed(long_clip(form="mpegts"), "mpegts", keep=lambda k, packet: k >= 3)
+    with caplog.at_level(logging.WARNING, "ivideo"):
+        assert files.numbers(read(cut, frames=8)) == list(range(8, 16))
+    assert "its first 0.16 seconds do not decode and are left out" in caplog.text
+
+
+def test_small_an_avi_is_read_by_its_decoding_times():
+    # H.264 with B-frames in AVI has no presentation times; dropped frames are counted in the header.
+    data = long_clip(form="avi")
+    assert files.numbers(read(data, frames=24)) == list(range(24))
+    assert files.numbers(read(data, frames=4, start=Fraction(2, 25))) == [2, 3, 4, 5]
+    uneven = files.coded(
+        files.counting(6), form="avi", codec="mpeg4", times=[0, 1, 2, 6, 7, 8], options={"bf": "0", "q": "2"}
+    )
+    assert files.numbers(read(uneven, frames=9)) == [0, 1, 2, 2, 2, 2, 3, 4, 5]
+    assert files.numbers(video_io.read_video(uneven)[0]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_small_a_stream_whose_resolution_changes_is_read():
+    larger = np.repeat(np.repeat(files.counting(16)[8:], 2, axis=1), 3, axis=2)
+    # MPEG-TS begins two frames late, for the B-frames.
+    data = files.coded(files.counting(8), form="mpegts") + files.coded(larger, form="mpegts", times=range(10, 18))
+    sizes = [image.shape for image in video_io.iter_frames(data, frames=16, fps=25)]
+    assert sizes == [(16, 16, 3)] * 8 + [(32, 48, 3)] * 8
+    assert files.numbers(read(data, frames=16)) == list(range(16))
+    resized = sources.resize_video(video_io.iter_frames(data, frames=16, fps=25), height=8, width=8)
+    assert resized.shape == (16, 8, 8, 3)
+    assert video_io.read_video(data)[0].shape == (16, 16, 16, 3)
+
+
+def test_small_a_raw_stream_without_times_is_read_at_its_rate():
+    data = long_clip(form="h264")
+    assert files.numbers(read(data, frames=24)) == list(range(24))
+    long = files.coded(np.concatenate([files.counting(24)] * 3), form="h264", options={"g": "8"})
+    assert files.numbers(read(long, frames=4, start=2)) == [2, 3, 4, 5]
+    assert files.numbers(read(data, frames=4, fps=None)) == [0, 6, 12, 18]
+
+
+# Damage
+
+
+@pytest.mark.parametrize(("codec", "at"), [("libx264", 0.5), ("libx265", 0.35)])
+def test_small_damage_is_an_error_where_frames_that_are_needed_do_not_decode(codec, at):
+    options = {"g": "8"} | ({"x265-params": "log-level=none"} if codec == "libx265" else {})
+    video = np.concatenate([files.scene(8, 96, 160)] * 6) + np.random.default_rng(0).integers(0, 25, (48, 96, 160, 3))
+    data = files.coded(np.clip(video, 0, 255).astype(np.uint8), codec=codec, options=options)
+    bad, cut = files.damaged(data, at=at), data[: len(data) * 2 // 3]
+    # What comes before is used.
+    assert len(read(bad, frames=8)) == 8
+    with pytest.raises(VideoError, match="is damaged at|cannot be read"):
+        read(bad, frames=48)
+    with pytest.raises(VideoError, match="is damaged at|cannot be read"):
+        video_io.read_video(bad)
+    with pytest.raises(VideoError, match="cannot be read"):
+        read(cut, frames=4)  # its index is at the end
+
+
+def test_small_a_file_whose_end_is_missing_is_used_as_far_as_it_goes(tmp_path):
+    path = tmp_path / "cut.mp4"
+    video_io.write_video(path, np.concatenate([files.scene(8, 96, 160)] * 6), fps=25)  # with its index at the beginning
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    assert len(read(path, frames=8)) == 8
+    for reader in (lambda: read(path, frames=48), lambda: video_io.read_video(path)):
+        with pytest.raises(VideoError, match="is damaged at|cannot be read|ends after"):
+            reader()
+
+
+def test_small_a_frame_whose_packet_yields_nothing_is_damage():
+    # The slices of frame 4 are made into units of a reserved kind, which decoders skip without a word.
+    data = files.coded(files.counting(12), codec="libx265", options={"x265-params": "log-level=none:bframes=0"})
+    container, _, found = files.packets(data)
+    slices = bytes(found[4])
+    container.close()
+    assert data.count(slices) == 1
+    lost = data.replace(slices, slices[:4] + bytes([41 << 1]) + slices[5:])
+    for reader in (lambda: read(lost, frames=12), lambda: video_io.read_video(lost)):
+        with pytest.raises(VideoError, match="is damaged at 0.160 seconds"):
+            reader()
+    assert files.numbers(read(lost, frames=4)) == [0, 1, 2, 3]
+
+
+# Names
+
+
+NAMES = [
+    "2024-05-01T10:30:00.mp4",
+    "run:1.mp4",
+    "http:x.mp4",
+    "pipe:0.mp4",
+    "clip%03d.mp4",
+    "-i.mp4",
+    "a b;c|d.mp4",
+    "ü.mp4",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, b"\xff\xfe.mp4".decode(errors="surrogateescape"), "x" * 251 + ".mp4"])
+def test_small_any_name_is_that_of_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    video_io.write_video(name, files.scene(4, 96, 160), fps=25, metadata={"seed": "1"})
+    assert os.listdir(".") == [name]
+    assert len(video_io.read_video(name)[0]) == 4
+    assert read(name).shape == (4, 96, 160, 3)
+    assert video_io.read_metadata(name) == {"seed": "1"}
+    assert video_io.read_rate(name) == 25
+
+
+def test_small_names_of_every_length_can_be_written(tmp_path):
+    for length in (213, 230, 255):
+        path = tmp_path / ("n" * (length - 4) + ".gif")
+        video_io.write_video(path, files.counting(2), fps=25)
+        assert video_io.read_video(path)[0].shape == (2, 16, 16, 3)
+
+
+def test_small_extensions_are_read_in_any_case_and_others_are_refused(tmp_path):
+    for name in ("a.MP4", "b.Mov", "c.webm", "d.GIF"):
+        video_io.write_video(tmp_path / name, files.counting(8), fps=25, metadata={"prompt": "ü"})
+        video, rate = video_io.read_video(tmp_path / name)
+        assert files.numbers(video) == list(range(8)) and rate == 25
+        assert video_io.read_metadata(tmp_path / name) == {"prompt": "ü"}
+    with av.open(str(tmp_path / "c.webm")) as container:
+        assert (container.format.name, container.streams.video[0].codec_context.name) == ("matroska,webm", "vp9")
+    for name in ("a.avi", "a.mkv", "a", "mp4"):
+        with pytest.raises(ValueError, match=r"expected \.mp4, \.mov, \.webm or \.gif: rename the output"):
+            video_io.write_video(tmp_path / name, files.counting(2), fps=25)
+    with pytest.raises(ValueError, match="16 x 15 pixels, expected even numbers: webm"):
+        video_io.write_video(tmp_path / "odd.webm", files.counting(2)[:, :, :15], fps=25)
+
+
+def test_small_a_link_is_written_through(tmp_path):
+    (tmp_path / "store").mkdir()
+    for link, target in (("a.mp4", "store/a.mp4"), ("new.mp4", "store/new.mp4")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "store/a.mp4").write_bytes(b"old")
+    for link in ("a.mp4", "new.mp4"):
+        video_io.write_video(tmp_path / link, files.counting(4), fps=25, overwrite=link == "a.mp4")
+        assert (tmp_path / link).is_symlink()
+        assert len(video_io.read_video(tmp_path / "store" / link)[0]) == 4
+    assert sorted(os.listdir(tmp_path / "store")) == ["a.mp4", "new.mp4"]
+    with pytest.raises(FileExistsError):
+        video_io.write_video(tmp_path / "a.mp4", files.counting(4), fps=25)
+
+
+# What `--input` gives a stage
+
+
+def test_small_input_reads_no_more_frames_than_the_stage_takes(tmp_path, monkeypatch, caplog):
+    config = ssr1.get_config("small")
+    size = config.cond
+    path = tmp_path / "long.mp4"
+    path.write_bytes(files.coded(np.concatenate([files.scene(25, 96, 160)] * 8), options={"g": "25"}))
+    converted, decoded = [], []
+    picture, frames = decoding.picture, decoding.decoded
+    monkeypatch.setattr(decoding, "picture", lambda *a: converted.append(1) or picture(*a))
+    monkeypatch.setattr(decoding, "decoded", lambda *a, **k: (decoded.append(1) or d for d in frames(*a, **k)))
+    with caplog.at_level(logging.INFO, "ivideo"):
+        clip = generate.read_clip(str(path), config)
+    assert clip.shape == (size.frames, size.height, size.width, 3) and np.abs(clip).max() <= 1
+    assert len(converted) == size.frames
+    assert len(decoded) <= size.frames / size.fps * 25 + 2
+    assert f"{path}: 96×160 at 25 a second; its first" in caplog.text
+
+
+def test_small_input_that_is_too_short_names_no_flag_that_is_not_there(tmp_path):
+    config = ssr1.get_config("small")
+    path = tmp_path / "short.mp4"
+    path.write_bytes(files.coded(files.scene(3, 96, 160)))
+    with pytest.raises(VideoError, match=r"short.mp4 ends after \d of these frames.*: use a longer video\.$"):
+        generate.read_clip(str(path), config)
+
+
+def test_small_input_is_upright_and_square(tmp_path):
+    config = ssr1.get_config("small")
+    path = tmp_path / "portrait.mp4"
+    scene = np.concatenate([files.scene(100, 96, 160)])
+    path.write_bytes(files.with_matrix(files.coded(np.rot90(scene, -1, (1, 2)), matrix=5), files.LEFT))
+    clip = generate.read_clip(str(path), config)
+    near(video_io.to_uint8(clip)[0, -2, 2], (0, 0, 251), off=8)
+    near(video_io.to_uint8(clip)[0, 1, -2], (251, 0, 0), off=8)
+
+
+# Situations that users of other video readers reported
+
+
+def test_small_a_cover_picture_is_not_the_video():
+    jpeg = files.coded(files.scene(1, 64, 64), form="mjpeg", codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
+    data = files.with_cover(long_clip(), jpeg)
+    with av.open(io.BytesIO(data)) as container:
+        assert [stream.codec_context.name for stream in container.streams.video] == ["mjpeg", "h264"]
+    assert files.numbers(read(data, frames=24)) == list(range(24))
+
+
+def test_small_a_recording_that_states_no_length_is_spread_over_what_it_has():
+    # As browsers record: a WebM that was never finished.
+    data = files.coded(files.counting(24), form="webm", codec="libvpx-vp9")
+    live = files.remuxed(data, "webm", options={"live": "1"})
+    with av.open(io.BytesIO(live)) as container:
+        assert not container.duration and not container.streams.video[0].duration
+    assert files.numbers(read(live, frames=4, fps=None)) == [0, 6, 12, 18]
+    assert files.numbers(read(data, frames=4, fps=None)) == [0, 6, 12, 18]
+
+
+def test_small_transparent_pixels_are_black():
+    rgba = np.zeros((3, 32, 32, 4), np.uint8)
+    rgba[..., :3] = (0, 200, 0)
+    rgba[:, :16, :, 3] = 255
+    data = files.coded(rgba, form="mov", codec="qtrle", pix_fmt="argb", rgb="rgba")
+    video = read(data, frames=3)
+    near(video[0, 4, 4], (0, 200, 0), off=0)
+    near(video[0, 28, 4], (0, 0, 0), off=0)
+
+
+def test_small_a_list_of_files_is_no_video(tmp_path):
+    (tmp_path / "secret.mp4").write_bytes(files.coded(files.counting(4)))
+    for text in ("ffconcat version 1.0\nfile secret.mp4\n", f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/secret.mp4\n"):
+        path = tmp_path / "list.mp4"
+        path.write_text(text)
+        with pytest.raises(VideoError, match="cannot be read"):
+            read(path, frames=2)
+        with pytest.raises(VideoError, match="cannot be read"):
+            read(text.encode(), frames=2)
+
+
+def test_small_interlaced_frames_are_read():
+    data = files.coded(files.scene(4, 96, 160), options={"x264-params": "tff=1:interlaced=1"}, matrix=1, colorspace=1)
+    near(read(data)[0, 4, 80], (251, 0, 0))
+
+
+def test_small_dolby_vision_that_only_its_players_show_is_refused():
+    frame = types.SimpleNamespace(colorspace=2, side_data={"DOVI_RPU_BUFFER": b""})
+    with pytest.raises(VideoError, match="is Dolby Vision without a layer that other players show: convert it: ffmpeg"):
+        pictures._yuv(frame, colour.UNSPECIFIED, "x.mp4")
