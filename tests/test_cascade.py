@@ -165,7 +165,7 @@ def test_small_inputs_that_cannot_be(small, tmp_path):
     with pytest.raises(UserError, match=r"sound.wav has audio streams and no video"):
         run(str(tmp_path / "sound.wav"), first="ssr1")
     video_io.write_video(tmp_path / "one.gif", np.zeros((1, 32, 32, 3), np.float32), fps=6)
-    with pytest.raises(UserError, match="has 1 frames, expected 2 or more"):
+    with pytest.raises(UserError, match=r"one.gif ends after 1 of these frames, expected a video of 8 frames"):
         run(str(tmp_path / "one.gif"), first="ssr1")
     assert not (tmp_path / "new.mp4").exists()
 
