@@ -32,10 +32,12 @@ from checkpoint_files import (
     remove,
     save_run,
     state_of,
+    zero,
 )  # fmt: skip
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ivideo import digests
+from ivideo.average import read_average
 from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
 
@@ -458,9 +460,21 @@ def process(index, port, workdir):
         position = data.get_state()["global_next_index"]
         return outcome(step, names(workdir / "checkpoints"), names(workdir / "damaged"), position), data
 
+    def read_after(damage):
+        multihost_utils.sync_global_devices("before")
+        if index == "0":
+            damage()
+        multihost_utils.sync_global_devices("after")
+        step, average = read_average(str(workdir), shapes_at(wanted).ema)
+        jax.tree.map(
+            lambda x, w: [np.testing.assert_array_equal(s.data, w[s.index]) for s in x.addressable_shards],
+            average, state_of(step).ema,
+        )  # fmt: skip
+        return outcome(step, names(workdir / "checkpoints"), names(workdir / "damaged"))
+
     def without_digests():
-        (workdir / "digests" / "3.json").unlink()
-        cut(largest(newest / "state" / "ocdbt.process_1"))  # which process 1 alone reads
+        (workdir / "digests" / f"{newest.name}.json").unlink()
+        zero(largest(newest / "state" / "ocdbt.process_1"))  # which process 1 alone reads
 
     save((1, 2, 3), iterator())
     found = {}
@@ -470,6 +484,9 @@ def process(index, port, workdir):
     found["alone"], data = restore_after(without_digests)
     save((3, 4), data)
     found["last"], _ = restore_after(lambda: None)
+    newest = workdir / "checkpoints" / "4"
+    found["average"] = read_after(lambda: None)
+    found["average-alone"] = read_after(without_digests)
     print(json.dumps(found))
 
 
@@ -499,6 +516,8 @@ def test_small_two_processes_agree(tmp_path):
         "flipped": outcome(2, ["2"], ["3"]),
         "alone": outcome(2, ["2"], ["3", "3_"]),
         "last": outcome(4, ["3", "4"], ["3", "3_"]),
+        "average": outcome(4, ["3", "4"], ["3", "3_"]),
+        "average-alone": outcome(3, ["3", "4"], ["3", "3_"]),
     }
     assert log.count("checkpoint 3 is damaged") == 2
     assert other.count("checkpoint 3 is damaged") == 0
