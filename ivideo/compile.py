@@ -1,8 +1,8 @@
 """Compiles a stage's real programs for a named TPU slice, on a machine without one, and says what they need there.
 
 TPU's own compiler (libtpu) does it, so a program that does not fit fails here as it would there. Its bytes and FLOPs
-are for one chip and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run of
-this program can beat, not a measurement, and without the time of communication between chips.
+are for one device and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run
+of this program can beat, not a measurement, and without the time of communication between chips.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ivideo import flops, sharding, stages, train
-from ivideo.chips import CHIPS
+from ivideo.chips import CHIPS, slice_of
 from ivideo.describe import columns, forward_flops, human, human_flops
 from ivideo.errors import UserError
 from ivideo.files import write_json
@@ -26,6 +26,8 @@ from ivideo.text import encode, encoder_module
 # Least effort at speed: minutes in place of an hour on two cores. The compiler then keeps no activations in on-chip
 # memory between operations, so the bytes are more than those of a run: an upper estimate
 EFFORT = -1.0
+# What libtpu has to be told to give the devices that jax finds on the chips: on a v4 two cores are one device
+LIBTPU = {"v4": {"chip_config_name": "megacore"}}
 
 
 def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json=False, out=None, overwrite=False):
@@ -44,9 +46,9 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
 
     `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
     such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
-    `bytes` and `memory` are a chip's; `model_flops` are all chips' (see `ivideo.flops`), without rematerialisation.
-    UserError where the topology is unknown, the mesh or the batch does not fit it, or the program does not fit the
-    chips: then it says what to change.
+    `bytes`, `memory` and `peaks` are a device's, a chip or on TPU7x half of one; `model_flops` are those of all devices
+    together (see `ivideo.flops`), without rematerialisation. UserError where Google offers no such slice, the mesh or
+    the batch does not fit it, or the program does not fit the devices: then it says what to change.
     """
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(config[what].mesh, devices)
@@ -69,12 +71,13 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = CHIPS[chip]
+    peak = CHIPS[chip].device()
     times = {"flops": program.flops / peak.flops, "bytes": program.bytes / peak.bandwidth}
     roofline = max(times.values())
     return {
         "stage": config.stage, "variant": config.variant, "what": what,
-        "topology": topology, "chip": chip, "chips": len(devices), "mesh": dict(mesh.shape),
+        "topology": topology, "chip": chip, "chips": len(devices) // CHIPS[chip].devices, "devices": len(devices),
+        "mesh": dict(mesh.shape),
         "batch": {"train": config.train.batch_size, "sample": 1, "text": config.text.batch}[what],
         "accumulate": config.train.accumulate if what == "train" else 1,
         "remat": config.model.remat if what == "train" else "none",
@@ -94,22 +97,21 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
 
 def topology_devices(topology: str):
     """The devices of a slice that is not there, and its chip's name; UserError where there is no such slice."""
-    chip = topology.split(":")[0]
-    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise UserError(
-            f"--topology={topology!r}: expected a chip of {', '.join(CHIPS)} and its grid, such as v5e:4x4 or v5p:4x4x4"
-        )
+    name, sizes = slice_of(topology)
+    options = dict(LIBTPU.get(name, {}))
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a host's chips are four unless said
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs: another process may have the chips
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices, chip
-    except Exception as e:  # libtpu is missing, or knows no such slice
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, name
+    except Exception as e:  # libtpu is missing, or does not know the chip
         reason = " ".join(str(e).split())[:200]
         raise UserError(
-            f"--topology={topology}: no compiler for it ({reason}); it needs `pip install '.[tpu]'`, and a slice that "
-            "Google offers, such as v5e:4x4, v6e:8x8 or v5p:4x4x4"
+            f"--topology={topology}: no compiler for it ({reason}); it needs TPU's own, `pip install '.[tpu]'`, in a "
+            f"version that knows {name}"
         ) from e
 
 
@@ -205,7 +207,7 @@ def _does_not_fit(error, config, topology: str, what: str) -> Exception:
     used = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     if "RESOURCE_EXHAUSTED" not in message and used is None:
         return error
-    numbers = f": {used[1]} of {used[2]} a chip" if used else ""
+    numbers = f": {used[1]} of {used[2]} a device" if used else ""
     change = {
         "train": "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames over "
         "devices (config.train.mesh.height, frames)",
@@ -213,6 +215,12 @@ def _does_not_fit(error, config, topology: str, what: str) -> Exception:
         "text": "a smaller config.text.batch, or parameters over devices (config.text.mesh.fsdp or tensor)",
     }[what]
     return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Take {change}")
+
+
+def _counted(found: dict) -> str:
+    """How many chips a slice has, and devices where these are more."""
+    chips = f"{found['chips']} chip{'s' * (found['chips'] > 1)}"
+    return chips if found["devices"] == found["chips"] else f"{chips}, {found['devices']} devices"
 
 
 def gib(size: int) -> str:
@@ -227,10 +235,10 @@ def table(found: dict) -> str:
     peaks = found["peaks"]
     lines = [
         f"{found['stage']}:{found['variant']}, a step to {found['what']} on {found['topology']} "
-        f"({found['chips']} chips: {mesh}), batch {found['batch']}",
+        f"({_counted(found)}: {mesh}), batch {found['batch']}",
         f"parameters   {human(found['parameters'])}",
-        f"model        {human_flops(found['model_flops'])} a step, over all chips",
-        f"a chip       {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
+        f"model        {human_flops(found['model_flops'])} a step, over all devices",
+        f"a device     {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
         f"memory       {memory['peak']} of {memory['capacity']} at the peak, fits; arguments {memory['arguments']}, "
         f"results {memory['results']}, all temporaries {memory['temporaries']}",
         f"roofline     {found['roofline_seconds']:.4g} s a step, bound by {found['bound_by']}, at "

@@ -9,6 +9,7 @@ marks in docs/tpu.md. One to five minutes a training step and less than one a sa
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ivideo.chips import CHIPS, slice_of  # noqa: E402
 from ivideo.compile import gib  # noqa: E402
 from ivideo.describe import human, human_flops  # noqa: E402
 from ivideo.files import write_json, write_text  # noqa: E402
@@ -25,13 +27,18 @@ DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
 BATCH = 256
 DISTILLED_STEPS = 8  # of every stage of the paper's distilled cascade
-SAMPLE = ("v6e:4x4", "v5e:4x4")
+SAMPLE = ("v6e:4x4", "v5e:4x4", "tpu7x:2x2x2")  # 16 devices each
 # What a chip holds of activations decides into how many parts a batch is taken
-TRAIN = {"v5p:4x4x4": {"accumulate": 1}, "v6e:8x8": {"accumulate": 4}, "v5e:16x16": {"accumulate": 1}}
+TRAIN = {
+    "tpu7x:4x4x4": {"accumulate": 1},
+    "v5p:4x4x4": {"accumulate": 1},
+    "v6e:8x8": {"accumulate": 4},
+    "v5e:16x16": {"accumulate": 1},
+}
 # Videos of 192 × 320
 LARGE = {"v5p:4x4x4": {"accumulate": 4}}
 ROWS = {"v5e:16x16": {"tsr3": {"accumulate": 4, "mesh.height": 4}}}
-TEXT = ("v6e:2x2", "v5e:2x2")
+TEXT = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
 
 
 def rows():
@@ -84,22 +91,22 @@ def tables(found: dict) -> str:
             names = ("t5_xxl",) if what == "text" else STAGES
             here = [(name, found.get(f"{what} {name} {topology}")) for name in names]
             if any(row for _, row in here):
-                parts.append(f"**{title}, on {topology}** ({chips(topology)} chips)\n\n" + table(what, here))
+                parts.append(f"**{title}, on {topology}** ({counted(topology)})\n\n" + table(what, here))
     return "\n\n".join(parts)
 
 
-def chips(topology: str) -> int:
-    count = 1
-    for size in topology.split(":")[1].split("x"):
-        count *= int(size)
-    return count
+def counted(topology: str) -> str:
+    """How many chips a slice has, and devices where these are more."""
+    name, sizes = slice_of(topology)
+    count, devices = math.prod(sizes), CHIPS[name].devices
+    return f"{count} chips" if devices == 1 else f"{count} chips, {count * devices} devices"
 
 
 def table(what, here) -> str:
     """One slice's rows; of sampling their sum, the whole cascade."""
     lines = [
-        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a chip | FLOPs a chip | bytes a chip "
-        "| roofline | bound by | MFU at most | gathers of activations | permutes | compiled in |",
+        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a device | FLOPs a device "
+        "| bytes a device | roofline | bound by | MFU at most | gathers of activations | permutes | compiled in |",
         "|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     total = 0.0

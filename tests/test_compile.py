@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -13,17 +14,61 @@ import pytest
 
 from configs import base, ssr1, tsr2
 from ivideo import compile, describe, sharding, train
-from ivideo.chips import CHIPS
+from ivideo.chips import CHIPS, of_device, slice_of
 from ivideo.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="TPU's compiler: pip install 'jax[tpu]'")
 
 
-@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "v5e:4", "v5e:axb", "v5p:4x4x4x4"])
+@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "v5e:4", "v5e:axb", "v5p:4x4x4x4", "v5e:0x4", "v5e:04x4", ""])
 def test_small_unknown_slices_are_named(topology):
-    with pytest.raises(UserError, match=f"--topology='{topology}': expected a chip of v4, v5e, v5p, v6e and its grid"):
+    said = f"--topology='{topology}': expected a chip of v4, v5e, v5p, v6e, tpu7x and its grid"
+    with pytest.raises(UserError, match=said):
         compile.topology_devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5e:4x4x4", "the chips of v5e are connected in 2 dimensions; choose one of v5e:1x1, v5e:2x2, .*, v5e:16x16$"),
+        ("v6e:2x2x1", "the chips of v6e are connected in 2 dimensions"),
+        ("v6e:32x32", "Google offers no such slice of v6e; choose one of v6e:1x1, .*, v6e:16x16$"),
+        ("v5e:3x3", "Google offers no such slice of v5e"),
+        ("v5e:4x2", "Google offers no such slice of v5e"),
+        ("v5p:4x4", "the chips of v5p are connected in 3 dimensions; choose one of v5p:2x2x1, .*, or multiples of 4"),
+        ("v4:1x1x1", "Google offers no such slice of v4"),
+        ("v5p:6x6x6", "Google offers no such slice of v5p; .* up to 6,144 chips, such as v5p:4x4x8"),
+        ("v5p:8x4x4", "Google offers no such slice of v5p; the smaller sizes come first: v5p:4x4x8$"),
+        ("v4:16x16x20", "Google offers no such slice of v4; .* up to 4,096 chips"),
+        ("tpu7x:2x2", "the chips of tpu7x are connected in 3 dimensions"),
+    ],
+)
+def test_small_slices_that_are_not_offered_are_refused_before_the_compiler_sees_them(topology, said):
+    with pytest.raises(UserError, match=f"--topology={topology}: {said}"):
+        compile.topology_devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "chip", "grid"),
+    [
+        ("v5e:1x1", "v5e", (1, 1)),
+        ("v6e:16x16", "v6e", (16, 16)),
+        ("v4:2x2x1", "v4", (2, 2, 1)),
+        ("v5p:16x16x24", "v5p", (16, 16, 24)),
+        ("tpu7x:1x1x1", "tpu7x", (1, 1, 1)),
+        ("tpu7x:4x4x4", "tpu7x", (4, 4, 4)),
+        ("tpu7x:16x24x24", "tpu7x", (16, 24, 24)),
+    ],
+)
+def test_small_slices_that_are_offered(topology, chip, grid):
+    assert slice_of(topology) == (chip, grid)
+
+
+def test_small_a_device_of_two_a_chip_has_half_of_it():
+    assert CHIPS["v5p"].device() is CHIPS["v5p"]
+    half = CHIPS["tpu7x"].device()
+    assert (half.flops, half.bandwidth, half.memory, half.devices) == (1153.5e12, 3.685e12, 96 * 2**30, 1)
 
 
 def test_small_sampling_is_of_one_evaluation_of_the_distilled_network():
@@ -85,7 +130,7 @@ def test_small_what_does_not_fit_says_what_to_change(what, change):
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.21G of 31.25G hbm."
     found = compile._does_not_fit(Refused(message), base.get_config(), "v6e:4x4", what)
     assert isinstance(found, UserError)
-    assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G a chip" in str(found)
+    assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G a device" in str(found)
     assert change in str(found)
     other = Refused("INTERNAL: something else")
     assert compile._does_not_fit(other, base.get_config(), "v6e:4x4", what) is other
@@ -107,7 +152,7 @@ def test_small_table_and_json(tmp_path):
     assert "ssr1:small, a step to train on v5e:2x2 (4 chips: data 4), batch 8" in done.stdout
     found = json.loads(out.read_text())
     chip = CHIPS["v5e"]
-    assert found["chips"] == 4
+    assert (found["chips"], found["devices"]) == (4, 4)
     assert found["parameters"] == describe.facts(ssr1.get_config("small"))["parameters"]
     assert found["roofline_seconds"] == max(found["flops"] / chip.flops, found["bytes"] / chip.bandwidth)
     assert found["mfu_bound"] == pytest.approx(found["model_flops"] / (4 * chip.flops * found["roofline_seconds"]))
@@ -116,6 +161,46 @@ def test_small_table_and_json(tmp_path):
     assert any(name.startswith("all-reduce") for name in found["collectives"])
     again = ivideo(*arguments)
     assert again.returncode == 2 and "exists" in again.stderr
+
+
+@libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices", "kind"),
+    [
+        ("v5e:1x1", 1, "TPU v5 lite"),
+        ("v6e:1x1", 1, "TPU v6 lite"),
+        ("v4:2x2x1", 4, "TPU v4"),  # two cores of a chip are one device there
+        ("v5p:2x2x1", 4, "TPU v5"),
+        ("tpu7x:1x1x1", 2, "TPU7x"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+        ("tpu7x:4x4x4", 128, "TPU7x"),
+    ],
+)
+def test_small_slices_have_the_devices_that_jax_finds_there(topology, devices, kind):
+    found, chip = compile.topology_devices(topology)
+    assert (len(found), found[0].device_kind) == (devices, kind)
+    assert of_device(found[0]) == CHIPS[chip].device()
+    assert devices == math.prod(slice_of(topology)[1]) * CHIPS[chip].devices
+
+
+@libtpu
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5e:1x1", "on v5e:1x1 (1 chip: one device), batch 8"),
+        ("tpu7x:2x2x1", "on tpu7x:2x2x1 (4 chips, 8 devices: data 8), batch 8"),
+    ],
+)
+def test_small_a_single_chip_and_chips_of_two_devices_compile(topology, said, tmp_path):
+    done = ivideo("--config=configs/base.py:small", f"--topology={topology}", f"--out={tmp_path}/found.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout
+    found, peak = json.loads((tmp_path / "found.json").read_text()), CHIPS[topology.split(":")[0]].device()
+    assert found["devices"] == found["chips"] * CHIPS[found["chip"]].devices
+    assert found["memory"]["capacity"] == peak.memory and found["peaks"]["flops_per_second"] == peak.flops
+    assert found["mfu_bound"] == pytest.approx(
+        found["model_flops"] / (found["devices"] * peak.flops * found["roofline_seconds"])
+    )
 
 
 @libtpu

@@ -38,15 +38,20 @@ class TextEncoder:
 
     `fingerprint` is of what embeddings follow from: other parameters, another tokenizer, another type of number or
     another length make another one, and whatever format the parameters were stored in, it is the same. It is read from
-    the checkpoint when it is asked for: all vectors and small matrices, and a row of each large one.
+    the checkpoint when it is asked for: all vectors and small matrices, and a row of each large one. So is the
+    tokenizer, (texts, length) -> (tokens, mask): UserError where the checkpoint has none and no path was given.
     """
 
     module: T5Encoder
     params: Any
     length: int
-    tokenizer: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
     checkpoint: Checkpoint
+    tokenizer_path: str = ""
     mesh: Any = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]:
+        return _tokenizer(self.checkpoint, self.tokenizer_path)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,23 +95,25 @@ def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer
 
     A path may be of a T5X or Hugging Face directory or of a safetensors file (`ivideo.text.checkpoints`), on this
     machine or in a bucket, gs://…; so may `tokenizer`, a sentencepiece model, or empty for spiece.model in the
-    directory, or bytes where the vocabulary is ByT5's. `length` is in tokens; `dtype`, of parameters and arithmetic, is
-    float32 or bfloat16. `mesh`: where parameters are split (`sharding.of_params`), none for one device. A config's
-    `checkpoint` is empty for the encoder in the package.
+    directory, or bytes where the vocabulary is ByT5's. Where a path has none of them, its encoder still encodes tokens,
+    and misses its tokenizer when that is asked for; a config's is missed at once. `length` is in tokens; `dtype`, of
+    parameters and arithmetic, is float32 or bfloat16. `mesh`: where parameters are split (`sharding.of_params`), none
+    for one device. A config's `checkpoint` is empty for the encoder in the package.
 
     Raises UserError where files are missing, damaged, or of another size than the config's.
     """
-    if isinstance(source, str | os.PathLike):
+    if by_path := isinstance(source, str | os.PathLike):
         checkpoint = open_checkpoint(os.fspath(source))
     else:
         checkpoint = _open_configured(source)
         length, dtype, tokenizer = source.length, source.dtype, source.tokenizer
     if dtype not in DTYPES:
         raise UserError(f"a text encoder's dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-    tokenize = _tokenizer(checkpoint, tokenizer)
+    if tokenizer or not by_path or exists(os.path.join(checkpoint.path, VOCABULARY)):
+        _tokenizer(checkpoint, tokenizer)  # a mistake in it is found before gigabytes of parameters are read
     module = T5Encoder(**checkpoint.sizes, dtype=jnp.dtype(dtype))
     params = _placed(checkpoint, module, mesh)
-    return TextEncoder(module, params, length, tokenize, checkpoint, mesh)
+    return TextEncoder(module, params, length, checkpoint, tokenizer, mesh)
 
 
 def fingerprint(text_config) -> str:
