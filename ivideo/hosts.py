@@ -1,143 +1,196 @@
-"""Several processes, on one machine or many, as one program."""
+"""Several processes as one program: when one of them fails, all of them leave, with the same reason and exit code.
 
+The process that fails writes why into the key-value store that jax keeps in the first process. A thread in every
+process waits for that, so that none stays behind in a collective operation or at jax's barrier before the exit.
+`ivideo.joining` makes the processes find each other, `ivideo.agreeing` compares what they are going to do.
+"""
+
+import atexit
 import contextlib
+import json
 import logging
 import os
-import re
-import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 
 import jax
-import numpy as np
+from jax._src import distributed  # the key-value store has no public name
 
 from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
-LOST = 77  # exit code where another process is not there, or went away
-# What all processes find at the same moment, and what XLA says of a program rather than of another process
-EVERYWHERE = (UserError, FloatingPointError)
+
+MISTAKE, BUG, INTERRUPTED = 2, 1, 130  # exit codes after which the same command would fail again, or is not wanted
+LOST = 77  # exit code where another process is missing, or a helper process was killed: the same command goes on
+MISTAKES = (UserError, FloatingPointError, OSError)  # errors that are one line, without a traceback
+# What XLA says of a program rather than of another process
 OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "OUT_OF_RANGE")
-JOIN_SECONDS = 300  # for all processes to be there
-HEARTBEAT_SECONDS = 40  # without a sign of life, and the others are told that a process is lost
+
+_REASON = "ivideo/reason"  # key of why the program ends: JSON of process, host, code and message
+_FOREVER = 2**31 - 1  # milliseconds
+_READ_SECONDS = 2.0  # that the first process, which has the store, stays for the others to read the reason
+_CLOSE_SECONDS = 60.0  # for a checkpoint that is being saved when a process fails
+_leaving = threading.Lock()  # held by the thread that ends the process
 
 
-def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Makes this process one of several: before anything else of jax, in every one of them.
+def several() -> bool:
+    """Whether this process is one of several (`ivideo.joining.join`)."""
+    return distributed.global_state.client is not None
 
-    Without arguments the surroundings tell (Cloud TPU, GKE, Slurm); else all three are needed: the address HOST:PORT of
-    the first process, their number, and this one's, from 0. UserError where they are not in order. Where the first
-    process does not come within five minutes, the others leave with exit code LOST, since machines come late; where
-    another one does not, jax ends those that have come (SIGABRT).
-    """
-    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < 3:
-        raise UserError(f"{' and '.join(missing)} missing: several processes need {', '.join(given)}")
-    if not missing:
-        if process_id >= num_processes:
-            raise UserError(
-                f"--process_id={process_id} of --num_processes={num_processes}: expected 0 to {num_processes - 1}"
-            )
-        host, _, port = coordinator.rpartition(":")
-        if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-            raise UserError(
-                f"--coordinator={coordinator}: expected HOST:PORT of the first process, such as 10.0.0.2:8476, with a "
-                "port from 1 to 65535"
-            )
-        log.info("process %d waits for all %d at %s", process_id, num_processes, coordinator)
-        if process_id:
-            _wait_for(host, int(port))
+
+def store():
+    """The key-value store of all processes: jax's DistributedRuntimeClient."""
+    return distributed.global_state.client
+
+
+def process() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are. Starts no backend, as `jax.process_index` does."""
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
+def watch() -> None:
+    """Makes this process leave as soon as another one tells that it failed, wherever its own code is then."""
+    thread = threading.Thread(target=_watch, daemon=True)
+    thread.start()
+
+    def at_exit():
+        jax.distributed.shutdown()  # waits for the other processes, and ends the thread's call
+        thread.join(10)  # a thread that is still in jax's code when Python ends aborts the process
+
+    atexit.register(at_exit)
+
+
+def _watch():
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id,
-            initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(
-            f"the processes did not find each other ({reason}): start all of them with the same --coordinator and "
-            "--num_processes, reachable on that port, or on a pod with --distributed"
-        ) from e
-    log.info("process %d of %d, with %d of %d devices", jax.process_index(), jax.process_count(),
-             jax.local_device_count(), jax.device_count())  # fmt: skip
-
-
-def _wait_for(host: str, port: int) -> None:
-    """Returns when the first process is there. jax itself would end this one with a page of its own, and no advice."""
-    deadline = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as e:
-            if time.monotonic() > deadline:
-                log.error(
-                    "--coordinator=%s:%d did not answer in %d s (%s): start the first process there with the same "
-                    "address, and let the others reach that port (exit code %d)", host, port, JOIN_SECONDS, e, LOST,
-                )  # fmt: skip
-                sys.exit(LOST)
-            time.sleep(0.5)
-
-
-def check_shared(folder: str, seconds: float = 30.0) -> None:
-    """UserError, in all of several processes, where they do not all see the first one's files in a folder.
-
-    They would wait for one another without end as soon as they look at different files.
-    """
-    if jax.process_count() == 1:
+        reason = json.loads(store().blocking_key_value_get(_REASON, _FOREVER))
+    except Exception:  # the store is closed, at the end of the program, or the first process is gone: jax acts on that
         return
-    from jax.experimental import multihost_utils
+    if reason["process"] != process()[0] and _leaving.acquire(blocking=False):
+        _leave_as_told(reason)
 
-    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
-    seen, first = os.path.join(folder, f".seen-{number:08x}"), jax.process_index() == 0
-    new = not os.path.isdir(folder)
-    if first:
-        os.makedirs(folder, exist_ok=True)
-        open(seen, "w").close()
-    multihost_utils.sync_global_devices("written")
-    deadline = time.monotonic() + seconds  # shared storage may be late
-    while not os.path.exists(seen) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    there = multihost_utils.process_allgather(np.array(os.path.exists(seen)))
-    if first:
-        os.remove(seen)
-        if new:
-            os.rmdir(folder)
-    multihost_utils.sync_global_devices("removed")
-    if not there.all():
-        raise UserError(
-            f"{folder} is not the same folder for all processes: {int((~there).sum())} of {there.size} do not see the "
-            "first one's files; give one that they share (docs/tpu.md)"
-        )
+
+def _leave_as_told(reason):
+    again = "" if final(reason["code"]) else "; the same command goes on from what was saved"
+    log.error(
+        "process %d (%s) failed, so all processes stop%s (exit code %d): %s",
+        reason["process"], reason["host"], again, reason["code"], reason["message"],
+    )  # fmt: skip
+    _exit(reason["code"])
+
+
+def final(code: int) -> bool:
+    """Whether the same command would fail again after this exit code, or is not wanted: launchers do not repeat it."""
+    return code in (MISTAKE, BUG, INTERRUPTED)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: XLA's of a collective operation, and jax's of its store."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OF_THE_PROGRAM)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of all processes after an error in one of several."""
+    if isinstance(error, MISTAKES):
+        return MISTAKE
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return LOST if is_lost(error) or _is_worker(error) else BUG
+
+
+def _is_worker(error):
+    """Whether Grain says that one of its data workers was killed."""
+    return isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
 
 
 @contextlib.contextmanager
 def leaving_together():
-    """Of several processes, leaves at once after an error that the others may not have: they would wait for this one.
+    """Of several processes, ends this one and all others at once after any error of the block, with the same exit code.
 
-    With `LOST` where another process is gone, with 1 and the traceback where this one is at fault.
+    It is 2 after an error that the user can mend, 1 and a traceback after a bug: launchers repeat neither. It is `LOST`
+    where another process is gone or a data worker was killed. In a program of one process errors pass.
     """
     try:
         yield
-    except EVERYWHERE:
-        raise
-    except Exception as e:
-        if jax.process_count() == 1:
+    except (Exception, KeyboardInterrupt) as e:
+        if not several():
             raise
-        if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(OF_THE_PROGRAM):
-            reason = " ".join(str(e).split())[:200]
-            leave(LOST, f"another process of the run went away ({reason}): this one stops; ")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        _fail(e)
+
+
+def _fail(error):
+    if not _leaving.acquire(blocking=False):
+        time.sleep(3600)  # the thread that watches ends the process
+    code, text = exit_code(error), " ".join(str(error).split()) or type(error).__name__
+    message = text if code == MISTAKE else f"{type(error).__name__}: {text[:300]}"
+    if is_lost(error):
+        message = f"another process went away ({text[:200]})"
+    number = process()[0]
+    reason = _tell(code, message)
+    if is_lost(error) and reason["process"] != number:  # that one failed first, and this is what came of it
+        _leave_as_told(reason)
+    if code == BUG:
+        traceback.print_exception(error)
+    elif code == MISTAKE:
+        log.error("ivideo: %s", text)
+    else:
+        again = "" if final(code) else "; the same command goes on from what was saved"
+        log.error("%s: all processes stop%s (exit code %d)", message, again, code)
+    _exit(code)
+
+
+def _tell(code, message):
+    """Writes the reason where all processes see it. Returns the first one that was written, by whichever process."""
+    reason = {"process": process()[0], "host": socket.gethostname(), "code": code, "message": message}
+    first = [reason]
+
+    def write():
+        try:
+            store().key_value_set(_REASON, json.dumps(reason))
+        except jax.errors.JaxRuntimeError:  # there is one already, or the first process is gone
+            first.append(json.loads(store().key_value_try_get(_REASON)))
+
+    within(10, write)
+    return first[-1]
+
+
+def within(seconds: float, call) -> None:
+    """Calls a function that may wait for a process that is gone, and returns after `seconds` at the latest."""
+
+    def run():
+        try:
+            call()
+        except Exception as e:
+            log.debug("%s", e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def close(checkpoints, error: BaseException) -> None:
+    """Waits for the checkpoint that is being saved when an error ends a run; of several processes for a minute.
+
+    The other processes do not know of the error yet, and finish their parts of it. Where one is gone, none can.
+    """
+    if not several():
+        checkpoints.close()
+    elif not is_lost(error):
+        within(_CLOSE_SECONDS, checkpoints.close)
 
 
 def leave(code: int, message: str):
     """Ends the process at once, without the exit handlers, which could wait for what never comes."""
     log.error("%sthe same command goes on from what was saved (exit code %d)", message, code)
+    _exit(code)
+
+
+def _exit(code):
     logging.shutdown()
+    sys.stdout.flush()
     sys.stderr.flush()
+    if several() and process()[0] == 0:
+        time.sleep(_READ_SECONDS)
     os._exit(code)

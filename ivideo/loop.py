@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import checks, hosts, sharding, stages
+from ivideo import agreeing, checks, hosts, sharding, stages
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
@@ -54,7 +54,8 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
             encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
-        hosts.check_shared(workdir)
+        agreeing.agree(lambda: _inputs(config, encoder))
+        agreeing.check_shared(workdir)
         state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
     if (step := int(state.step)) < config.train.steps:
         log.warning("told to stop at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
@@ -75,6 +76,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
         like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
         began = time.perf_counter()
         restored = checkpoints.restore(like, iterator)
+        agreeing.agree(lambda: {"the newest checkpoint": restored and restored[0]})
         if restored is None:
             start = load_params(config.train.start, shapes.params) if config.train.start else None
             state = jax.jit(lambda params: init_state(config, params), out_shardings=where)(start)
@@ -141,13 +143,17 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
             checkpoints.close()
     except BaseException as e:
         reporter.event("end", step=step, reason=f"failed: {type(e).__name__}")
-        if jax.process_count() == 1 or isinstance(e, hosts.EVERYWHERE):
-            checkpoints.close()  # else it could wait for a process that is gone
+        hosts.close(checkpoints, e)
         raise
     finally:
         reporter.close()
     reporter.event("end", step=step, reason="finished" if step >= config.train.steps else "preempted")
     return state
+
+
+def _inputs(config, encoder) -> dict:
+    """What all processes have to read alike, beside the config."""
+    return {"the text encoder": encoder.fingerprint, "the data set": agreeing.of_folder(config.data.dir)}
 
 
 def load_texts(config, mesh):

@@ -40,6 +40,10 @@ MODES = (
     "compile",
     "goodput",
 )
+# Flags that may differ between the processes of one run: the config is compared by its values
+OF_A_PROCESS = (
+    "config", "coordinator", "process_id", "workdir", "out", "captions", "prompts_file", "input", "compile_cache",
+)  # fmt: skip
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
@@ -102,16 +106,30 @@ flags.DEFINE_integer("clips", 96, "Clips that mode evaluate samples, half of the
 
 
 def run() -> None:
-    """Does what the flags say. Imports follow the mode, so that --help answers at once."""
+    """Does what the flags say, with other processes where they say so."""
     config = FLAGS.config
     if config is None:
         raise UserError(f"--config is missing: {EXAMPLE}")
     addressed = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    several = FLAGS.distributed or any(value is not None for value in addressed)
-    if several:
-        from ivideo.hosts import join
+    if not FLAGS.distributed and all(value is None for value in addressed):
+        _run_mode(config, several=False)
+        return
+    from ivideo import agreeing, hosts, joining
 
-        join(*addressed)
+    joining.join(*addressed, run=FLAGS.workdir or FLAGS.out or "")
+    with hosts.leaving_together():
+        agreeing.agree(lambda: _said() | agreeing.of_config(config) | agreeing.of_program())
+        _run_mode(config, several=True)
+
+
+def _said() -> dict:
+    """The flags that have to be the same in several processes."""
+    flags_here = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {f"--{flag.name}": flag.value for flag in flags_here if flag.name not in OF_A_PROCESS}
+
+
+def _run_mode(config, several: bool) -> None:
+    """Does what --mode says. Imports follow the mode, so that --help answers at once."""
     _keep_compiled(several)
     if FLAGS.mode == "goodput":
         from ivideo.goodput import report

@@ -180,30 +180,6 @@ def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path):
     assert (start["event"], end["reason"]) == ("start", "failed: UserError")
 
 
-LEAVING = """
-import jax
-from ivideo import hosts
-jax.process_count = lambda: 2
-with hosts.leaving_together():
-    raise {error}
-"""
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        ("jax.errors.JaxRuntimeError('INTERNAL: Gloo: Connection closed')", 77, "same command goes on"),
-        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "RESOURCE_EXHAUSTED: Out of memory"),
-        ("RuntimeError('a damaged clip')", 1, "RuntimeError: a damaged clip"),
-        ("hosts.UserError('wrong')", 1, "ivideo.errors.UserError: wrong"),
-    ],
-)
-def test_small_one_of_several_processes_says_who_is_at_fault(error, code, said):
-    program = LEAVING.format(error=error)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == code and said in done.stderr, done.stderr
-
-
 def test_small_profiled_steps_that_never_come_are_said(tmp_path, caplog):
     config = run_config(**{"train.steps": 2})
     loop.train(config, str(tmp_path), devices=jax.devices()[:1], profile_steps=(3, 4))

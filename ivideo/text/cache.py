@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from ivideo import files, hosts, sharding
+from ivideo import agreeing, files, sharding
 from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
@@ -77,11 +77,6 @@ def encode_captions(config, path: str, out: str) -> None:
     batch of each over its devices. UserError, before anything is written, where the captions or the encoder cannot be
     read, or `out` is of others.
     """
-    with hosts.leaving_together():
-        _encode_captions(config, path, out)
-
-
-def _encode_captions(config, path, out):
     captions = {key_of(caption): caption for caption in (*read_captions(path), *sample_prompts(config))}
     captions = [captions[key] for key in sorted(captions)]
     shards = -(-len(captions) // PER_SHARD)
@@ -143,7 +138,7 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
     }  # fmt: skip
     path = os.path.join(out, PLAN)
     if not files.in_bucket(out):
-        hosts.check_shared(out)
+        agreeing.check_shared(out)
     there = files.read_json(path) if files.exists(path) else None
     if there is not None:
         different = [name for name in plan if plan[name] != there.get(name)]
@@ -317,6 +312,11 @@ class TextCache:
                 "--mode=encode_text, or name that encoder"
             )
         return cache
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder and of the captions, as the index has them."""
+        return f"{self.index['fingerprint']} of captions {self.index['captions']}"
 
     @functools.cached_property
     def index(self) -> dict:

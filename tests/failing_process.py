@@ -1,0 +1,116 @@
+"""One of two processes that train with a step that costs nothing: the second one fails in the way that it is told.
+
+python tests/failing_process.py HOST:PORT PROCESS WORKDIR WAY
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from configs import base
+from ivideo import hosts, joining, loop, main
+from ivideo.errors import UserError
+
+FAILS_AT = 4  # the batch, from 1
+
+
+def make_train_step(config, mesh):
+    """Adds up the videos of all processes, so that each has to take part."""
+
+    def step(state, batch):
+        loss = jnp.square(batch["video"]).mean()
+        metrics = {"loss": loss, "grad_norm": loss, "skipped": 0.0, "learning_rate": 0.0}
+        return state.replace(step=state.step + 1), jax.tree.map(jnp.float32, metrics)
+
+    return step
+
+
+def user_error():
+    raise UserError("the caption 'a cat' is not in the cache")
+
+
+def bug():
+    raise KeyError("a bug")
+
+
+def device_memory():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+
+def host_memory():
+    raise MemoryError("Unable to allocate 1 GiB")
+
+
+def disk():
+    raise OSError(28, "No space left on device", "/mnt/runs/checkpoint")
+
+
+def worker():
+    raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+
+def non_finite():
+    raise FloatingPointError("loss is nan at step 4")
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Failing:
+    """The data of this process, until it fails."""
+
+    def __init__(self, iterator, fail):
+        self._iterator, self._fail, self._count = iterator, fail, 0
+
+    def __next__(self):
+        self._count += 1
+        if self._count == FAILS_AT:
+            print(f"fails at {time.time()}", flush=True)
+            self._fail()
+        time.sleep(0.1)
+        return next(self._iterator)
+
+
+def run(address, process, workdir, way):
+    """Trains until the failure, or until told to stop."""
+    config = base.get_config("small")
+    config.train.steps, config.train.checkpoint_every, config.train.hang_seconds = 10_000, 10_000, 600.0
+    config.train.mesh.data, config.train.mesh.fsdp = -1, 1
+    loop.make_train_step = make_train_step
+    loop.embed = lambda *args: {}
+    make_data, save = loop.make_data, loop.Checkpoints.save
+    if process == 1:
+        loop.make_data = lambda *args, **options: Failing(make_data(*args, **options), globals()[way])
+        loop.Checkpoints.save = lambda self, step, state, iterator: save(self, step, state, iterator._iterator)
+        loop.Checkpoints.restore = lambda *args: None
+    else:
+        loop.Checkpoints.restore = lambda *args: None
+    joining.join(address, 2, process)
+    with hosts.leaving_together():
+        loop.train(config, workdir)
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    main.run = lambda: run(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main.parse = lambda argv: None
+    sys.exit(main.main())
