@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 
-import ivideo
-from ivideo import hosts
+from ivideo import __version__, hosts
 from ivideo.errors import UserError
 
 WAIT_SECONDS = 600  # for the slowest process to come to the same place
@@ -77,9 +76,9 @@ def of_config(config) -> dict:
 
 def of_program() -> dict:
     """Versions of what computes, and the digest of every file of this package's code."""
-    folder = pathlib.Path(ivideo.__file__).parent
+    folder = pathlib.Path(__file__).parent
     versions = {f"the version of {name}": metadata.version(name) for name in LIBRARIES}
-    versions |= {"the version of ivideo": ivideo.__version__, "the version of Python": platform.python_version()}
+    versions |= {"the version of ivideo": __version__, "the version of Python": platform.python_version()}
     code = {
         f"the code of ivideo/{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         for path in sorted(folder.rglob("*.py"))

@@ -182,7 +182,12 @@ def close(checkpoints, error: BaseException) -> None:
 
 
 def leave(code: int, message: str):
-    """Ends the process at once, without the exit handlers, which could wait for what never comes."""
+    """Ends the process at once, without the exit handlers, which could wait for what never comes.
+
+    The other processes are told where the code is final; else each of them finds out by itself.
+    """
+    if several() and final(code):
+        _tell(code, message)
     log.error("%sthe same command goes on from what was saved (exit code %d)", message, code)
     _exit(code)
 

@@ -21,6 +21,7 @@ from ivideo.errors import UserError
 log = logging.getLogger("ivideo")
 
 JOIN_SECONDS = 300  # for all processes to come, and for a busy port to become free
+STRANGER_SECONDS = 30  # that a process of another run waits where one of this run is missing: then it may be a mistake
 HEARTBEAT_SECONDS = 40  # without a sign of life, and the others are told that a process is lost
 
 
@@ -85,6 +86,7 @@ def _gather(port, count, run):
     """In the first process: returns when all others have come, and know it."""
     deadline = time.monotonic() + JOIN_SECONDS
     here = {}  # by its number, the connection and the host of each process that waits
+    strangers = {}  # when each process of another run came first
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(port, deadline))
         while len(here) < count - 1:
@@ -100,12 +102,10 @@ def _gather(port, count, run):
             here = {number: there for number, there in here.items() if not _is_closed(there[0])}
             if hello.keys() != _hello(0, 0, "").keys():  # no process of ours
                 connection.close()
-            elif hello["run"] != run:
-                log.warning("process %s of another run (%s) on %s came to port %d: it is told to wait",
-                            hello["process"], hello["run"], hello["host"], port)  # fmt: skip
+            elif hello["run"] != run and not _stays(hello, strangers, here):
                 _send(connection, wait=f"another run ({run}) uses that port: give each its own")
                 connection.close()
-            elif problem := _mistake(hello, count, here):
+            elif problem := _mistake(hello, count, run, here):
                 for other, _ in [*here.values(), (connection, "")]:
                     _send(other, error=problem)
                 raise UserError(problem)
@@ -115,9 +115,23 @@ def _gather(port, count, run):
             _send(connection, go=True)
 
 
-def _mistake(hello, count, here):
-    """What is wrong with a process of this run that comes, or an empty string."""
+def _stays(hello, strangers, here):
+    """Whether a process of another run has come for long, in the place of one that is missing here."""
+    key = hello["process"], hello["host"], hello["run"]
+    if key not in strangers:
+        strangers[key] = time.monotonic()
+        log.warning("process %s of another run (%s) on %s came: it is told to wait", key[0], key[2], key[1])
+    return hello["process"] not in here and time.monotonic() - strangers[key] > STRANGER_SECONDS
+
+
+def _mistake(hello, count, run, here):
+    """What is wrong with a process that comes, or an empty string."""
     number, host = hello["process"], hello["host"]
+    if hello["run"] != run:
+        return (
+            f"process {number} ({host}) has --workdir={hello['run']}, and process 0 ({socket.gethostname()}) "
+            f"--workdir={run}: give all processes the same, or each run its own port"
+        )
     if hello["count"] != count:
         return (
             f"process {number} ({host}) has --num_processes={hello['count']}, and process 0 ({socket.gethostname()}) "

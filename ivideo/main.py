@@ -116,7 +116,7 @@ def run() -> None:
         return
     from ivideo import agreeing, hosts, joining
 
-    joining.join(*addressed, run=FLAGS.workdir or FLAGS.out or "")
+    joining.join(*addressed, run=FLAGS.workdir or "")
     with hosts.leaving_together():
         agreeing.agree(lambda: _said() | agreeing.of_config(config) | agreeing.of_program())
         _run_mode(config, several=True)

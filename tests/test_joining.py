@@ -128,6 +128,14 @@ def test_small_a_process_of_another_run_waits_and_harms_nobody(port, seconds, ca
     assert f"--coordinator=127.0.0.1:{port}: another run (a) uses that port: give each its own" in caplog.text
 
 
+def test_small_another_working_folder_in_one_process_is_a_mistake(port, monkeypatch):
+    monkeypatch.setattr(joining, "STRANGER_SECONDS", 1)
+    message = r"process 1 \(.*\) has --workdir=b, and process 0 \(.*\) --workdir=a: give all processes the same"
+    for error in in_threads(gather(port, 3), come(port, 1, 3, run="b"), come(port, 2, 3)):
+        with pytest.raises(UserError, match=message):
+            raise error
+
+
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
