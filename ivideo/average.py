@@ -4,8 +4,12 @@ Sampling, evaluating and exporting need nothing else of a checkpoint. The run ma
 read, or its folder may be read-only: nothing is written, moved or deleted here.
 """
 
+import contextlib
+import errno
 import logging
 import os
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -19,6 +23,9 @@ from ivideo.export import check_shapes
 
 log = logging.getLogger("ivideo")
 
+DELETED = "deleted"  # what is wrong with a checkpoint that the run may have deleted meanwhile
+DESCRIPTORS = pathlib.Path("/proc/self/fd")  # a process's opened files
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)  # for opened files, or for links to them
 TRIES = 100  # checkpoints that may be deleted while they are read, one after the other
 
 
@@ -27,8 +34,8 @@ def read_average(workdir: str, like) -> tuple[int, dict]:
 
     `like`: the parameters' shapes with the shardings wanted, whatever devices saved them. All files of a checkpoint are
     compared with their digests, and the averaged parameters alone are then loaded. A damaged checkpoint is named in a
-    warning and the one before it is read. Where a checkpoint is deleted while it is read, since the run has saved
-    another one, that one is read. All processes of `jax.distributed` call this together.
+    warning and the one before it is read. Where the run deletes a checkpoint while it is read, since it has saved
+    another one, reading goes on (on Linux), or that one is read. All processes of `jax.distributed` call this together.
     UserError where there is no checkpoint, where all are damaged, or where it is of another model.
     """
     check_workdir(workdir)
@@ -41,19 +48,14 @@ def read_average(workdir: str, like) -> tuple[int, dict]:
         step = said(str(max(steps - damaged, default="")))
         if not step:
             break
-        path, params = folder / "checkpoints" / step, None
-        found = problem = said(digests.compare(folder, step) if first else "")
-        if found in (digests.WHOLE, digests.UNCHECKED):
-            params, problem = _load(path, like)
-            problem = said(problem)
+        params, problem = _read(folder, int(step), max(steps, default=0), like)
         if not problem:
             return int(step), params
-        if said("gone" if first and (not path.exists() or max(_steps(folder)) > max(steps)) else ""):
+        if problem == DELETED:
             log.info("checkpoint %s was deleted while it was read: the newest one is read instead", step)
             continue
-        if found == digests.WHOLE:
-            raise OSError(f"{path} is as it was written, by its digests, but cannot be read ({problem})")
         if first:
+            path = folder / "checkpoints" / step
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
         damaged.add(int(step))
     else:
@@ -72,21 +74,80 @@ def _steps(folder) -> set[int]:
     return {int(name) for name in names if name.isdecimal() and name == str(int(name))}
 
 
-def _load(path, like):
+def _read(folder, step, newest, like):
+    """(averaged parameters, what is wrong with a checkpoint), of which one is empty.
+
+    DELETED where there is a newer checkpoint than the `newest` there was: then the run may be deleting this one.
+    """
+    path, first = folder / "checkpoints" / str(step), jax.process_index() == 0
+
+    def deleted():
+        return said(DELETED if first and (not path.exists() or max(_steps(folder), default=0) > newest) else "")
+
+    with contextlib.ExitStack() as stack:
+        files = problem = ""
+        try:
+            files = _held(path, stack)
+        except OSError as e:
+            problem = f"it cannot be read: {e}"
+        if problem := said(problem) or deleted():
+            return None, deleted() or problem
+        found = said(digests.compare(folder, step, files) if first else "")
+        if found not in (digests.WHOLE, digests.UNCHECKED):
+            return None, deleted() or found
+        params, problem = _load(files, path, like)
+        if not (problem := said(problem)):
+            return params, ""
+        if not (gone := deleted()) and found == digests.WHOLE:
+            raise OSError(f"{path} is as it was written, by its digests, but cannot be read ({problem})")
+        return None, gone or problem
+
+
+def _held(path, stack):
+    """A folder with a checkpoint's files, readable until the stack is closed, even after the run has deleted them.
+
+    Its files are links to opened ones, which Linux has. Elsewhere, and where not so many can be open or nothing
+    temporary can be written, it is the checkpoint's own folder.
+    """
+    if not DESCRIPTORS.is_dir():
+        return path
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="ivideo_")
+    except OSError:
+        return path
+    with contextlib.ExitStack() as opened:
+        view = epath.Path(opened.enter_context(temporary))
+        try:
+            for file in sorted(pathlib.Path(path).rglob("*")):
+                target = view / file.relative_to(path)
+                if file.is_dir():
+                    target.mkdir()
+                else:
+                    descriptor = opened.enter_context(open(file, "rb")).fileno()
+                    os.symlink(DESCRIPTORS / str(descriptor), target)
+        except OSError as e:
+            if e.errno in NO_ROOM:
+                return path
+            raise
+        stack.enter_context(opened.pop_all())
+        return view
+
+
+def _load(files, path, like):
     """(averaged parameters, what is wrong with them), of which one is empty; in every process its own part.
 
     UserError, in all processes, where they are of another model.
     """
     handler = ocp.PyTreeCheckpointHandler()
-    if other := said(_other_model(path, handler, like) if jax.process_index() == 0 else ""):
+    if other := said(_other_model(files, path, handler, like) if jax.process_index() == 0 else ""):
         raise UserError(other)
     wanted = {"step": jax.ShapeDtypeStruct((), np.int32), "ema": like}
     options = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     try:
-        handler.metadata(path / "state")  # without it Orbax would take the shapes to be those wanted
-        found = handler.restore(path / "state", args=options)
+        handler.metadata(files / "state")  # without it Orbax would take the shapes to be those wanted
+        found = handler.restore(files / "state", args=options)
     except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
         raise
     except Exception as e:  # what a damaged file raises depends on the byte
@@ -96,10 +157,10 @@ def _load(path, like):
     return found["ema"], ""
 
 
-def _other_model(path, handler, like) -> str:
+def _other_model(files, path, handler, like) -> str:
     """What says that a checkpoint is of another model, where it is."""
     try:
-        check_shapes(f"the checkpoint {path}", below(shapes_in(path, handler), "ema"), shapes(like))
+        check_shapes(f"the checkpoint {path}", below(shapes_in(files, handler), "ema"), shapes(like))
     except UserError as e:
         return str(e)
     except Exception:  # damaged: loading it says so

@@ -36,13 +36,13 @@ def forget(workdir, step) -> None:
         path(workdir, step).unlink()
 
 
-def compare(workdir, step: int) -> str:
-    """WHOLE, UNCHECKED where the checkpoint has no digests, or what is wrong with its files."""
+def compare(workdir, step: int, folder=None) -> str:
+    """WHOLE, UNCHECKED where the checkpoint has no digests, or what is wrong with its files, which are in `folder`."""
     wanted = _read(workdir, step)
     if wanted is None:
         return UNCHECKED
     try:
-        found = of_folder(_checkpoint(workdir, step))
+        found = of_folder(folder or _checkpoint(workdir, step))
     except OSError as e:
         return f"it cannot be read: {e}"
     for name in sorted(wanted.keys() | found.keys()):
