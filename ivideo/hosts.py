@@ -87,8 +87,15 @@ def final(code: int) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone: XLA's of a collective operation, and jax's of its store."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OF_THE_PROGRAM)
+    """Whether an error, or what caused it, says that another process is gone.
+
+    It is XLA's of a collective operation, or jax's of its store and barriers, which Orbax may report as its own.
+    """
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return not str(error).startswith(OF_THE_PROGRAM)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def exit_code(error: BaseException) -> int:

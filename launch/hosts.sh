@@ -6,8 +6,8 @@
 # HOST is a name that ssh knows, or USER@HOST. The others find the first host by its name, without the user, at --port. Unless
 # given, the port is a number from 20000 to 29999 that follows from the --workdir: the same whenever this run starts again,
 # another for another run. --folder is the checkout on every host, from the home folder there, with an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
-# where one left with 75, 76, 77 or 134, all start again after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of
-# an hour (LONG, in seconds) begins a new row.
+# where one left with 75, 76, 77 or 134, and none with 1, 2 or 130 (an error that would be made again, Ctrl-C), all start again
+# after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of an hour (LONG, in seconds) begins a new row.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -63,6 +63,14 @@ if [[ $folder =~ ^(~[A-Za-z0-9._-]*)(/(.*))?$ ]]; then
   [[ -z ${BASH_REMATCH[3]-} ]] || there+=$(quoted "${BASH_REMATCH[3]}")
 fi
 
+grave() { # how grave an exit code is; a process that was killed has another one than those that it left alone, which can go on
+  case $1 in
+    0) echo 0 ;;
+    1 | 2 | 130) echo 3 ;; # would fail again, or was interrupted
+    *) if can_go_on "$1"; then echo 2; else echo 1; fi ;;
+  esac
+}
+
 once() { # every host's process; ends with the first code that is not 0, the gravest first
   local i pids=() worst=0 code
   for i in "${!hosts[@]}"; do
@@ -80,8 +88,7 @@ once() { # every host's process; ends with the first code that is not 0, the gra
   for i in "${pids[@]}"; do
     code=0
     wait "$i" || code=$?
-    # A process that was killed has another code than those that it left alone; these can go on
-    if [[ $code != 0 ]] && { [[ $worst == 0 ]] || ! can_go_on "$worst"; }; then worst=$code; fi
+    if (($(grave "$code") > $(grave "$worst"))); then worst=$code; fi
   done
   return "$worst"
 }

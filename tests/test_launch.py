@@ -219,6 +219,16 @@ def test_small_hosts_start_again_together(tmp_path, first, later, count, wanted)
     assert {line for line in done.stdout.splitlines() if "hello" in line} == {"a: hello", "b: hello"}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "count", "wanted"), [(137, 77, 4, 0), (2, 134, 2, 2), (77, 1, 2, 1), (130, 75, 2, 130)]
+)
+def test_small_what_would_fail_again_on_one_host_is_not_started_again(tmp_path, first, second, count, wanted):
+    """And what one host can go on from is, whatever a signal did to another."""
+    line = f"((runs > 2)) && exit 0; [[ $* == *--process_id=0* ]] && exit {first}; exit {second}"
+    done = launch("hosts.sh", "a,b", *RUN, env=fake(tmp_path, "ssh", line))
+    assert (done.returncode, runs(tmp_path, "ssh")) == (wanted, count)
+
+
 def test_small_a_process_that_jax_aborts_is_started_again(tmp_path):
     """As ssh, which leaves with 255 where a signal ended what it ran."""
     program = "import subprocess as s, sys; n = s.call(['bash', '-c', sys.argv[-1]]); sys.exit(n if n >= 0 else 255)"

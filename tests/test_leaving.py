@@ -1,0 +1,106 @@
+"""How a process of several leaves after an error: with which code and message, and whom it believes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from test_hosts import ROOT
+
+from ivideo import hosts
+from ivideo.errors import UserError
+
+LOST = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("wrong"), 2),
+        (FloatingPointError("nan"), 2),
+        (OSError(28, "No space left on device"), 2),
+        (KeyError("bug"), 1),
+        (MemoryError(), 1),
+        (OUT_OF_MEMORY, 1),
+        (KeyboardInterrupt(), 130),
+        (LOST, 77),
+        (caused_by(RuntimeError("cannot save"), LOST), 77),
+        (caused_by(RuntimeError("cannot save"), OUT_OF_MEMORY), 1),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code -9."), 77),
+    ],
+)
+def test_small_exit_codes_say_whether_to_start_again(error, code):
+    assert hosts.exit_code(error) == code
+    assert hosts.final(code) == (code != 77)
+
+
+def test_small_in_one_process_errors_pass():
+    with pytest.raises(KeyError), hosts.leaving_together():
+        raise KeyError
+
+
+LEAVING = """
+import json, logging, sys, threading, time
+import jax
+from ivideo import hosts
+
+class Store:
+    def __init__(self, reasons):
+        self.reasons, self.written = reasons, threading.Event()
+    def key_value_set(self, key, value):
+        if self.reasons:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS: key " + key)
+        self.reasons.append(value)
+        print(value, flush=True)
+        self.written.set()
+    def key_value_try_get(self, key):
+        return self.reasons[0]
+    def blocking_key_value_get(self, key, timeout_in_ms):
+        self.written.wait()
+        return self.reasons[0]
+
+logging.basicConfig(format="%(message)s")
+store = Store(json.loads(sys.argv[1]))
+hosts.several, hosts.store, hosts.process = lambda: True, lambda: store, lambda: (1, 2)
+hosts.watch()
+with hosts.leaving_together():
+    exec(sys.argv[2])
+"""
+TOLD = {"process": 0, "host": "there", "code": 2, "message": "no caption"}
+BY_TOLD = "process 0 (there) failed, so all processes stop (exit code 2): no caption"
+
+
+def leave(reasons, code):
+    command = [sys.executable, "-c", LEAVING, json.dumps([json.dumps(r) for r in reasons]), code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "program", "code", "said", "told"),
+    [
+        ([], "raise hosts.UserError('no file')", 2, "ivideo: no file\n", "no file"),
+        ([], "raise KeyError('bug')", 1, "KeyError: 'bug'", "KeyError: 'bug'"),
+        ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "goes on", "another process went away (UNKNOWN"),
+        # an error that comes of another process's: that one has the reason and the code
+        ([TOLD], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 2, BY_TOLD, None),
+        ([TOLD], "raise hosts.UserError('mine')", 2, "ivideo: mine\n", None),
+        # told in the middle of something that never ends
+        ([TOLD], "store.written.set(); time.sleep(90)", 2, BY_TOLD, None),
+    ],
+)
+def test_small_a_process_leaves_with_the_first_reason(reasons, program, code, said, told):
+    done = leave(reasons, program)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
+    if told:
+        reason = json.loads(done.stdout)
+        assert (reason["process"], reason["code"]) == (1, code) and reason["message"].startswith(told)
+    else:
+        assert done.stdout == ""
