@@ -9,7 +9,7 @@
 # `render` prints the manifest (JobSet has to be installed in the cluster), `apply` hands it to kubectl; `xpk` does with
 # Google's xpk what it does to a cluster that xpk made. --chips=4 is a host's. The --workdir is storage that all hosts share,
 # such as a bucket mounted by the image. A process told to stop saves within --grace=120 s and the JobSet starts again, 50
-# times at most (--restarts); exit codes 1 and 2, mistakes that would be made again, end it. The image has this checkout in
+# times at most (--restarts); exit codes 1, 2 and 130, after which it would only fail again, end it. The image has this checkout in
 # its working folder, installed with '.[tpu]'. --dry_run, or DRY_RUN=1, prints the commands and runs none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -92,7 +92,7 @@ check_slice() { # the options of a manifest, which Kubernetes would find wrong a
 }
 
 manifest() {
-  local argument arguments='"-m", "ivideo.main", "--distributed"'
+  local argument final="${FINAL[*]}" arguments='"-m", "ivideo.main", "--distributed"'
   # Kubernetes puts variables in for $(NAME); $$ is a $ that is left alone
   for argument in "${rest[@]}"; do arguments+=", $(json "${argument//\$(/\$\$(}")" || exit 2; done
   cat <<END
@@ -124,7 +124,7 @@ spec:
             onExitCodes:
               containerName: ivideo
               operator: In
-              values: [1, 2]
+              values: [${final// /, }]
         template:
           spec:
             restartPolicy: Never # podFailurePolicy asks for it

@@ -64,11 +64,7 @@ if [[ $folder =~ ^(~[A-Za-z0-9._-]*)(/(.*))?$ ]]; then
 fi
 
 grave() { # how grave an exit code is; a process that was killed has another one than those that it left alone, which can go on
-  case $1 in
-    0) echo 0 ;;
-    1 | 2 | 130) echo 3 ;; # would fail again, or was interrupted
-    *) if can_go_on "$1"; then echo 2; else echo 1; fi ;;
-  esac
+  if is_final "$1"; then echo 3; elif can_go_on "$1"; then echo 2; elif [[ $1 != 0 ]]; then echo 1; else echo 0; fi
 }
 
 once() { # every host's process; ends with the first code that is not 0, the gravest first

@@ -30,9 +30,15 @@ run() { # runs a command, or with --dry_run prints it as one could paste it
 # Exit codes of ivideo.main after which the same command goes on: told to stop, a step hung, another process was lost; 134
 # where jax itself ended the process for that (SIGABRT).
 GO_ON=(75 76 77 134)
+# Those after which it would fail again, or is not wanted: an error in the program, one that a user can mend, Ctrl-C
+FINAL=(1 2 130)
 
 can_go_on() {
   [[ " ${GO_ON[*]} " == *" $1 "* ]]
+}
+
+is_final() {
+  [[ " ${FINAL[*]} " == *" $1 "* ]]
 }
 
 again() { # runs a command until it ends, up to RESTARTS times more in a row where it left with a code that can go on

@@ -220,7 +220,16 @@ def test_small_hosts_start_again_together(tmp_path, first, later, count, wanted)
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "count", "wanted"), [(137, 77, 4, 0), (2, 134, 2, 2), (77, 1, 2, 1), (130, 75, 2, 130)]
+    ("first", "second", "count", "wanted"),
+    [
+        (137, 77, 4, 0),
+        (77, 137, 4, 0),
+        (255, 134, 4, 0),
+        (2, 134, 2, 2),
+        (77, 1, 2, 1),
+        (130, 75, 2, 130),
+        (0, 75, 4, 0),
+    ],
 )
 def test_small_what_would_fail_again_on_one_host_is_not_started_again(tmp_path, first, second, count, wanted):
     """And what one host can go on from is, whatever a signal did to another."""
@@ -239,6 +248,7 @@ def test_small_a_process_that_jax_aborts_is_started_again(tmp_path):
     assert (done.returncode, runs(there, "python")) == (0, 2), done.stdout + done.stderr
     assert "left with 134: again in 0 s" in done.stderr
     assert (there / "python.log").read_text().splitlines()[0].endswith("--workdir=/mnt/runs/a b")
+
 
 # What is started in the background may ignore SIGINT, which a shell script cannot change
 HEEDING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
@@ -286,7 +296,8 @@ def test_small_manifest_of_a_jobset():
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"] == 16
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "ivideo", "operator": "In", "values": [1, 2]}}
+    codes = {"containerName": "ivideo", "operator": "In", "values": [1, 2, 130]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["nodeSelector"] == {
@@ -334,10 +345,14 @@ def test_small_codes_that_are_started_again_are_those_of_the_program():
     """134 is SIGABRT, by which jax ends a process whose run has lost another."""
     from ivideo import guards, hosts
 
-    script = f'. {LAUNCH}/lib.sh; for code in $(seq 0 255); do ! can_go_on "$code" || echo "$code"; done'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    def codes(test):
+        script = f'. {LAUNCH}/lib.sh; for code in $(seq 0 255); do ! {test} "$code" || echo "$code"; done'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        return {int(code) for code in done.stdout.split()}
+
     wanted = {guards.PREEMPTED, guards.HUNG, hosts.LOST, 128 + signal.SIGABRT}
-    assert {int(code) for code in done.stdout.split()} == wanted
+    assert codes("can_go_on") == wanted
+    assert codes("is_final") == {code for code in range(256) if hosts.final(code)}
     (command,) = printed("gke.sh", "xpk", "a", "--image=i", *XPK, *RUN)
     assert f"--restart-on-exit-codes={','.join(str(code) for code in sorted(wanted))}" in command
 
