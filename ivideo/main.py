@@ -143,6 +143,8 @@ def _run_mode(config, several: bool) -> None:
     cascade.select(config)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
+    if FLAGS.only_check_args:  # one of absl's own flags
+        return
     if FLAGS.mode == "train":
         from ivideo.loop import train
 

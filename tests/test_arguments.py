@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import app, flags
 
@@ -166,6 +167,34 @@ def test_small_help_is_not_an_error(folder, flag, capsys):
     assert e.value.code == 0
     said = capsys.readouterr()
     assert "help" in said.out and not said.err
+
+
+def test_small_arguments_alone_are_checked(folder, monkeypatch, capsys):
+    """absl's --only_check_args is in --helpfull: a run must not begin."""
+    monkeypatch.setattr(main, "_keep_compiled", lambda several: None)
+    monkeypatch.setattr("ivideo.loop.train", lambda *_, **__: pytest.fail("a run began"))
+    args = ["ivideo", f"--config={SMALL}", "--only_check_args", f"--workdir={folder / 'w'}"]
+    assert main.main(args) == 0
+    assert main.main([*args, "--config.train.steps=0"]) == 2
+    assert "config.train.steps = 0: expected a whole number, 1 or more" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
+def test_small_a_user_without_a_home_gets_no_folder_of_that_name(folder, monkeypatch):
+    """As in a container that runs as a user of its own: compiled programs are then not kept."""
+    flags.FLAGS["mode"].value, flags.FLAGS["compile_cache"].value = "train", None
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "expanduser", lambda path: path)
+            main._keep_compiled(several=False)
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("HOME", str(folder))
+        main._keep_compiled(several=False)
+        assert jax.config.jax_compilation_cache_dir == f"{folder}/.cache/ivideo"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="pip's build needs setuptools")
