@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
-        "av>=14,<20",
+        "av>=18,<20",  # older ones take BT.2020 for BT.601
         "etils[epath]>=1.9",
         "flax>=0.12,<0.14",
         "grain>=0.2.18,<0.4",

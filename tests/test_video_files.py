@@ -1,5 +1,6 @@
 """Files as people have them: turned, anamorphic, HDR, cut without coding, oddly named, damaged."""
 
+import gc
 import io
 import logging
 import os
@@ -64,7 +65,7 @@ def test_small_pixels_are_shown_square():
     assert read(turned).shape == (4, 640, 384, 3)
     stream = types.SimpleNamespace(sample_aspect_ratio=Fraction(500, 1))
     with pytest.raises(VideoError, match="x.mp4 has pixels of 500:1, expected about 1:1"):
-        pictures.picture(av.VideoFrame(640, 64, "rgb24"), stream, "x.mp4")
+        pictures.picture(av.VideoFrame(640, 64, "rgb24"), stream, pictures.Extras(None, False), "x.mp4")
 
 
 @pytest.mark.parametrize("full_range", [False, True])
@@ -380,6 +381,20 @@ def test_small_input_reads_no_more_frames_than_the_stage_takes(tmp_path, monkeyp
     assert f"{path}: 96×160 at 25 a second; its first" in caplog.text
 
 
+def test_small_frames_that_were_read_are_let_go_without_the_garbage_collector():
+    data = files.with_matrix(files.coded(np.concatenate([files.counting(24)] * 2)), files.UPSIDE_DOWN)
+    gc.collect()
+    gc.disable()
+    try:
+        alive = [
+            sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+            for _ in video_io.iter_frames(data, frames=48, fps=25)
+        ]
+    finally:
+        gc.enable()
+    assert len(alive) == 48 and max(alive) < 24  # those that one packet yields, at the end
+
+
 def test_small_input_that_is_too_short_names_no_flag_that_is_not_there(tmp_path):
     config = ssr1.get_config("small")
     path = tmp_path / "short.mp4"
@@ -447,5 +462,6 @@ def test_small_interlaced_frames_are_read():
 
 def test_small_dolby_vision_that_only_its_players_show_is_refused():
     frame = types.SimpleNamespace(colorspace=2, side_data={"DOVI_RPU_BUFFER": b""})
+    extras = pictures.Extras.of(frame)
     with pytest.raises(VideoError, match="is Dolby Vision without a layer that other players show: convert it: ffmpeg"):
-        pictures._yuv(frame, colour.UNSPECIFIED, "x.mp4")
+        pictures._yuv(frame, colour.UNSPECIFIED, extras, "x.mp4")

@@ -1,6 +1,7 @@
 """Opening video files, and their frames at the times at which players show them (PyAV). Times are exact, in seconds."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import logging
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from ivideo.data.pictures import VideoError, picture
+from ivideo.data.pictures import Extras, VideoError, picture
 
 log = logging.getLogger("ivideo")
 
@@ -22,12 +23,14 @@ Path = str | os.PathLike
 _ONE_FRAME_A_PACKET = ("h264", "hevc")
 
 
-class Video(NamedTuple):
-    """An open file: its container, its video stream, and what messages call it."""
+@dataclasses.dataclass
+class Video:
+    """An open file: its container, its video stream, what messages call it, and what its first frame came with."""
 
     container: av.container.InputContainer
     stream: av.VideoStream
     name: str
+    extras: Extras | None = None
 
     @property
     def rate(self) -> Fraction:
@@ -49,7 +52,9 @@ class Video(NamedTuple):
         if decoded.frame is None or decoded.frame.is_corrupt:
             at = float(decoded.time)
             raise VideoError(f"{self.name} is damaged at {at:.3f} seconds: write or download it again, or use another.")
-        return picture(decoded.frame, self.stream, self.name)
+        if self.extras is None:
+            self.extras = Extras.of(decoded.frame)
+        return picture(decoded.frame, self.stream, self.extras, self.name)
 
 
 class Decoded(NamedTuple):
@@ -91,7 +96,7 @@ def opened(source: Path | bytes, expected: str):
 
 def length(video: Video) -> Fraction:
     """Seconds, as the file states, or read off its packets where it does not, as browsers' recordings do not."""
-    container, stream, _ = video
+    container, stream = video.container, video.stream
     if stream.duration:
         return stream.duration * stream.time_base
     if container.duration:
@@ -108,7 +113,7 @@ def on_show(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[np
 
     None where it was asked to seek to the first target and that failed. Pictures are uint8 [H,W,3].
     """
-    container, stream, name = video
+    container, stream, name = video.container, video.stream, video.name
     frames = decoded(video)
     first = next(frames, None)
     if first is None:
@@ -163,7 +168,7 @@ def decoded(video: Video, *, after_seek: bool = False) -> Iterator[Decoded]:
     first frame has none. What cannot be decoded before the first key frame, as after a cut, is left out; later on it is
     the decoder's error, or a frame that is None.
     """
-    container, stream, _ = video
+    container, stream = video.container, video.stream
     base = stream.time_base
     whole = stream.codec_context.name in _ONE_FRAME_A_PACKET and not video.by_dts
     missing: set[int] = set()

@@ -1,5 +1,7 @@
 """Decoded frames as the pictures that players show: BT.709 RGB, upright, with square pixels."""
 
+from typing import NamedTuple
+
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
@@ -20,7 +22,25 @@ class VideoError(UserError):
     """A file that cannot be read as the video asked for: corrupt, empty, too short, or no video at all."""
 
 
-def picture(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> np.ndarray:
+class Extras(NamedTuple):
+    """What a frame came with: (a, b, c, d) of its display matrix, if it has one, and whether it is Dolby Vision's.
+
+    A file's first frame tells it for all of them: PyAV keeps a frame whose side data was looked at until the garbage
+    collector comes by.
+    """
+
+    matrix: tuple[int, int, int, int] | None
+    dolby: bool
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> "Extras":
+        """Those of a decoded frame."""
+        data = frame.side_data.get("DISPLAYMATRIX")
+        matrix = None if data is None else tuple(np.frombuffer(data, np.int32)[[0, 1, 3, 4]].tolist())
+        return cls(matrix, any(frame.side_data.get(kind) is not None for kind in ("DOVI_METADATA", "DOVI_RPU_BUFFER")))
+
+
+def picture(frame: av.VideoFrame, stream: av.VideoStream, extras: Extras, name: str) -> np.ndarray:
     """A decoded frame of a stream of the file called `name`, uint8 [H,W,3].
 
     The matrix is the one that the file states; where it states none, as players do, BT.709 for frames wider than 1279
@@ -31,7 +51,7 @@ def picture(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> np.ndarr
     how = _shown_size(frame, stream, name)
     transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries
     if not (frame.format.is_rgb or frame.format.has_palette):
-        how |= _yuv(frame, transfer, name)
+        how |= _yuv(frame, transfer, extras, name)
     if transfer in _TRANSFERS_REFUSED:
         raise VideoError(f"{name} has transfer {transfer} (linear, log or cinema), expected SDR, PQ or HLG: {_CONVERT}")
     if colour.needs_conversion(transfer, primaries):
@@ -41,7 +61,7 @@ def picture(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> np.ndarr
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24", **how)
-    return _upright(rgb, frame)
+    return _upright(rgb, extras.matrix)
 
 
 def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -52,11 +72,10 @@ def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return frame.to_ndarray(format="rgb24", width=shape[1], height=shape[0], interpolation=Interpolation.BICUBIC)
 
 
-def _yuv(frame: av.VideoFrame, transfer: int, name: str) -> dict:
+def _yuv(frame: av.VideoFrame, transfer: int, extras: Extras, name: str) -> dict:
     """What the scaler is told of a frame's YUV."""
     matrix = frame.colorspace
-    dolby = any(frame.side_data.get(kind) is not None for kind in ("DOVI_METADATA", "DOVI_RPU_BUFFER"))
-    if dolby and transfer == colour.UNSPECIFIED:
+    if extras.dolby and transfer == colour.UNSPECIFIED:
         raise VideoError(f"{name} is Dolby Vision without a layer that other players show: {_CONVERT}")
     if matrix == colour.UNSPECIFIED:
         large = frame.width >= 1280 or frame.height > 576
@@ -80,14 +99,13 @@ def _shown_size(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> dict
     return dict(width=width, height=height, interpolation=Interpolation.BICUBIC)
 
 
-def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
     """Turned and mirrored as the display matrix says, to the nearest right angle.
 
     Its pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift (ISO/IEC 14496-12, 6.2.2).
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        a, b, c, d = matrix
         if abs(b) + abs(c) > abs(a) + abs(d):
             image, a, d = image.transpose(1, 0, 2), c, b
         image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

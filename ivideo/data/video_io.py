@@ -116,9 +116,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     VideoError where the file cannot be opened as a video.
     """
-    with opened(path, "a video file") as (container, _, _):
-        comments = [text for key, text in container.metadata.items() if key.lower() == "comment"]
-        if container.format.name == "gif":
+    with opened(path, "a video file") as video:
+        comments = [text for key, text in video.container.metadata.items() if key.lower() == "comment"]
+        if video.container.format.name == "gif":
             comments = encoders.gif_comments(pathlib.Path(path).read_bytes())
     for comment in comments:
         with contextlib.suppress(ValueError):
