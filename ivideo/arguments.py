@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import types
 
 import ml_collections
 from absl import app, flags
@@ -79,18 +80,19 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     """The config that FILE or FILE:VARIANT names, such as configs/base.py:demo.
 
     A relative configs/NAME.py that is not there is the package's own. `from configs import NAME` in the file finds its
-    neighbours in its folder, and those that are not there in the package. UserError where there is no such file, with
-    the reason and the line where it cannot be run, or where it makes no ConfigDict.
+    neighbours in its folder (a link's, then also in that of its target), and those that are not there in the package.
+    UserError where there is no such file, with the reason and the line where it cannot be run, or where it makes no
+    ConfigDict.
     """
     path, variant = _find(spec)
     path = os.path.abspath(path)
-    folders = [os.path.dirname(path), packaged()]
+    folders = [os.path.dirname(path), os.path.dirname(os.path.realpath(path)), packaged()]
     _make_importable("configs", folders)
     try:
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader("config", importlib.machinery.SourceFileLoader("config", path))
-        )
-        module.__spec__.loader.exec_module(module)
+        # Not as an import, which may take a compiled copy of a file that was written twice within a second
+        module = types.ModuleType("config")
+        module.__file__ = path
+        exec(compile(files.read_bytes(path), path, "exec"), module.__dict__)
         if not hasattr(module, "get_config"):
             raise UserError(f"it has no get_config(): {EXAMPLE}")
         config = module.get_config(*variant)

@@ -82,6 +82,26 @@ def test_small_a_copied_config_finds_its_neighbours(folder):
     assert arguments.load_config(f"{copy}").variant == "paper"
 
 
+def test_small_a_config_is_read_as_it_is_now(folder):
+    """Of the same size and second as before, as scripts write them for a sweep."""
+    for steps in (10, 20):
+        (folder / "sweep.py").write_text(
+            "from configs import base\n"
+            f'def get_config(): config = base.get_config("small"); config.train.steps = {steps}; return config'
+        )
+        os.utime("sweep.py", (1e9, 1e9))
+        assert arguments.load_config("sweep.py").train.steps == steps
+
+
+def test_small_a_linked_config_finds_the_neighbours_of_its_target(folder):
+    (folder / "there").mkdir()
+    for name in ("base.py", "common.py"):
+        text = (ROOT / "configs" / name).read_text().replace("config.seed = 0", "config.seed = 7")
+        (folder / "there" / name).write_text(text)
+    (folder / "here.py").symlink_to(folder / "there" / "base.py")
+    assert arguments.load_config("here.py:small").seed == 7
+
+
 BROKEN = {
     "no_file": ('def get_config():\n  open("/none")', "FileNotFoundError: [Errno 2] No such file or directory: "),
     "syntax": ("x = 1\ndef get_config(:", "invalid syntax"),

@@ -212,6 +212,7 @@ def test_small_a_single_chip_and_chips_of_two_devices_compile(topology, said, tm
         ("v5e:16x16", {"fsdp": -1}, 64),
         ("v5e:16x16", {"fsdp": -1, "height": 4}, 32),
         ("v6e:4x4", {"fsdp": 2, "frames": -1}, 2),
+        ("tpu7x:4x4x4", {"fsdp": -1}, 16),
     ],
 )
 def test_small_hosts_of_a_slice_read_parts_of_the_batch(topology, mesh, readers):
