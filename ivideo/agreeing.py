@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import secrets
 import socket
 import time
@@ -78,7 +77,7 @@ def of_program() -> dict:
     """Versions of what computes, and the digest of every file of this package's code."""
     folder = pathlib.Path(__file__).parent
     versions = {f"the version of {name}": metadata.version(name) for name in LIBRARIES}
-    versions |= {"the version of ivideo": __version__, "the version of Python": platform.python_version()}
+    versions["the version of ivideo"] = __version__
     code = {
         f"the code of ivideo/{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         for path in sorted(folder.rglob("*.py"))

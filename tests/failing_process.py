@@ -6,6 +6,7 @@ python tests/failing_process.py HOST:PORT PROCESS WORKDIR WAY
 import os
 import signal
 import sys
+import tempfile
 import time
 
 import jax
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import base
-from ivideo import hosts, joining, loop, main
+from ivideo import files, hosts, joining, loop, main
+from ivideo.data.video_io import sample_frames
 from ivideo.errors import UserError
+from ivideo.text import cache
 
 FAILS_AT = 4  # the batch, from 1
 
@@ -31,7 +34,21 @@ def make_train_step(config, mesh):
 
 
 def user_error():
-    raise UserError("the caption 'a cat' is not in the cache")
+    raise UserError("wrong input")
+
+
+def caption():
+    """Asks a text cache of no caption for one."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = {"version": cache.VERSION, "fingerprint": "", "shards": 1, "captions": "", "dim": 128, "length": 64}
+        files.write_json(f"{folder}/{cache.PLAN}", plan)
+        cache.write_shard(folder, 0, 1, [], None, batch=1)
+        cache.finish(folder)
+        cache.TextCache(folder).tokenize(["a cat"])
+
+
+def clip():
+    sample_frames(b"no video", frames=2)
 
 
 def bug():
@@ -56,11 +73,6 @@ def worker():
 
 def non_finite():
     raise FloatingPointError("loss is nan at step 4")
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
 
 
 def terminate():
@@ -98,12 +110,10 @@ def run(address, process, workdir, way):
     loop.make_train_step = make_train_step
     loop.embed = lambda *args: {}
     make_data, save = loop.make_data, loop.Checkpoints.save
+    loop.Checkpoints.restore = lambda *args: None
     if process == 1:
         loop.make_data = lambda *args, **options: Failing(make_data(*args, **options), globals()[way])
         loop.Checkpoints.save = lambda self, step, state, iterator: save(self, step, state, iterator._iterator)
-        loop.Checkpoints.restore = lambda *args: None
-    else:
-        loop.Checkpoints.restore = lambda *args: None
     joining.join(address, 2, process)
     with hosts.leaving_together():
         loop.train(config, workdir)
