@@ -1,4 +1,4 @@
-"""One of two processes that train with a step that costs nothing: the second one fails in the way that it is told.
+"""One of two processes that train next to nothing: the second one fails in the way that it is told.
 
 python tests/failing_process.py HOST:PORT PROCESS WORKDIR WAY
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import base
-from ivideo import files, hosts, joining, loop, main
+from ivideo import files, hosts, joining, loop, main, train
 from ivideo.data.video_io import sample_frames
 from ivideo.errors import UserError
 from ivideo.text import cache
@@ -109,6 +109,8 @@ def run(address, process, workdir, way):
     config.train.mesh.data, config.train.mesh.fsdp = -1, 1
     loop.make_train_step = make_train_step
     loop.embed = lambda *args: {}
+    loop.init_state = lambda config, params: train.init_state(config, {"scale": jnp.zeros(8)})
+    loop.state_shapes = lambda config: jax.eval_shape(lambda: loop.init_state(config, None))
     make_data, save = loop.make_data, loop.Checkpoints.save
     loop.Checkpoints.restore = lambda *args: None
     if process == 1:
