@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -184,13 +185,24 @@ def check(config) -> None:
     """
     if "stages" not in config:
         return _check_stage(config)
-    order = {"order": several(choice(*config.stages))}
-    _check_keys(config, {"stage": NAME, "variant": NAME, **order, "stages": {}}, "config")
+    order = several(choice(*config.stages))
+    whole_cascade = {"stage": NAME, "variant": NAME, "order": order, "stages": Value("stages", lambda value: True)}
+    _check_keys(config, whole_cascade, "config")
     for name, stage in config.stages.items():
         try:
             _check_stage(stage)
         except UserError as e:
-            raise UserError(str(e).replace("config.", f"config.stages.{name}.")) from e
+            raise UserError(re.sub(r"\bconfig(?=\.| = )", f"config.stages.{name}", str(e))) from e
+
+
+def check_runs(config) -> None:
+    """UserError where a stage or the cascade can be described and compiled, but neither trained nor sampled yet."""
+    for stage in config.stages.values() if "stages" in config else [config]:
+        if stage.model.guidance_input:
+            raise UserError(
+                f"config.model.guidance_input = True of stage {stage.stage}: nothing trains or samples a network that "
+                "is told its guidance weight yet; expected False"
+            )
 
 
 def expand_home(config) -> None:
@@ -222,15 +234,14 @@ def _check_stage(config) -> None:
 
 def _check_keys(node, keys: dict, where: str) -> None:
     """UserError where a part of a config lacks a key, has one that nothing reads, or has a wrong value."""
+    if not hasattr(node, "items"):
+        raise UserError(f"{where} = {node!r}: expected the keys {', '.join(keys)}, such as --{where}.KEY=…")
     for name, wanted in keys.items():
         if name not in node:
             raise UserError(f"{where}.{name} is missing: compare your config with the one in configs/")
         value, inside = node[name], f"{where}.{name}"
         if isinstance(wanted, dict):
-            if not hasattr(value, "items"):
-                raise UserError(f"{inside} = {value!r}: expected the keys {', '.join(wanted)}, such as {inside}.KEY=…")
-            if wanted:
-                _check_keys(value, wanted, inside)
+            _check_keys(value, wanted, inside)
         elif not wanted.allows(value):
             raise UserError(f"{inside} = {value!r}: expected {wanted.expected}")
     for name in node:

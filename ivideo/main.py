@@ -44,6 +44,7 @@ MODES = (
 OF_A_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "out", "captions", "prompts_file", "input", "compile_cache",
 )  # fmt: skip
+RUNS = ("train", "sample", "evaluate", "benchmark")  # modes that run the network
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
@@ -141,6 +142,8 @@ def _run_mode(config, several: bool) -> None:
     checks.expand_home(config)
     checks.check(config)
     cascade.select(config)
+    if FLAGS.mode in RUNS:
+        checks.check_runs(config)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
     if FLAGS.only_check_args:  # one of absl's own flags

@@ -127,9 +127,20 @@ def test_small_a_stage_of_the_cascade_is_named():
     checks.check(config)
     with pytest.raises(UserError, match=r"config\.stages\.ssr2\.sample\.steps = 0: expected a whole number, 1 or more"):
         checks.check(change(config, "stages.ssr2.sample.steps", 0))
+    with pytest.raises(UserError, match=r"config\.stages\.ssr2 = 3: expected the keys stage, variant, .*"):
+        checks.check(change(cascade.get_config("small"), "stages.ssr2", 3))
     for order in ((), ("base", "ssr9"), "base", None):
         with pytest.raises(UserError, match=r"config\.order = .*: expected one or more values"):
             checks.check(change(cascade.get_config("small"), "order", order))
+
+
+def test_small_what_only_can_be_planned_is_not_run():
+    for config in (base.get_config("small"), cascade.get_config("small")):
+        checks.check_runs(config)
+    (config.stages.base if "stages" in config else config).model.guidance_input = True
+    checks.check(config)
+    with pytest.raises(UserError, match=r"config\.model\.guidance_input = True of stage base: nothing trains"):
+        checks.check_runs(config)
 
 
 @pytest.mark.parametrize("variant", ["paper", "demo", "small"])
