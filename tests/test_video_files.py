@@ -300,6 +300,27 @@ def test_small_a_frame_whose_packet_yields_nothing_is_damage():
     assert files.numbers(read(lost, frames=4)) == [0, 1, 2, 3]
 
 
+def test_small_a_full_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    data = long_clip()
+
+    def full(*_):
+        raise MemoryError("no room for an array")
+
+    monkeypatch.setattr(decoding, "picture", full)
+    with pytest.raises(MemoryError, match="no room"):
+        read(data)
+    monkeypatch.undo()
+    path = tmp_path / "locked.mp4"
+    path.write_bytes(data)
+
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", locked)
+    with pytest.raises(VideoError, match=r"locked.mp4 cannot be opened \(Permission denied\).*: make it readable"):
+        read(path)
+
+
 # Names
 
 
@@ -459,6 +480,7 @@ def test_small_a_list_of_files_is_no_video(tmp_path):
 def test_small_interlaced_frames_are_read():
     data = files.coded(files.scene(4, 96, 160), options={"x264-params": "tff=1:interlaced=1"}, matrix=1, colorspace=1)
     near(read(data)[0, 4, 80], (251, 0, 0))
+    assert len(video_io.read_video(data)[0]) == 4
 
 
 def test_small_dolby_vision_that_only_its_players_show_is_refused():

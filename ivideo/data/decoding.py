@@ -73,12 +73,14 @@ def opened(source: Path | bytes, expected: str):
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         raise VideoError(f"{name} is empty, expected {expected}: write or download it again.")
     try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        reason = error.strerror
+        raise VideoError(f"{name} cannot be opened ({reason}), expected {expected}: make it readable.") from error
+    try:
         # FFmpeg gets an open file, so that it takes no part of a name for a protocol, and opens none that a playlist
         # names.
-        with (
-            io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
-            av.open(file, options={"protocol_whitelist": "none"}) as container,
-        ):
+        with file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
                 kinds = ", ".join(sorted({s.type for s in container.streams if s not in container.streams.video}))
@@ -88,6 +90,8 @@ def opened(source: Path | bytes, expected: str):
         raise
     # Corrupt files surface as errors of many types, some of them not FFmpeg's.
     except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # the machine's fault, not the file's
         raise VideoError(
             f"{name} cannot be read ({type(error).__name__}: {error}), expected {expected}: it is corrupt or not a "
             "video, so write or download it again, or use another."
@@ -184,6 +188,8 @@ def decoded(video: Video, *, after_seek: bool = False) -> Iterator[Decoded]:
                 raise
             continue
         for frame in frames:
+            if frame.interlaced_frame:
+                missing.clear()  # the two fields of a frame can be packets of their own
             stamp = frame.dts if video.by_dts or frame.pts is None else frame.pts
             if stamp is None and time is None and after_seek:
                 return
