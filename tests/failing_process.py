@@ -102,7 +102,7 @@ class Failing:
         return next(self._iterator)
 
 
-def run(address, process, workdir, way):
+def run(address, process, workdir, way, fails):
     """Trains until the failure, or until told to stop."""
     config = base.get_config("small")
     config.train.steps, config.train.checkpoint_every, config.train.hang_seconds = 10_000, 10_000, 600.0
@@ -113,7 +113,7 @@ def run(address, process, workdir, way):
     loop.state_shapes = lambda config: jax.eval_shape(lambda: loop.init_state(config, None))
     make_data, save = loop.make_data, loop.Checkpoints.save
     loop.Checkpoints.restore = lambda *args: None
-    if process == 1:
+    if process == fails:
         loop.make_data = lambda *args, **options: Failing(make_data(*args, **options), globals()[way])
         loop.Checkpoints.save = lambda self, step, state, iterator: save(self, step, state, iterator._iterator)
     joining.join(address, 2, process)
@@ -123,6 +123,6 @@ def run(address, process, workdir, way):
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    main.run = lambda: run(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main.run = lambda: run(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
     main.parse = lambda argv: None
     sys.exit(main.main())

@@ -237,31 +237,34 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
 
 
 @pytest.mark.parametrize(
-    ("way", "code", "said"),
+    ("fails", "way", "code", "said"),
     [
-        ("user_error", 2, "wrong input"),
-        ("caption", 2, "has no embedding of 'a cat'"),
-        ("clip", 2, "a clip of 8 bytes"),
-        ("bug", 1, "KeyError: 'a bug'"),
-        ("device_memory", 1, "RESOURCE_EXHAUSTED"),
-        ("host_memory", 1, "MemoryError: Unable to allocate 1 GiB"),
-        ("disk", 2, "No space left on device"),
-        ("non_finite", 2, "loss is nan at step 4"),
-        ("worker", 77, "Worker process was terminated"),
-        ("terminate", 75, "the same command goes on"),
+        (1, "user_error", 2, "wrong input"),
+        (0, "user_error", 2, "wrong input"),
+        (1, "caption", 2, "has no embedding of 'a cat'"),
+        (1, "clip", 2, "a clip of 8 bytes"),
+        (1, "bug", 1, "KeyError: 'a bug'"),
+        (1, "device_memory", 1, "RESOURCE_EXHAUSTED"),
+        (1, "host_memory", 1, "MemoryError: Unable to allocate 1 GiB"),
+        (1, "disk", 2, "No space left on device"),
+        (1, "non_finite", 2, "loss is nan at step 4"),
+        (1, "worker", 77, "Worker process was terminated"),
+        (0, "worker", 77, "Worker process was terminated"),
+        (1, "terminate", 75, "the same command goes on"),
     ],
 )
-def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, way, code, said):
+def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails, way, code, said):
     """And with its message, long before a step would count as hung. What would fail again is not started again."""
     processes, address, workdir = [], f"127.0.0.1:{free_port()}", tmp_path / "run"
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    program = [sys.executable, str(ROOT / "tests" / "failing_process.py"), address]
     for i in range(2):
-        command = [sys.executable, str(ROOT / "tests" / "failing_process.py"), address, str(i), str(workdir), way]
         with open(f"{workdir}.{i}.log", "w") as log:
+            command = [*program, str(i), str(workdir), way, str(fails)]
             processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=log, stdout=log))
     assert wait(processes) == [code, code], logs(workdir, 2)
     for i, text in enumerate(logs(workdir, 2)):
         assert said in text, text
-        assert ("process 1 (" in text) == (i == 0 and way != "terminate"), text
+        assert (f"process {fails} (" in text) == (i != fails and way != "terminate"), text
     assert hosts.final(code) == (code in (1, 2))
