@@ -88,6 +88,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.data.split = "train"
     config.data.num_clips = 0  # shapes: how many different clips
     config.data.text_cache = ""  # folder of embeddings made by mode encode_text; empty: the encoder runs in training
+    # Clips that cannot be read and are left out, with a warning each, before a run stops; each process counts its own
+    config.data.max_unreadable = 100
     config.data.workers = 8  # processes that prepare data; 0: threads of this one
     config.data.num_images = 8  # independent images packed behind each video (Section 2.6); the paper prints no number
 

@@ -6,8 +6,11 @@ are the first one's alone. What only reads a run, as sampling does, uses `ivideo
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import os
+import re
+import shutil
 
 import grain
 import jax
@@ -20,7 +23,7 @@ from ivideo import digests
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
-from ivideo.files import in_bucket
+from ivideo.files import in_bucket, read_json, write_json
 
 log = logging.getLogger("ivideo")
 
@@ -40,34 +43,50 @@ class Checkpoints:
         self._keep, self._first = keep, jax.process_index() == 0
         self._digester = concurrent.futures.ThreadPoolExecutor(1)
         self._digesting = None  # the newest task of the digester
+        self._failed = False  # whether a checkpoint could not be written
+        self._position = self.workdir / "rollback.json"
         self._manager = self._open()
 
     def save(self, step: int, state, iterator) -> None:
         """Starts saving the state and the data iterator's position; returns once they may change again.
 
-        Raises what went wrong with the checkpoint before.
+        UserError where the checkpoint before could not be written, such as to a full disk.
         """
         if self._first and not self._path(step).exists():
             # Somebody deleted a checkpoint of this step: its digests would make the new one look damaged
             digests.forget(self.workdir, step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
-        if not self._manager.save(step, args=args):
+        with self._saving():
+            saved = self._manager.save(step, args=args)
+        if not saved:
             log.warning("step %d is not saved: there is step %d already", step, self._manager.latest_step())
         elif self._first:
             self._digesting = self._digester.submit(self._write_digests, step)
 
     def finish(self) -> None:
-        """Waits for the checkpoint being saved and for its digests; raises what went wrong with the saving."""
-        self._manager.wait_until_finished()
+        """Waits for the checkpoint being saved and for its digests. UserError where it could not be written."""
+        with self._saving():
+            self._manager.wait_until_finished()
         if self._digesting is not None:
             self._digesting.result()
+
+    def check(self) -> None:
+        """UserError where the checkpoint that was being saved could not be written; returns at once."""
+        with self._saving():
+            self._manager.check_for_errors()
+
+    def keep_position(self, step: int, iterator) -> None:
+        """Makes a restart from the checkpoint of `step` read on where the iterator is now, not where it was then."""
+        if self._first:
+            write_json(self._position, {"step": step, "data": iterator.get_state()})
 
     def restore(self, like, iterator=None):
         """The newest whole checkpoint as (step, state), or None where there is none; sets the iterator's position.
 
         `like`: the state's shapes with the shardings wanted, whatever devices saved it. A damaged checkpoint is moved
         to damaged/, with a warning, and the one before it is tried. With an iterator, that is where training begins,
-        what a killed save has left is moved there too. UserError where the checkpoint is of another model, or where
+        what a killed save has left is deleted: it holds nothing that a whole one lacks. UserError where the checkpoint
+        is of another model or optimizer, or where
         all are damaged.
         """
         self.finish()
@@ -94,9 +113,10 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for what is being saved."""
-        self.finish()
-        self._manager.close()
+        """Waits for what is being saved. After a checkpoint that could not be, there is nothing to wait for."""
+        if not self._failed:
+            self.finish()
+            self._manager.close()
         self._digester.shutdown()
 
     def _open(self):
@@ -110,6 +130,25 @@ class Checkpoints:
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
         return ocp.CheckpointManager(self.workdir / "checkpoints", options=options, item_handlers=handlers)
 
+    @contextlib.contextmanager
+    def _saving(self):
+        """Turns what Orbax raises where storage refuses a checkpoint into a UserError; what was written is deleted."""
+        try:
+            yield
+        except (OSError, ValueError) as e:
+            self._failed, problem = True, _storage_problem(e)
+            if not problem:
+                raise
+            folder = self.workdir / "checkpoints"
+            if self._first:
+                for torn in folder.glob(f"*{TEMPORARY}*"):
+                    shutil.rmtree(torn, ignore_errors=True)
+            steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+            raise UserError(
+                f"a checkpoint could not be saved in {folder} ({problem}): make room there, or see that it can be "
+                f"written; the same command goes on from {f'step {max(steps)}' if steps else 'the start'}"
+            ) from e
+
     def _reopen(self):
         """Looks at the folder anew; the manager's own `reload` would read metadata, which may be damaged."""
         self._manager.close()
@@ -122,6 +161,7 @@ class Checkpoints:
         """Waits for a checkpoint and writes its digests, in a thread: that may take as long as many training steps."""
         try:
             self._manager.wait_until_finished()
+            self._position.unlink(missing_ok=True)  # this checkpoint has its own
             digests.write(self.workdir, step, kept=self._manager.all_steps())
         except Exception as e:
             # Else saving has failed, which is raised in the main thread, or there are newer ones enough
@@ -139,13 +179,15 @@ class Checkpoints:
             unread = e
         else:
             check_shapes(f"the checkpoint {path}", below(found, "params"), below(shapes(like), "params"))
-            check_shapes(f"the checkpoint {path}", found, shapes(like))
+            check_shapes(f"the checkpoint {path}", found, shapes(like), of="optimizer (config.train.optimizer)")
         try:
             state = handler.restore(path / "state", args=ocp.args.StandardRestore(like))
             if int(state.step) != step:
                 return None, f"it holds step {int(state.step)}"
             if iterator is not None:
                 load_state(iterator, path / "data")
+                if self._position.exists() and (kept := read_json(self._position))["step"] == step:
+                    iterator.set_state(kept["data"])
             return state, ""
         except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
             raise
@@ -161,7 +203,8 @@ class Checkpoints:
             number, folder = path.name.isdecimal(), path.is_dir()
             if TEMPORARY in path.name:
                 if temporary:
-                    self._set_aside(path.name, "a save was killed before its end")
+                    log.info("%s is deleted: a save was killed before its end", path)
+                    shutil.rmtree(path, ignore_errors=True)
             elif number and not folder:
                 self._set_aside(path.name, "it is a file, not a folder")
             elif folder and not (number and path.name == str(int(path.name))):
@@ -189,6 +232,19 @@ def check_workdir(workdir) -> None:
             f"--workdir={workdir} is in a bucket, and a run needs a file system: mount the bucket on every host with "
             "gcsfuse (docs/tpu.md) and give the folder there"
         )
+
+
+def _storage_problem(error: Exception) -> str:
+    """What the storage said, where an error is its fault, or ''. TensorStore's errors begin with a status."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return error.strerror or text
+    if not isinstance(error, ValueError) or not re.match(r"[A-Z_]{6,}: ", text):
+        return ""
+    found = re.search(r"([^:]+) \[os_error_code", text)
+    return found[1].strip() if found else text[:200]
 
 
 def shapes_in(path, handler) -> dict[str, tuple[int, ...]]:

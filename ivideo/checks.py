@@ -125,6 +125,7 @@ KEYS = {
         "num_clips": COUNT,
         "text_cache": PATH,
         "workers": COUNT,
+        "max_unreadable": COUNT,
         "num_images": COUNT,
     },
     "train": {

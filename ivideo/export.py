@@ -48,12 +48,12 @@ def shapes_of(tree) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def check_shapes(source: str, found: dict, wanted: dict):
+def check_shapes(source: str, found: dict, wanted: dict, of: str = "model"):
     """UserError that names the first leaf in which the parameters found in `source` are of another model."""
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(
-                f"{source} is of another model: {name} is {found.get(name, 'absent')} there and "
+                f"{source} is of another {of}: {name} is {found.get(name, 'absent')} there and "
                 f"{wanted.get(name, 'absent')} in this config; use the config it was trained with, or another path"
             )
 

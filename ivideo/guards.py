@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -17,21 +18,56 @@ log = logging.getLogger("ivideo")
 PREEMPTED = 75  # told to stop, and saved
 HUNG = 76  # a step took longer than config.train.hang_seconds
 
+NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class Stopping:
-    """Whether the run has been told to stop, by SIGTERM: to this process, or to any of several, which then agree."""
+    """Whether the run has been told to stop by a signal: to this process, or to any of several, which then agree.
+
+    The signals are SIGTERM, Ctrl-C (SIGINT), a terminal that closes (SIGHUP), and those by which Slurm and its wrappers
+    tell of the end of a job (SIGUSR1, SIGUSR2). One that is ignored from the start stays so: nohup ignores SIGHUP. A
+    second Ctrl-C ends the process at once, also in the middle of a compile.
+    """
 
     def __init__(self):
         self.told = False
+        self._previous = {}
 
     def __enter__(self):
-        # Of several processes jax's own preemption service has the signal, and agrees on a step to stop at
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._tell)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._several = jax.process_count() > 1
+        # Of several processes jax's own preemption service has SIGTERM, and agrees on a step to stop at
+        for number in NOTICES[1:] if self._several else NOTICES:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._tell)
+        # Python calls a handler when the main thread is in Python again: a compile can take minutes
+        receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(receiver,), daemon=True).start()
         return self
 
     def _tell(self, *_):
-        self.told = True
+        if not self._several:
+            self.told = True
+
+    def _listen(self, receiver):
+        interrupts = 0
+        with receiver:
+            while numbers := receiver.recv(1):
+                number = numbers[0]
+                if number not in self._previous:
+                    continue
+                interrupts += number == signal.SIGINT
+                if interrupts > 1:
+                    hosts.leave(
+                        hosts.INTERRUPTED, "interrupted again: what the run did since its newest checkpoint is lost; "
+                    )
+                if self._several:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+                log.warning("%s: the run saves and stops%s", signal.Signals(number).name, again)
 
     def at(self, step: int) -> bool:
         """Whether to stop before the step after this one; every process asks at every step."""
@@ -42,8 +78,11 @@ class Stopping:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_):
-        if hasattr(self, "_previous"):
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+            self._sender.close()
 
 
 class Watchdog:

@@ -104,10 +104,10 @@ def exit_code(error: BaseException) -> int:
         return MISTAKE
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return LOST if is_lost(error) or _is_worker(error) else BUG
+    return LOST if is_lost(error) or is_worker(error) else BUG
 
 
-def _is_worker(error):
+def is_worker(error):
     """Whether Grain says that one of its data workers was killed."""
     return isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
 
@@ -201,8 +201,9 @@ def leave(code: int, message: str):
 
 def _exit(code):
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # a terminal that is gone, or that there never was
+            stream.flush()
     if several() and process()[0] == 0:
         time.sleep(_READ_SECONDS)
     os._exit(code)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import agreeing, checks, hosts, sharding, stages
+from ivideo import agreeing, checks, hosts, lock, sharding, stages
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
@@ -36,8 +36,9 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     Without a checkpoint it begins with the weights of the file `config.train.start`, or where that is empty with none;
     UserError where they are of another network, and where the mesh does not fit the devices or the batch.
     `devices`: those to use, all unless given. `profile_steps`: first and last step that the profiler records. All
-    processes of `jax.distributed` call this together. A notice to stop (SIGTERM) saves and leaves with exit code 75, a
-    step that hangs leaves with 76, the loss of another process with 77. FloatingPointError where more updates than
+    processes of `jax.distributed` call this together. A notice to stop (`Stopping`), or the loss of a
+    data worker, saves and leaves with exit code 75, a step that hangs leaves with 76, the loss of another process with
+    77. FloatingPointError where more updates than
     `config.train.max_skipped` were not finite, or more than `max_rollbacks` spikes of the loss were taken back: the
     checkpoints stay as they were.
     """
@@ -56,9 +57,10 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
             encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
         agreeing.agree(lambda: _inputs(config, encoder))
         agreeing.check_shared(workdir)
-        state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
+        with lock.held(workdir, first=jax.process_index() == 0):
+            state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
     if (step := int(state.step)) < config.train.steps:
-        log.warning("told to stop at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
+        log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
         sys.exit(PREEMPTED)
     return state
 
@@ -84,6 +86,10 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
             state = restored[1]
             reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
             log.info("going on from step %d of %s", restored[0], workdir)
+            if restored[0] >= config.train.steps:
+                log.warning(
+                    "nothing to do: config.train.steps = %d are done; a larger number goes on", config.train.steps
+                )
 
         embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
         results = (where, sharding.replicated(mesh))
@@ -101,8 +107,11 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                 waiting = time.perf_counter()
                 try:
                     batch = sharding.to_devices(next(iterator), mesh)
-                except Exception:
+                except Exception as e:
                     if stopping.told:  # so have been the iterator's own processes, where all of a group are
+                        break
+                    if jax.process_count() == 1 and hosts.is_worker(e):
+                        log.warning("%s The run saves and stops", e)
                         break
                     raise
                 reporter.waited(time.perf_counter() - waiting)
@@ -118,6 +127,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                 last = step == config.train.steps
                 saving = last or step % config.train.checkpoint_every == 0
                 if saving or step % config.train.log_every == 0:
+                    checkpoints.check()
                     loss = reporter.report(step, _numbers(pending))
                     pending = []
                     if _spiked(config, loss, recent):
@@ -125,6 +135,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                         back = _roll_back(config, checkpoints, like, step, rollbacks)
                         if back is not None:
                             reporter.event("rollback", step=step, to=back[0])
+                            checkpoints.keep_position(back[0], iterator)
                             (step, state), saving = back, True
                             reporter.back_at(step)
                             continue
@@ -165,18 +176,22 @@ def load_texts(config, mesh):
 
 def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
     """The endless iterator over the stage's batches, or over one reader's parts of them (`make_iterator`)."""
+    return make_iterator(
+        data_source(config), batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
+        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers,
+        reader=reader, readers=readers, max_unreadable=config.data.max_unreadable,
+    )  # fmt: skip
+
+
+def data_source(config):
+    """The clips that the stage is trained on (`ivideo.data.sources`)."""
     frames, height, width, _ = stages.video_shape(config)
     crop = None
     if stages.training_shape(config) != stages.video_shape(config):
         crop = Crop(*stages.training_shape(config)[:3], **stages.factors(config))
-    source = make_source(
+    return make_source(
         config.data.source, frames=frames, height=height, width=width, num_clips=config.data.num_clips,
         data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps, crop=crop,
-    )  # fmt: skip
-    return make_iterator(
-        source, batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
-        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers,
-        reader=reader, readers=readers,
     )  # fmt: skip
 
 

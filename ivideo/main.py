@@ -7,6 +7,7 @@ export     write the averaged weights of --workdir as a safetensors file to --ou
 encode_text embed the texts of --captions once, for training: to the folder --out (config.data.text_cache)
 train_text train the small text encoder that the demo cascade ships; write it to --out
 compile    compile a stage for a TPU slice that is not there (--topology): memory, FLOPs, communication, a roofline
+check_data read every clip of the data set as the stage would, and list those that cannot be read
 goodput    where the time of the training run in --workdir went
 describe   print what a stage is: parameters, sizes, FLOPs, layers; nothing is allocated
 benchmark  time a stage's forward, training step and guided sampling step on this machine
@@ -17,6 +18,7 @@ benchmark  time a stage's forward, training step and guided sampling step on thi
 A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -39,6 +41,7 @@ MODES = (
     "benchmark",
     "compile",
     "goodput",
+    "check_data",
 )
 # Flags that may differ between the processes of one run: the config is compared by its values
 OF_A_PROCESS = (
@@ -152,6 +155,11 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.loop import train
 
         train(config, _needed("workdir"), profile_steps=_profile_steps())
+    elif FLAGS.mode == "check_data":
+        from ivideo.data.check import check_data
+        from ivideo.loop import data_source
+
+        check_data(data_source(config))
     elif FLAGS.mode == "sample":
         from ivideo.generate import generate
 
@@ -249,11 +257,26 @@ def _prompts() -> list[str]:
     return prompts
 
 
+def _open_streams() -> None:
+    """Opens the standard streams that the shell closed, as `2>&-` does, to nowhere.
+
+    Else the next file that is opened, a checkpoint's perhaps, has their number, and what libraries print goes into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after an error that the user can mend, printed as one line."""
+    _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ivideo").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax writes pages there
+    for name in ("absl", "asyncio"):  # Orbax writes pages there, also of errors that it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         parse(sys.argv if argv is None else argv)
         run()
@@ -261,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (UserError, FloatingPointError, OSError) as e:
-        print(f"ivideo: {e}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal is gone: the code tells
+            print(f"ivideo: {e}", file=sys.stderr)
         return 2
     return 0
 

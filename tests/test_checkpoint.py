@@ -180,7 +180,7 @@ def test_small_folder_that_is_no_step_is_set_aside(saved, caplog, name):
     assert_training_goes_on_from_2(workdir, data, batches)
 
 
-def test_small_what_a_killed_save_left_is_set_aside_by_training_alone(saved, caplog):
+def test_small_what_a_killed_save_left_is_deleted_by_training_alone(saved, caplog):
     """Who only samples may be looking at a run that is saving just then."""
     workdir, batches = saved
     left = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
@@ -191,11 +191,12 @@ def test_small_what_a_killed_save_left_is_set_aside_by_training_alone(saved, cap
     assert step == 2
     assert left.is_dir()
     data = iterator()
+    caplog.set_level(logging.INFO, "ivideo")
     step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 2
     assert_same(state, state_of(2))
-    assert f"checkpoint {left.name} is damaged (a save was killed before its end)" in caplog.text
-    assert names(workdir / "damaged") == [left.name]
+    assert f"{left} is deleted: a save was killed before its end" in caplog.text
+    assert not left.exists() and not (workdir / "damaged").exists()
     assert_training_goes_on_from_2(workdir, data, batches)
 
 
@@ -242,7 +243,7 @@ def test_small_checkpoint_of_another_model_is_refused_and_kept(saved, digested):
     ):
         Checkpoints(workdir, keep=2).restore(like(width=7), iterator())
     other = like().replace(opt_state=({"m": like().opt_state[0]["m"], "v": like().step}, ()))
-    with pytest.raises(UserError, match=r"of another model: opt_state/0/v is absent there and \(\) in this config"):
+    with pytest.raises(UserError, match=r"of another optimizer .*: opt_state/0/v is absent there and \(\) in this"):
         Checkpoints(workdir, keep=2).restore(other, iterator())
     assert names(workdir / "checkpoints") == ["2", "3"]
     assert names(workdir / "damaged") == []

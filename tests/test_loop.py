@@ -57,6 +57,26 @@ def test_small_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_other_da
     assert sorted(int(p.name) for p in (spiked / "checkpoints").iterdir()) == [8, 12]
 
 
+def test_small_a_run_killed_after_a_rollback_leaves_the_spikes_data_out_too(spiked, tmp_path):
+    """Between the rollback and the next checkpoint: it ends as the one that was not killed."""
+    asked, numbers = [], loop._numbers
+
+    def killed(metrics):
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        return numbers(metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_spiked", lambda *_: asked.append(1) or len(asked) == 7)
+        patch.setattr(loop, "_numbers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 5]
+    loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    assert lines(tmp_path / "metrics.jsonl")[-8:] == lines(spiked / "metrics.jsonl")[-8:]
+    assert not (tmp_path / "rollback.json").exists()  # the checkpoints since have positions of their own
+
+
 def test_small_goodput_counts_what_was_lost(spiked):
     found = goodput.goodput(lines(spiked / "events.jsonl"))
     assert found["rollbacks"] == 1 and found["steps"] == {"productive": 12, "lost": 3}
@@ -130,25 +150,28 @@ def test_small_losses_that_are_not_numbers_are_not_compared_with(tmp_path, monke
 
 
 class Notice:
-    """An iterator over batches of which asking for the third one brings SIGTERM, and the loss of its own processes."""
+    """An iterator over batches of which asking for the third one brings a signal, and the loss of its own processes."""
 
-    def __init__(self, iterator):
-        self._iterator, self._count = iterator, 0
+    def __init__(self, iterator, sign):
+        self._iterator, self._sign, self._count = iterator, sign, 0
 
     def __next__(self):
         self._count += 1
         if self._count == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise RuntimeError("Worker process was terminated unexpectedly")
+            if self._sign is not None:
+                os.kill(os.getpid(), self._sign)
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
         return next(self._iterator)
 
     def __getattr__(self, name):
         return getattr(self._iterator, name)
 
 
-def test_small_a_notice_that_also_ends_the_readers_of_data_saves(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None])
+def test_small_a_notice_that_also_ends_the_readers_of_data_saves(sign, tmp_path, monkeypatch, caplog):
+    """And so does the loss of a reader without a notice, such as for memory."""
     make_data, save = loop.make_data, loop.Checkpoints.save
-    monkeypatch.setattr(loop, "make_data", lambda *args, **options: Notice(make_data(*args, **options)))
+    monkeypatch.setattr(loop, "make_data", lambda *args, **options: Notice(make_data(*args, **options), sign))
     monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state, i: save(self, step, state, i._iterator))
     monkeypatch.setattr(loop.Checkpoints, "restore", lambda *_: None)
     with pytest.raises(SystemExit) as left:
@@ -156,6 +179,8 @@ def test_small_a_notice_that_also_ends_the_readers_of_data_saves(tmp_path, monke
     assert left.value.code == guards.PREEMPTED
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert lines(tmp_path / "events.jsonl")[-1]["reason"] == "preempted"
+    assert f"stopped at step 2: the same command goes on from the newest checkpoint in {tmp_path}" in caplog.text
+    assert ("exit code -9. The run saves and stops" in caplog.text) == (sign is None)
 
 
 def test_small_a_notice_before_the_first_step_leaves_as_one_after_it(tmp_path, monkeypatch):

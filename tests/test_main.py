@@ -99,3 +99,12 @@ def test_small_config_from_another_folder():
     done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert '"variant": "small"' in done.stdout
+
+
+def test_small_streams_that_the_shell_closed_are_nowhere(tmp_path):
+    """No file gets their numbers, and a mistake still has its exit code; so has one where nobody reads stderr."""
+    program = "import os, sys; from ivideo.main import _open_streams, main; _open_streams()\n"
+    program += "number = os.open('/dev/null', 0); sys.exit(99 if number < 3 else main(['ivideo', '--config=none']))"
+    for closed in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> >(exit 0)"):
+        command = ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program]
+        assert subprocess.run(command, cwd=ROOT, timeout=100, capture_output=True).returncode == 2, closed

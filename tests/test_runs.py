@@ -61,12 +61,13 @@ def test_small_loss_falls(trained):
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_small_finished_run_has_nothing_to_do(trained):
+def test_small_finished_run_has_nothing_to_do(trained, caplog):
     config, workdir = trained
     before = (workdir / "metrics.jsonl").read_text()
     state = train(config, str(workdir), devices=jax.devices()[:1])
     assert int(state.step) == STEPS
     assert (workdir / "metrics.jsonl").read_text() == before
+    assert f"nothing to do: config.train.steps = {STEPS} are done; a larger number goes on" in caplog.text
 
 
 def test_small_another_model_in_the_folder_is_refused(trained):
@@ -75,6 +76,17 @@ def test_small_another_model_in_the_folder_is_refused(trained):
     config.model.channels = (16,)
     with pytest.raises(
         UserError, match=r"checkpoints/40 is of another model: down_0/.* is .* there and .* in this config"
+    ):
+        train(config, str(workdir), devices=jax.devices()[:1])
+
+
+def test_small_another_optimizer_in_the_folder_is_called_that(trained):
+    config, workdir = trained
+    config = config.copy_and_resolve_references()
+    config.train.optimizer = "adafactor"
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/40 is of another optimizer \(config.train.optimizer\): opt_state/.* in this config",
     ):
         train(config, str(workdir), devices=jax.devices()[:1])
 

@@ -16,7 +16,7 @@ VARIANTS = ("paper", "demo", "small")
 # Lower first. A module imports modules of its own level and below.
 LEVELS = [
     {"__init__", "errors", "files", "schedules", "resize", "demo", "chips", "hlo", "board"},
-    {"sharding", "hosts", "joining", "agreeing"},
+    {"sharding", "hosts", "joining", "agreeing", "lock"},
     {"diffusion", "guidance", "augment", "joint", "flops", "models"},
     {"conditioning", "windows"},
     {"samplers", "distill", "export", "data"},

@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from ivideo.data import unreadable, workers
 from ivideo.errors import UserError
 
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
@@ -26,16 +27,25 @@ def one_line(caption: str) -> str:
 
 
 class _Indexed:
-    """A source whose records carry their index, for choosing the other clips that images are taken from."""
+    """A source whose records carry their index, for choosing the other clips that images are taken from.
 
-    def __init__(self, source):
-        self._source = source
+    In the place of a clip that cannot be read is the next one that can (`ivideo.data.unreadable`).
+    """
+
+    def __init__(self, source, max_unreadable: int):
+        self._source, self._max_unreadable = source, max_unreadable
+
+    def __setstate__(self, state):  # what a data worker is sent is unpickled there
+        self.__dict__.update(state)
+        workers.attend()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self._source[index], "index": int(index)}
+        read = self._source.__getitem__
+        clip, used, count = unreadable.first_readable(read, int(index), len(self), self._max_unreadable)
+        return {**clip, "index": used, unreadable.KEY: np.array([[index, count]], np.int32)}
 
     def __repr__(self) -> str:
         return f"Indexed({type(self._source).__name__}, {len(self)})"
@@ -44,16 +54,26 @@ class _Indexed:
 class _PackImages(grain.transforms.RandomMap):
     """Adds `images` [K,H,W,3] and their captions, each a frame of another clip of the source."""
 
-    def __init__(self, source, num_images: int):
-        self._source, self._num_images = source, num_images
+    def __init__(self, source, num_images: int, max_unreadable: int):
+        self._source, self._num_images, self._max_unreadable = source, num_images, max_unreadable
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         # Steps of 1 .. n-1 around the source never come back to the clip itself, nor twice to another.
         steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
         others = [(element["index"] + int(step)) % len(self._source) for step in steps]
-        packed = [_image(self._source, index, rng) for index in others]
-        images = np.stack([p["image"] for p in packed])
-        return {**element, "images": images, "image_captions": [p["caption"] for p in packed]}
+        packed, left_out = [], [element[unreadable.KEY]]
+        for index in others:
+            image, _, count = unreadable.first_readable(
+                lambda i: _image(self._source, i, rng), index, len(self._source), self._max_unreadable
+            )
+            packed.append(image)
+            left_out.append(np.array([[index, count]], np.int32))
+        return {
+            **element,
+            "images": np.stack([p["image"] for p in packed]),
+            "image_captions": [p["caption"] for p in packed],
+            unreadable.KEY: np.concatenate(left_out),
+        }
 
 
 def _image(source, index: int, rng: np.random.Generator) -> dict:
@@ -85,6 +105,7 @@ class _Tokenize(grain.transforms.Map):
     def map(self, element: dict) -> dict:
         name, tokens, mask = self._tokens([element["caption"]])
         out = {"video": np.asarray(element["video"], np.float32), name: tokens[0], "token_mask": mask[0]}
+        out[unreadable.KEY] = element[unreadable.KEY]
         if "images" in element:
             name, image_tokens, image_mask = self._tokens(element["image_captions"])
             images = np.asarray(element["images"], np.float32)
@@ -117,10 +138,18 @@ class _DealtInParts(grain.MapDataset):
 
 
 def make_dataset(
-    source, *, seed: int, num_images: int = 0, tokenize: Tokenize, text_length: int, shuffle: bool = True
+    source,
+    *,
+    seed: int,
+    num_images: int = 0,
+    tokenize: Tokenize,
+    text_length: int,
+    shuffle: bool = True,
+    max_unreadable: int = 0,
 ) -> grain.MapDataset:
     """The endless set of single examples that `make_iterator` batches: dicts as there, without the B.
 
+    They also hold which clips were left out (`unreadable.KEY`).
     Clips are shuffled anew in every epoch. UserError where the source is empty, or too small for `num_images` images
     of other clips.
     """
@@ -133,12 +162,12 @@ def make_dataset(
         )
     if text_length < 1:
         raise UserError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
-    dataset = grain.MapDataset.source(_Indexed(source)).seed(seed)
+    dataset = grain.MapDataset.source(_Indexed(source, max_unreadable)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
     dataset = dataset.repeat()
     if num_images:
-        dataset = dataset.random_map(_PackImages(source, num_images))
+        dataset = dataset.random_map(_PackImages(source, num_images, max_unreadable))
     return dataset.map(_Tokenize(tokenize, text_length))
 
 
@@ -156,6 +185,7 @@ def make_iterator(
     prefetch: int = 2,
     reader: int = 0,
     readers: Readers = ((0,),),
+    max_unreadable: int = 0,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches of numpy arrays, or of some parts of every batch.
 
@@ -165,6 +195,8 @@ def make_iterator(
     a `source` and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0:
     none, in line); `prefetch`: batches kept ready by each process, which bounds the memory. `reader`: which one of
     `readers` this is, where several processes read (`sharding.process_parts`); its parts come in their order.
+    `max_unreadable`: clips that cannot be read (VideoError) and are left out, with a warning for each; UserError at the
+    next one.
 
     A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
     positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
@@ -183,19 +215,20 @@ def make_iterator(
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
     dataset = make_dataset(
-        source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle
-    )
+        source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle,
+        max_unreadable=max_unreadable,
+    )  # fmt: skip
     if len(readers) > 1:
         dataset = _DealtInParts(dataset, batch_size, readers)
     # Grain keeps 500 elements ready unless told, here whole batches of video.
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    workers = None
+    processes = None
     if num_workers:
-        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+        processes = grain.multiprocessing.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
     elastic = grain.experimental.ElasticIterator(
-        dataset, batch_size, shard, read_options=read_options, multiprocessing_options=workers
+        dataset, batch_size, shard, read_options=read_options, multiprocessing_options=processes
     )
-    return iter(elastic)
+    return unreadable.Named(iter(elastic), source, max_unreadable)
 
 
 def load_state(iterator: grain.DatasetIterator, directory: str | pathlib.Path) -> None:
