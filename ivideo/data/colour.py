@@ -39,13 +39,19 @@ def to_bt709(rgb: np.ndarray, *, transfer: int, primaries: int) -> np.ndarray:
     the largest channel, which keeps the hue); other transfers are shown as BT.1886 does, a power of 2.4. Colours that
     BT.709 has not are clipped. Primaries that are not stated are BT.2020's for PQ and HLG, BT.709's otherwise.
     """
+    if primaries not in _PRIMARIES:
+        primaries = BT2020 if transfer in (PQ, HLG) else BT709
+    # A few rows at a time: a frame of 4K as floats is a hundred megabytes, several times over.
+    strips = [_strip_to_bt709(rgb[top : top + 128], transfer, primaries) for top in range(0, len(rgb), 128)]
+    return np.concatenate(strips)
+
+
+def _strip_to_bt709(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     light = _light_table(transfer)[rgb]
     if transfer == HLG:
         # The display's system gamma of 1.2 acts on luminance (BT.2100, Table 5).
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light *= np.power(luminance, np.float32(0.2))[..., None] * np.float32(PEAK / WHITE)
-    if primaries not in _PRIMARIES:
-        primaries = BT2020 if transfer in (PQ, HLG) else BT709
     light = np.maximum(light @ _to_bt709_primaries(primaries).T, 0)
     if transfer in (PQ, HLG):
         brightest = light.max(axis=-1)
