@@ -280,9 +280,14 @@ def test_small_damage_is_an_error_where_frames_that_are_needed_do_not_decode(cod
 def test_small_a_file_whose_end_is_missing_is_used_as_far_as_it_goes(tmp_path):
     path = tmp_path / "cut.mp4"
     video_io.write_video(path, np.concatenate([files.scene(8, 96, 160)] * 6), fps=25)  # with its index at the beginning
+    assert video_io.count_frames(path) == 48
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     assert len(read(path, frames=8)) == 8
-    for reader in (lambda: read(path, frames=48), lambda: video_io.read_video(path)):
+    for reader in (
+        lambda: read(path, frames=48),
+        lambda: video_io.read_video(path),
+        lambda: video_io.count_frames(path),
+    ):
         with pytest.raises(VideoError, match="is damaged at|cannot be read|ends after"):
             reader()
 

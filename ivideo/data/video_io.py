@@ -128,6 +128,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {}
 
 
+def count_frames(path: Path) -> int:
+    """How many frames of a file decode. VideoError where one is an error, or the file cannot be opened as a video."""
+    with opened(path, "a video file") as video:
+        return sum(found.frame is not None for found in decoded(video))
+
+
 def read_rate(source: Path | bytes) -> Fraction:
     """The frames a second that a file states, 0 where it states none. VideoError where it cannot be opened."""
     with opened(source, "a video") as video:
