@@ -67,6 +67,11 @@ grave() { # how grave an exit code is; a process that was killed has another one
   if is_final "$1"; then echo 3; elif can_go_on "$1"; then echo 2; elif [[ $1 != 0 ]]; then echo 1; else echo 0; fi
 }
 
+named() { # every line with a name before it, at once: sed would keep pages of them back where the output is not a terminal
+  local line
+  while IFS= read -r line || [[ -n $line ]]; do printf '%s: %s\n' "$1" "$line"; done
+}
+
 once() { # every host's process; ends with the first code that is not 0, the gravest first
   local i pids=() worst=0 code
   for i in "${!hosts[@]}"; do
@@ -77,7 +82,7 @@ once() { # every host's process; ends with the first code that is not 0, the gra
     if [[ -n ${DRY_RUN:-} ]]; then
       run "${command[@]}"
     else
-      (set -o pipefail && "${command[@]}" 2>&1 | sed "s/^/${hosts[i]}: /") &
+      (set -o pipefail && "${command[@]}" 2>&1 | named "${hosts[i]}") &
       pids+=($!)
     fi
   done

@@ -238,6 +238,23 @@ def test_small_what_would_fail_again_on_one_host_is_not_started_again(tmp_path, 
     assert (done.returncode, runs(tmp_path, "ssh")) == (wanted, count)
 
 
+def test_small_lines_of_hosts_come_as_they_are_written(tmp_path):
+    """Also through a pipe, as to a log file; and the last one without its end."""
+    env = fake(tmp_path, "ssh", "echo 'a \\ line'; printf 'no end'; exec sleep 600")
+    script = subprocess.Popen(
+        [str(LAUNCH / "hosts.sh"), "h1", *RUN],
+        env={**os.environ, **env}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert select.select([script.stdout], [], [], 30)[0]
+        assert script.stdout.readline() == "h1: a \\ line\n"
+    finally:
+        os.killpg(script.pid, signal.SIGTERM)
+        script.communicate(timeout=30)
+    env = fake(tmp_path, "ssh", "printf 'one\ntwo'")
+    assert launch("hosts.sh", "h1", *RUN, env=env).stdout == "h1: one\nh1: two\n"
+
+
 def test_small_a_process_that_jax_aborts_is_started_again(tmp_path):
     """As ssh, which leaves with 255 where a signal ended what it ran."""
     program = "import subprocess as s, sys; n = s.call(['bash', '-c', sys.argv[-1]]); sys.exit(n if n >= 0 else 255)"
