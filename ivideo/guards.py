@@ -65,9 +65,13 @@ class Stopping:
                         hosts.INTERRUPTED, "interrupted again: what the run did since its newest checkpoint is lost; "
                     )
                 if self._several:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    self.tell()
                 again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
                 log.warning("%s: the run saves and stops%s", signal.Signals(number).name, again)
+
+    def tell(self) -> None:
+        """Tells the run to stop, as the signal does that jax's preemption service waits for."""
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         """Whether to stop before the step after this one; every process asks at every step."""

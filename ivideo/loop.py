@@ -110,10 +110,17 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                 except Exception as e:
                     if stopping.told:  # so have been the iterator's own processes, where all of a group are
                         break
-                    if jax.process_count() == 1 and hosts.is_worker(e):
-                        log.warning("%s The run saves and stops", e)
+                    if not hosts.is_worker(e):
+                        raise
+                    log.warning("%s The run saves and stops", e)
+                    if jax.process_count() == 1:
                         break
-                    raise
+                    # The others wait for this process in their step: it goes on with new workers until all stop
+                    position = iterator.get_state()
+                    iterator = make_data(config, encoder, reader=reader, readers=readers)
+                    iterator.set_state(position)
+                    stopping.tell()
+                    batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
                 texts = embed_fn(encoder.params, {name: batch[name] for name in TEXTS if name in batch})
                 state, metrics = step_fn(state, {**batch, **texts})

@@ -3,6 +3,7 @@
 python tests/failing_process.py HOST:PORT PROCESS WORKDIR WAY
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -68,7 +69,9 @@ def disk():
 
 
 def worker():
-    raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+    """Kills this process's data workers, which Grain finds when it next waits for them."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def non_finite():
@@ -88,14 +91,23 @@ def stop():
 
 
 class Failing:
-    """The data of this process, until it fails."""
+    """The data of this process, until it fails, which it does once."""
+
+    failed = False
 
     def __init__(self, iterator, fail):
         self._iterator, self._fail, self._count = iterator, fail, 0
 
+    def get_state(self):
+        return self._iterator.get_state()
+
+    def set_state(self, state):
+        self._iterator.set_state(state)
+
     def __next__(self):
         self._count += 1
-        if self._count == FAILS_AT:
+        if self._count == FAILS_AT and not Failing.failed:
+            Failing.failed = True
             print(f"fails at {time.time()}", flush=True)
             self._fail()
         time.sleep(0.1)
@@ -107,6 +119,7 @@ def run(address, process, workdir, way, fails):
     config = base.get_config("small")
     config.train.steps, config.train.checkpoint_every, config.train.hang_seconds = 10_000, 10_000, 600.0
     config.train.mesh.data, config.train.mesh.fsdp = -1, 1
+    config.data.workers = int(way == "worker")
     loop.make_train_step = make_train_step
     loop.embed = lambda *args: {}
     loop.init_state = lambda config, params: train.init_state(config, {"scale": jnp.zeros(8)})
