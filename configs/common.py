@@ -104,12 +104,12 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.train.steps = 1_000_000
     config.train.start = ""  # safetensors file of weights to begin with, of the same network; empty: none
     config.train.optimizer = "adam"  # 'adam' or 'adafactor'
-    config.train.learning_rate = 1e-4
+    config.train.learning_rate = 1e-4  # follows the step, counting also those whose update was left out
     config.train.warmup = 10_000  # steps
     config.train.decay = "constant"  # after warm-up: 'constant', or 'cosine' to zero
     config.train.clip = 1.0  # largest global norm of a gradient
     config.train.ema = 0.9999
-    config.train.text_dropout = 0.1  # share of texts left out, for guidance
+    config.train.text_dropout = 0.1  # share of texts left out, for guidance; one draw for each video and packed image
     config.train.augmentation_min = -20.0  # log-SNR of the strongest noise on the conditioning video (Section 2.5)
     # Largest deviation in pixels of a random blur on it, as Cascaded Diffusion Models; the paper names noise alone
     config.train.augmentation_blur = 0.0
@@ -135,7 +135,9 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.sample.batch = 8  # videos made at a time
     config.sample.augmentation_snr = 3.0  # signal to noise of the conditioning video; "such as 3 or 5" (Section 2.5)
     config.sample.augmentation_blur = 0.0  # pixels of a Gaussian's deviation, on it before the noise
-    config.sample.window = (0, 0, 0)  # frames, height, width of the windows a large clip is made in; 0: all of it
+    # Frames, height, width of the windows a large clip is made in; 0: all of it. Multiples of the stage's factor in
+    # time, and in space of its factor and its network's strides
+    config.sample.window = (0, 0, 0)
     config.sample.overlap = (0, 0, 0)  # of neighbouring windows
     config.sample.gamma = 0.3  # of the ancestral sampler, as Video Diffusion Models
     oscillating = name in ("base", "tsr1", "ssr1")  # beyond 48 × 80 pixels it adds artifacts (Section 2.6.2)

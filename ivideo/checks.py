@@ -231,6 +231,7 @@ def _check_stage(config) -> None:
     else:
         _check_without_conditioning(config)
     _check_network(config)
+    _check_windows(config)
 
 
 def _check_keys(node, keys: dict, where: str) -> None:
@@ -276,6 +277,27 @@ def _check_network(config) -> None:
             raise UserError(
                 f"config.model.head_dim = {model.head_dim} does not divide the {channels} channels of a level with "
                 f"attention (config.model.channels = {tuple(model.channels)}): choose a divisor"
+            )
+
+
+def _check_windows(config) -> None:
+    window, overlap = tuple(config.sample.window), tuple(config.sample.overlap)
+    if not config.cond.frames:
+        if any(window):
+            raise UserError(
+                f"config.sample.window = {window}: stage {config.stage} makes its videos whole, expected 0,0,0"
+            )
+        return
+    time, space = stages.window_multiple(config)
+    for size, lap, unit in zip(window, overlap, (time, space, space), strict=True):
+        if size % unit:
+            raise UserError(
+                f"config.sample.window = {window}: {size} is no multiple of {unit}. Frames must be a multiple of "
+                f"{time}, height and width of {space}; 0 stands for all of the clip"
+            )
+        if 0 < size <= lap:
+            raise UserError(
+                f"config.sample.overlap = {overlap} of config.sample.window = {window}: expected less than the window"
             )
 
 

@@ -95,7 +95,14 @@ def layout(mesh):
 
 
 def constrain(x, *axes: str | None):
-    """Lays x out by its dimensions' logical axes (`RULES`), in a `layout`; elsewhere returns it as it is."""
+    """Lays x out by its dimensions' logical axes (`RULES`), in a `layout`; elsewhere returns it as it is.
+
+    What goes into a layer's matrix product and what comes out of it are laid out alike, each by its own call. The
+    gradient of the kernel multiplies the two and sums over samples, frames and rows. Where one of the two is left in
+    another layout, XLA's partitioner may leave out the sum over some mesh axes, and the gradient is wrong while the
+    loss is right. Seen with jax 0.10.2 and 0.12.0, under Shardy and GSPMD, on data = 2, height = 2: rows on one side,
+    frames over the rows' devices on the other, and the sum was over `height` alone (tests/test_gradients.py).
+    """
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return x
@@ -111,7 +118,8 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
     ends. A dimension that its devices do not divide, into multiples of `unit`, is whole.
 
     Written out rather than left to the partitioner, whose gradients of a kernel are too large by a factor where a
-    convolution is split in space and the mesh has other axes besides (seen with jax 0.10).
+    convolution is split in space and the mesh has other axes besides (seen with jax 0.10). See `constrain` for
+    what it does to matrix products.
     """
     mesh = _mesh.get()
     split = {dimension: RULES[axis][0] for dimension, axis in axes.items()} if mesh is not None else {}

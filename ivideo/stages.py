@@ -44,6 +44,15 @@ def factors(config) -> dict[str, int]:
     return {"space": config.video.height // config.cond.height, "time": config.video.frames // config.cond.frames}
 
 
+def window_multiple(config) -> tuple[int, int]:
+    """What sampling windows begin at and measure multiples of, in time and in space.
+
+    A window holds whole frames and pixels of the clip that the stage is given, as the crops of training do.
+    """
+    sizes = factors(config)
+    return sizes["time"], math.lcm(sizes["space"], math.prod(config.model.strides))
+
+
 def model_inputs(config, batch: int) -> tuple[tuple, dict]:
     """Shapes of the network's arguments for a batch of videos, to trace it without memory: positional, by keyword."""
 
@@ -157,7 +166,7 @@ def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=No
             denoise,
             window=config.sample.window,
             overlap=config.sample.overlap,
-            multiple=math.prod(config.model.strides),
+            multiple=window_multiple(config),
         )
 
         def v_fn(z, logsnr):

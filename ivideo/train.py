@@ -25,7 +25,7 @@ class TrainState:
 
 
 def learning_rate(config) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine to zero at the last step."""
+    """Step -> rate: linear warm-up, then constant or a cosine to zero at the last step."""
     t = config.train
     warmup = min(t.warmup, t.steps - 1)  # a cosine needs a step of its own
     if t.decay == "cosine":
@@ -36,14 +36,33 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Adam or Adafactor behind a clip of the gradient's global norm."""
+    """Adam or Adafactor behind a clip of the gradient's global norm. Its schedule needs `at_step` before an update."""
     rate = learning_rate(config)
     if config.train.optimizer == "adafactor":
-        # Updates here are already of the learning rate's scale: no second scaling by the parameters' size
-        optimizer = optax.adafactor(rate, multiply_by_parameter_scale=False)
+        optimizer = optax.adafactor(
+            rate,
+            # Updates here are already of the learning rate's scale: no second scaling by the parameters' size
+            multiply_by_parameter_scale=False,
+            # Factors a kernel [blocks, C, heads, head_dim] of attention over its two largest dimensions, one matrix a
+            # head. Optax's default of 128 would keep its second moments whole.
+            min_dim_size_to_factor=min(128, config.model.head_dim),
+        )
     else:
         optimizer = optax.adam(rate)
     return optax.chain(optax.clip_by_global_norm(config.train.clip), optimizer)
+
+
+def at_step(opt_state, step):
+    """The optimizer's state with the schedule's count at the training's step.
+
+    Optax counts the updates that were applied. That is right for the moments' bias correction, but a schedule that
+    stood still at each update that is left out would apply another rate than is logged, and never reach its end.
+    """
+
+    def of_schedule(path, _):
+        return path[-1].tuple_name == optax.ScaleByScheduleState.__name__
+
+    return optax.tree_utils.tree_set(opt_state, of_schedule, count=step)
 
 
 def init_state(config, params=None) -> TrainState:
@@ -51,8 +70,9 @@ def init_state(config, params=None) -> TrainState:
     if params is None:
         params = stages.init_params(config, jax.random.key(config.seed))
     opt_state = make_optimizer(config).init(params)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, jax.tree.map(jnp.copy, params), opt_state, zero)
+    # Every leaf is an array of its own: an array that is there twice cannot be donated
+    step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+    return TrainState(step, params, jax.tree.map(jnp.copy, params), opt_state, skipped)
 
 
 def embed(text_module, text_params, batch, mesh=None):
@@ -112,13 +132,24 @@ def model_flops(config) -> int:
     return flops.count(make_train_step(plain), state_shapes(plain), batch_shapes(plain))
 
 
-def batch_loss(config, model, params, batch, key):
+def draws(key, count: int) -> dict:
+    """What is random of each of a batch's samples: its `time` [count] and a `key` [count] for all else.
+
+    Times are t ~ U(0, 1) each, spread evenly over the batch (arXiv 2107.00630, Appendix I). A sample's draws do not
+    depend on the parts that a batch is split into.
+    """
+    key_time, key_samples = jax.random.split(key)
+    time = (jax.random.uniform(key_time) + jnp.arange(count) / count) % 1.0
+    return {"time": time, "key": jax.random.split(key_samples, count)}
+
+
+def batch_loss(config, model, params, batch, drawn):
     """The mean denoising loss of a batch as the pipeline makes it, its texts embedded (`embed`): a float32 number.
 
-    Every sample has its own noise level, t ~ U(0, 1), spread evenly over the batch (arXiv 2107.00630, Appendix I). Text
-    is left out of whole samples (Section 2.6.1).
+    `drawn`: what is random of its samples, see `draws`. Each text is left out with the same chance, a video's and
+    those of the images packed behind it independently of one another (Section 2.6.1).
     """
-    key_time, key_noise, key_text, key_cond = jax.random.split(key, 4)
+    key_noise, key_text, key_cond = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(drawn["key"]), 1, 0)
     video, text, mask = batch["video"], batch["text"], batch["token_mask"]
     weights = None
     images = batch.get("images")
@@ -128,13 +159,12 @@ def batch_loss(config, model, params, batch, key):
         video = joint.pack(video, images)
         text, mask = joint.pack_text(text, mask, batch["image_text"], batch["image_token_mask"])
 
-    keep = jax.random.bernoulli(key_text, 1 - config.train.text_dropout, (video.shape[0],))
-    mask = mask & keep.reshape(-1, *[1] * (mask.ndim - 1))
-    count = video.shape[0]
-    times = (jax.random.uniform(key_time) + jnp.arange(count) / count) % 1.0
-    logsnr = stages.logsnr_fn(config)(times)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - config.train.text_dropout, mask.shape[1:-1]))(key_text)
+    mask = mask & keep[..., None]
+    logsnr = stages.logsnr_fn(config)(drawn["time"])
     video = sharding.constrain(video, *sharding.VIDEO)
-    eps = sharding.constrain(jax.random.normal(key_noise, video.shape), *sharding.VIDEO)
+    eps = jax.vmap(lambda key: jax.random.normal(key, video.shape[1:]))(key_noise)
+    eps = sharding.constrain(eps, *sharding.VIDEO)
 
     given = {}
     if config.cond.frames:
@@ -148,19 +178,20 @@ def batch_loss(config, model, params, batch, key):
     return loss / config.model.data_std**2 if config.diffusion.loss == "x" else loss
 
 
-def conditioning_inputs(config, batch, key):
+def conditioning_inputs(config, batch, keys):
     """What a super-resolution stage is given in training: a batch's own clips, reduced, through noise of random levels.
 
     One level a clip (Section 2.5), and where the config asks one blur; a packed image is conditioned on itself, with
-    its clip's level and blur. Returns the network's `cond` [B, T + K, H, W, C] and `aug_logsnr` [B].
+    its clip's level and blur. `keys` [B]: one a sample. Returns the network's `cond` [B, T + K, H, W, C] and
+    `aug_logsnr` [B].
     """
-    key_level, key_video, key_images, key_blur = jax.random.split(key, 4)
+    split = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+    key_level, key_video, key_images, key_blur = jnp.moveaxis(split, 1, 0)
     sizes = stages.factors(config)
     ends = {"logsnr_min": config.train.augmentation_min, "logsnr_max": config.diffusion.logsnr_max}
-    count = batch["video"].shape[0]
-    level = augment.random_level(key_level, count, **ends)
+    level = jax.vmap(lambda key: augment.random_level(key, 1, **ends)[0])(key_level)
     # Squared: sharp clips have to be common enough to learn to keep them sharp
-    deviation = config.train.augmentation_blur * jax.random.uniform(key_blur, (count,)) ** 2
+    deviation = config.train.augmentation_blur * jax.vmap(jax.random.uniform)(key_blur) ** 2
 
     def reduced(video, time):
         low = conditioning.reduce(video, space=sizes["space"], time=time)
@@ -177,7 +208,8 @@ def make_train_step(config, mesh=None):
     """The pure step (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     `mesh`: where activations are laid out, see `sharding.constrain`. An update whose loss or gradient is not finite is
-    left out and counted in `skipped`; the step counts nonetheless, so that the next one sees other data.
+    left out and counted in `skipped`; the step counts nonetheless, so that the next one sees other data, and so does
+    the learning rate, which follows the step.
     """
     model, optimizer, rate = stages.build_model(config), make_optimizer(config), learning_rate(config)
     parts = config.train.accumulate
@@ -188,7 +220,7 @@ def make_train_step(config, mesh=None):
             loss, grads = gradients(state.params, batch, key)
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
             # The average of the first steps would be of the initial values alone
             decay = jnp.minimum(config.train.ema, (1.0 + state.step) / (10.0 + state.step))
@@ -200,19 +232,21 @@ def make_train_step(config, mesh=None):
             return new.replace(step=state.step + 1, skipped=skipped), metrics
 
     def gradients(params, batch, key):
-        def loss_and_grads(batch, key):
-            return jax.value_and_grad(lambda params: batch_loss(config, model, params, batch, key))(params)
+        def loss_and_grads(batch, drawn):
+            return jax.value_and_grad(lambda params: batch_loss(config, model, params, batch, drawn))(params)
 
+        whole = (batch, draws(key, batch["video"].shape[0]))
         if parts == 1:
-            return loss_and_grads(batch, key)
-        # A part takes every parts-th sample: each device then keeps the samples that it has
-        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
+            return loss_and_grads(*whole)
+        # A part takes every parts-th sample: each device then keeps the samples that it has, and the times of a part
+        # are spread evenly too
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), whole)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, loss_and_grads(*part)), None
 
         zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-        total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
+        total, _ = jax.lax.scan(add, zeros, split)
         return jax.tree.map(lambda x: x / parts, total)
 
     return train_step

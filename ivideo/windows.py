@@ -43,7 +43,7 @@ def windowed(
     *,
     window: tuple[int, int, int],
     overlap: tuple[int, int, int],
-    multiple: int = 1,
+    multiple: tuple[int, int] = (1, 1),
 ) -> Callable:
     """Makes of a denoiser of clips one of larger clips.
 
@@ -51,14 +51,17 @@ def windowed(
       denoise: (z [B, t, h, w, C], cond [B, t, h, w, C'], logsnr [B]) -> v [B, t, h, w, C''], at one size.
       window: (frames, height, width) that `denoise` is given; a length of 0 or beyond the clip's stands for the clip's.
       overlap: by which neighbouring windows overlap at least, in each direction.
-      multiple: window positions in space are multiples of it (the network's strides).
+      multiple: (in time, in space) what windows' positions and sizes are multiples of. In time it is the factor by
+        which `cond` was enlarged, so that a window holds whole frames of what was enlarged; in space also the network's
+        strides.
 
     Returns:
       Function of the same arguments at any size [B, T, H, W, ...]: the weighted mean of the windows' predictions.
+      ValueError where a window or the whole is no such multiple.
     """
 
     def denoise_all(z, cond, logsnr):
-        lengths, units = z.shape[1:4], (1, multiple, multiple)
+        lengths, units = z.shape[1:4], (multiple[0], multiple[1], multiple[1])
         sizes = [size if 0 < size < length else length for size, length in zip(window, lengths, strict=True)]
         for size, length, unit in zip(sizes, lengths, units, strict=True):
             if size % unit or length % unit:

@@ -62,6 +62,10 @@ def test_small_wrong_factors_are_named():
         conditioning.enlarge(ramp(), space=1, time=1, fill="black")
 
 
+def keys(count):
+    return jax.random.split(jax.random.key(0), count)
+
+
 def batch_of(config, images=2):
     """Two clips and some images with each, at the size the stage makes."""
     rng = np.random.default_rng(0)
@@ -77,7 +81,7 @@ def test_small_training_gives_a_clip_and_its_images_their_own_reduced_selves(sta
     config.train.augmentation_blur = 0.0
     config.train.augmentation_min, config.diffusion.logsnr_max = 19.0, 20.0
     batch, sizes = batch_of(config), stages.factors(config)
-    given = conditioning_inputs(config, batch, jax.random.key(0))
+    given = conditioning_inputs(config, batch, keys(2))
     assert ((given["aug_logsnr"] >= 19) & (given["aug_logsnr"] <= 20)).all()
     frames = config.video.frames
     video = conditioning.enlarge(conditioning.reduce(batch["video"], **sizes), **sizes)
@@ -95,7 +99,7 @@ def test_small_training_noise_has_the_level_it_is_told():
     config = tsr1.get_config("small")
     config.train.augmentation_min, config.diffusion.logsnr_max = -2.0, 6.0
     batch = {"video": np.full((64, *stages.video_shape(config)), 0.5, np.float32)}
-    given = conditioning_inputs(config, batch, jax.random.key(1))
+    given = conditioning_inputs(config, batch, keys(64))
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * np.asarray(given["aug_logsnr"], np.float64)))) for s in (-1, 1))
     assert np.ptp(given["aug_logsnr"]) > 4  # one level a clip
     cond = np.asarray(given["cond"], np.float64)
@@ -112,7 +116,7 @@ def test_small_training_blur_is_the_configs():
     spread = {}
     for deviation in (0.0, 3.0):
         config.train.augmentation_blur = deviation
-        cond = conditioning_inputs(config, batch_of(config), jax.random.key(0))["cond"]
+        cond = conditioning_inputs(config, batch_of(config), keys(2))["cond"]
         spread[deviation] = np.std(cond, axis=(1, 2, 3, 4))
     ratio = spread[3.0] / spread[0.0]
     assert (ratio < 1).all() and ratio.min() < 0.9 and abs(ratio[0] - ratio[1]) > 0.01

@@ -1,11 +1,14 @@
 """Windows: they cover the clip, and blend to what the whole would have been."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from ivideo import windows
+from configs import base, ssr1, ssr3, tsr1
+from ivideo import checks, windows
+from ivideo.errors import UserError
 
 
 @pytest.mark.parametrize(("length", "window", "overlap"), [(10, 4, 1), (10, 4, 0), (7, 7, 3), (128, 16, 4), (9, 20, 5)])
@@ -33,7 +36,7 @@ def test_small_windows_of_a_pointwise_function_are_the_whole():
     def denoise(z, cond, logsnr):
         return z * cond + logsnr[:, None, None, None, None]
 
-    whole = windows.windowed(denoise, window=(4, 8, 8), overlap=(1, 2, 3), multiple=2)(*arrays())
+    whole = windows.windowed(denoise, window=(4, 8, 8), overlap=(1, 2, 3), multiple=(2, 2))(*arrays())
     np.testing.assert_allclose(whole, denoise(*arrays()), atol=1e-6)
 
 
@@ -83,4 +86,50 @@ def test_small_local_function_is_exact_away_from_borders():
 
 def test_small_windows_off_the_strides_are_refused():
     with pytest.raises(ValueError, match="A window of 6 in 12 must be a multiple of 4"):
-        windows.windowed(lambda z, c, l: z, window=(0, 6, 8), overlap=(0, 0, 0), multiple=4)(*arrays())
+        windows.windowed(lambda z, c, l: z, window=(0, 6, 8), overlap=(0, 0, 0), multiple=(1, 4))(*arrays())
+    with pytest.raises(ValueError, match="A window of 3 in 6 must be a multiple of 2"):
+        windows.windowed(lambda z, c, l: z, window=(3, 0, 0), overlap=(0, 0, 0), multiple=(2, 1))(*arrays())
+
+
+@pytest.mark.parametrize("length", [8, 10, 14, 30])
+@pytest.mark.parametrize("window", [4, 6])
+def test_small_windows_begin_at_whole_frames_of_what_is_given(length, window):
+    """Each window is told where it begins by its conditioning: at an even frame where the factor is 2."""
+    starts = []
+
+    def denoise(z, cond, logsnr):
+        jax.debug.callback(lambda start: starts.append(int(start)), cond[0, 0, 0, 0, 0])
+        return z
+
+    z = np.zeros((1, length, 1, 1, 1), np.float32)
+    cond = np.arange(length, dtype=np.float32).reshape(z.shape)
+    options = {"window": (window, 0, 0), "overlap": (1, 0, 0), "multiple": (2, 1)}
+    jax.block_until_ready(windows.windowed(denoise, **options)(z, cond, np.zeros(1)))
+    jax.effects_barrier()
+    assert len(starts) > 1 and all(start % 2 == 0 for start in starts)
+    assert min(starts) == 0 and max(starts) == length - window
+
+
+@pytest.mark.parametrize(
+    ("stage", "window", "overlap", "message"),
+    [
+        (tsr1, (3, 0, 0), (0, 0, 0), r"window = \(3, 0, 0\): 3 is no multiple of 2. Frames must be a multiple of 2, "),
+        (ssr1, (0, 9, 0), (0, 0, 0), r"9 is no multiple of 2"),
+        (base, (2, 0, 0), (0, 0, 0), r"window = \(2, 0, 0\): stage base makes its videos whole, expected 0,0,0"),
+        (ssr1, (4, 8, 8), (4, 0, 0), r"overlap = \(4, 0, 0\) of .*: expected less than the window"),
+    ],
+)
+def test_small_windows_that_cannot_be_are_refused_with_the_config(stage, window, overlap, message):
+    config = stage.get_config("small")
+    config.sample.window, config.sample.overlap = window, overlap
+    with pytest.raises(UserError, match=message):
+        checks.check(config)
+
+
+def test_small_windows_of_a_paper_sized_stage_are_taken():
+    config = ssr3.get_config()
+    config.sample.window, config.sample.overlap = (16, 256, 256), (4, 64, 64)
+    checks.check(config)
+    config.sample.window = (16, 256, 264)  # a multiple of its factor, 4, but not of its strides
+    with pytest.raises(UserError, match="264 is no multiple of 16. .* height and width of 16; 0 stands for all"):
+        checks.check(config)

@@ -43,7 +43,7 @@ class SpatialAttention(nn.Module):
         q, k, v = (_split_heads(heads, self.dtype, name)(y) for name in "qkv")
         q, k, v = (constrain(a, "batch", "whole_frames", None, "heads", None) for a in (q, k, v))
         weights = _softmax(jnp.einsum("bfpnd,bfqnd->bfnpq", q * self.head_dim**-0.5, k), self.dtype)
-        y = jnp.einsum("bfnpq,bfqnd->bfpnd", weights, v)
+        y = constrain(jnp.einsum("bfnpq,bfqnd->bfpnd", weights, v), "batch", "whole_frames", None, "heads", None)
         y = _out(channels, self.dtype)(y).reshape(x.shape)
         y = constrain(y, "batch", "whole_frames", None, None, None)
         return x + constrain(y, *VIDEO)
@@ -79,7 +79,7 @@ class TemporalAttention(nn.Module):
         logits = jnp.einsum("bthwnd,bshwnd->bhwnts", q * self.head_dim**-0.5, k)
         weights = _softmax(logits + jnp.moveaxis(bias[index], -1, 0), self.dtype)
         y = jnp.einsum("bhwnts,bshwnd->bthwnd", weights, v) + jnp.einsum("bhwnts,tsnd->bthwnd", weights, value[index])
-        y = constrain(_out(channels, self.dtype)(y), *pixels, None)
+        y = constrain(_out(channels, self.dtype)(constrain(y, *pixels, "heads", None)), *pixels, None)
         return x + constrain(y, *VIDEO)
 
 
@@ -103,9 +103,11 @@ class CrossAttention(nn.Module):
         text = jnp.concatenate([null, text.astype(self.dtype)], axis=2)
         mask = jnp.concatenate([jnp.ones_like(text_mask[..., :1]), text_mask], axis=-1)
 
-        q = _split_heads(heads, self.dtype, "q")(FrameNorm(dtype=self.dtype, name="norm")(x))
+        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *VIDEO)
+        q = _split_heads(heads, self.dtype, "q")(y)
         q = constrain(q, *VIDEO[:4], "heads", None)
-        k, v = (_split_heads(heads, self.dtype, name)(text) for name in "kv")
+        k, v = (_split_heads(heads, self.dtype, name)(constrain(text, "batch")) for name in "kv")
+        k, v = (constrain(a, "batch", None, None, "heads", None) for a in (k, v))
 
         def attend(q, k, v, mask, frame):
             # `frame` is f where every frame has a text of its own, absent where all frames share one
@@ -119,7 +121,8 @@ class CrossAttention(nn.Module):
         if self.num_images:
             images = attend(q[:, frames:], k[:, 1:], v[:, 1:], mask[:, 1:], "f")
             y = jnp.concatenate([y, images], axis=1)
-        return x + _out(channels, self.dtype)(y)
+        y = _out(channels, self.dtype)(constrain(y, *VIDEO[:4], "heads", None))
+        return x + constrain(y, *VIDEO)
 
 
 class TextPooling(nn.Module):
