@@ -133,6 +133,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
     config.sample.steps = 128 if before else 256
     config.sample.batch = 8  # videos made at a time
+    config.sample.group = 32  # prompts embedded before their videos are made; a cascade's own value counts there
     config.sample.augmentation_snr = 3.0  # signal to noise of the conditioning video; "such as 3 or 5" (Section 2.5)
     config.sample.augmentation_blur = 0.0  # pixels of a Gaussian's deviation, on it before the noise
     # Frames, height, width of the windows a large clip is made in; 0: all of it. Multiples of the stage's factor in

@@ -3,22 +3,21 @@
 N videos · T, H, W frames, height, width
 """
 
-import importlib.resources
 import itertools
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from ivideo import sharding, stages
+from ivideo import sharding, stages, weights
 from ivideo.average import read_average
 from ivideo.errors import UserError
-from ivideo.export import load_params
+from ivideo.export import SUFFIX, load_params
+from ivideo.interrupts import wait_for
 from ivideo.text import load_encoder
 
 SIZE = ("frames", "height", "width", "fps")
@@ -60,34 +59,91 @@ def select(config, first: str | None = None, last: str | None = None) -> list:
     return chosen
 
 
-def load_weights(config, workdir: str | None):
-    """The stage's averaged parameters: the newest checkpoint's in `workdir`, or without one the package's (demo).
+def load_weights(config, source: str | None):
+    """The stage's averaged parameters.
 
-    UserError where there is none, or where it is of another model.
+    `source`: the folder of a training run, whose newest checkpoint is read, a safetensors file, or None for the
+    package's (demo). UserError where there is none, or where it is of another model.
     """
-    if workdir is None:
-        path = importlib.resources.files("ivideo") / "demo" / "weights" / f"{config.stage}.safetensors"
-        if config.variant != "demo" or not os.path.exists(str(path)):
-            raise UserError(
-                f"--workdir is missing: the package has weights for the demo variant alone, not for {config.stage}:"
-                f"{config.variant}; give the folder of a training run"
-            )
-        return load_params(str(path), stages.param_shapes(config))
     shapes = stages.param_shapes(config)
+    if source is None or source.endswith(SUFFIX):
+        return load_params(weights.packaged(config) if source is None else source, shapes)
     where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    return read_average(workdir, like)[1]
+    return read_average(source, like)[1]
 
 
-def embedded(config, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def embedded(config, prompts: Sequence[str], *, size: int = TEXTS) -> tuple[np.ndarray, np.ndarray]:
     """What a stage's text encoder makes of prompts: text [N, L, D] float32 and its mask [N, L].
 
-    The encoder, larger than the stages at the paper's size, is split over all devices and let go at the end.
+    `size` texts are encoded at a time. The encoder, larger than the stages at the paper's size, is split over all
+    devices and let go at the end.
     """
     encoder = load_encoder(config.text, mesh=sharding.make_mesh({"fsdp": -1}))
     tokens, mask = encoder.tokenize(list(prompts))
-    parts = [range(i, min(i + TEXTS, len(prompts))) for i in range(0, len(prompts), TEXTS)]
-    return np.concatenate([sharding.to_host(encoder.encode(tokens[part], mask[part])) for part in parts]), mask
+    parts = []
+    for begin in range(0, len(prompts), size):
+        # The last part is filled up with the last prompt: one shape, one program
+        rows = np.minimum(np.arange(begin, begin + size), len(prompts) - 1)
+        parts.append(sharding.to_host(encoder.encode(tokens[rows], mask[rows])))
+    return np.concatenate(parts)[: len(prompts)], mask
+
+
+class Sampler:
+    """A stage's sampling program, compiled once for batches of `size` videos, split over the devices that divide it."""
+
+    def __init__(self, config, size: int):
+        self.config, self.size, self._mesh = config, size, sampling_mesh(config, size)
+        self._model, self._bar = stages.build_model(config), None
+        video = sharding.logical(self._mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
+        self._run = jax.jit(self._sample, out_shardings=video)
+
+    def _sample(self, params, text, mask, keys, low):
+        with sharding.layout(self._mesh):
+            keys = jax.random.wrap_key_data(keys)
+            tell = self._tell if sys.stderr.isatty() else None
+            return stages.sample(self.config, self._model, params, text, mask, keys, low=low, on_step=tell)
+
+    def _tell(self, _):
+        if self._bar is not None:
+            self._bar.update()
+
+    def placed(self, params):
+        """Parameters on the mesh, in the type that the network computes in: half the memory in bfloat16."""
+        where = sharding.of_params(self._mesh, params)
+        dtype = jnp.dtype(self.config.model.dtype)
+        cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
+        if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+            return cast(sharding.from_host(params, where))
+        return cast(jax.device_put(params, where))
+
+    def batches(self, params, batches, *, texts, seeds, low=None, label: str | None = None):
+        """Yields (rows, their videos [n, T, H, W, 3] in [-1, 1]) for each of `batches`, lists of up to `size` rows.
+
+        `texts` (text [N, L, D], mask [N, L]), `seeds` (`stages.video_keys`) and `low`, what a super-resolution stage is
+        given, [N, t, h, w, 3] or clips by their rows, are indexed by row. A batch is made when it is asked for.
+        """
+        text, mask = texts
+        hidden, total = not sys.stderr.isatty(), self.config.sample.steps * len(batches)
+        with tqdm.tqdm(total=total, desc=label or self.config.stage, unit="step", disable=hidden) as self._bar:
+            for batch in batches:
+                # A batch that is not full is filled up with its last row: one shape, one compile
+                rows = [*batch, *[batch[-1]] * (self.size - len(batch))]
+                keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
+                given = None if low is None else np.stack([low[row] for row in rows])
+                given = sharding.on_mesh((text[rows], mask[rows], np.asarray(keys), given), self._mesh)
+                yield batch, wait_for(lambda: sharding.to_host(self._run(params, *given)))[: len(batch)]  # noqa: B023
+            jax.effects_barrier()
+
+
+def check_input(config, *, given: bool) -> None:
+    """UserError where a stage lacks the video that it enlarges, or is given one that it does not take."""
+    if given and not config.cond.frames:
+        raise UserError(f"stage {config.stage} makes videos from noise: it takes no input")
+    if config.cond.frames and not given:
+        raise UserError(
+            f"stage {config.stage} enlarges a video of {config.cond.height}×{config.cond.width}: give it --input"
+        )
 
 
 def sample_stage(
@@ -95,59 +151,41 @@ def sample_stage(
     params,
     prompts: Sequence[str],
     *,
-    seeds: Sequence[tuple[int, int]],
+    seeds: Sequence[tuple[int, ...]],
     low=None,
     texts: tuple[np.ndarray, np.ndarray] | None = None,
-    label: str | None = None,
 ) -> np.ndarray:
-    """One stage's videos [N, T, H, W, 3] in [-1, 1], one a prompt.
+    """One stage's videos [N, T, H, W, 3] in [-1, 1], one for each prompt.
 
     `texts`: the prompts as the stage's encoder embeds them (`embedded`), where that has been done already.
-    `low` [N, t, h, w, 3]: what a super-resolution stage is given. A video's noise follows from its (seed, number)
-    alone. Videos are made `config.sample.batch` at a time, split over the devices where these divide it, with a
-    progress bar, called `label` or by the stage's name, where there is a terminal. UserError where `low` is missing or
-    not wanted; FloatingPointError where a value is not finite.
+    `low` [N, t, h, w, 3]: what a super-resolution stage is given. A video's noise follows from its seed, numbers as
+    `stages.video_keys` takes them, alone. Videos are made `config.sample.batch` at a time, with a progress bar where
+    there is a terminal. UserError where `low` is missing or not wanted; FloatingPointError where a value is not finite.
     """
-    if (low is None) == (config.cond.frames > 0):
-        raise UserError(
-            f"stage {config.stage} makes videos from noise: it takes no input"
-            if low is not None
-            else f"stage {config.stage} enlarges a video of {config.cond.height}×{config.cond.width}: give it --input"
-        )
-    (text, text_mask), model = texts or embedded(config, prompts), stages.build_model(config)
-    size = min(config.sample.batch, len(prompts))
-    mesh = sampling_mesh(config, size)
-    video = sharding.logical(mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
-    chunks = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-    with tqdm.tqdm(
-        total=config.sample.steps * len(chunks),
-        desc=label or config.stage,
-        unit="step",
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-
-        def sample(params, text, mask, keys, low):
-            with sharding.layout(mesh):
-                keys = jax.random.wrap_key_data(keys)
-                tell = None if bar.disable else lambda _: bar.update()
-                return stages.sample(config, model, params, text, mask, keys, low=low, on_step=tell)
-
-        run = jax.jit(sample, out_shardings=video)
-        params = placed_params(config, params, mesh)
-        videos = None
-        for chunk in chunks:
-            # The last chunk is filled up with its own last prompt: one shape, one compile
-            rows = [*chunk, *[chunk[-1]] * (size - len(chunk))]
-            keys = jax.random.key_data(stages.video_keys(config, [seeds[i] for i in rows]))
-            given = None if low is None else low[np.array(rows)]
-            given = (text[np.array(rows)], text_mask[np.array(rows)], np.asarray(keys), given)
-            made = sharding.to_host(run(params, *sharding.on_mesh(given, mesh)))[: len(chunk)]
-            _check_finite(config, made, [prompts[i] for i in chunk])
-            if videos is None:  # one array for all: at the end of the cascade a copy would be gigabytes
-                videos = np.empty((len(prompts), *made.shape[1:]), made.dtype)
-            videos[chunk.start : chunk.stop] = made
-        jax.effects_barrier()
+    check_input(config, given=low is not None)
+    sampler = Sampler(config, min(config.sample.batch, len(prompts)))
+    batches = _batches(range(len(prompts)), sampler.size)
+    videos = None
+    params = sampler.placed(params)
+    for rows, made in sampler.batches(params, batches, texts=texts or embedded(config, prompts), seeds=seeds, low=low):
+        for row, video in zip(rows, made, strict=True):
+            if not np.isfinite(video).all():
+                raise FloatingPointError(_not_finite(config.stage, [prompts[row]]))
+        if videos is None:  # one array for all: a copy would be gigabytes
+            videos = np.empty((len(prompts), *made.shape[1:]), made.dtype)
+        videos[rows[0] : rows[-1] + 1] = made
     return videos
+
+
+def _batches(rows: range, size: int) -> list[list[int]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _not_finite(stage, prompts):
+    return (
+        f"stage {stage} made values that are not finite for {', '.join(map(repr, prompts))}: nothing was written for "
+        f"{'it' if len(prompts) == 1 else 'them'}; try --config.model.dtype=float32 or an earlier checkpoint"
+    )
 
 
 def sampling_mesh(config, size: int):
@@ -169,49 +207,97 @@ def sampling_mesh(config, size: int):
     return sharding.make_mesh(sizes, jax.devices()[:used])
 
 
-def placed_params(config, params, mesh):
-    """Parameters on the mesh, in the type that the network computes in: half the memory in bfloat16."""
-    dtype = jnp.dtype(config.model.dtype)
-    where = sharding.of_params(mesh, params)
-    cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
-    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
-        return cast(sharding.from_host(params, where))
-    return cast(jax.device_put(params, where))
-
-
-def _check_finite(config, videos, prompts) -> None:
-    for video, prompt in zip(videos, prompts, strict=True):
-        if not np.isfinite(video).all():
-            raise FloatingPointError(
-                f"stage {config.stage} made values that are not finite for {prompt!r}: nothing was written; try "
-                "--config.model.dtype=float32 or an earlier checkpoint"
-            )
-
-
 def run(
     configs: Sequence,
     prompts: Sequence[str],
     *,
-    seeds: Sequence[tuple[int, int]],
-    workdir: str | None = None,
+    seeds: Sequence[tuple[int, ...]],
+    sources: Mapping[str, str | None] | None = None,
+    identities: Mapping[str, str] | None = None,
     low=None,
-    on_stage: Callable = lambda config, videos: None,
-) -> np.ndarray:
-    """The last stage's videos [N, T, H, W, 3] of the stages in `configs` (see `select`), run one after the other.
+    group: int = 32,
+    wanted: Mapping[str, set[int]] | None = None,
+) -> Iterator[tuple]:
+    """Yields (stage's config, row, video [T, H, W, 3]) as the stages in `configs` (see `select`) make them.
 
-    Only one stage's weights are in memory at a time. `workdir` is the folder of a stage's training run, of several
-    stages a folder of such folders by the stages' names; None takes the package's weights. `on_stage(config, videos)`
-    is told what each stage made.
+    `group` prompts at a time go through all stages, each of which loads its weights from its source (`weights.find`)
+    for every group, and lets them go: memory holds one stage, one batch of its videos and what it is given for a group.
+    A single stage loads them once. `identities`: what `weights.check` found; UserError where a run has gone on since.
+    `low` [N, t, h, w, 3] is what the first stage is given, where it enlarges. `wanted`: the rows whose videos are
+    yielded, by the stage's name; all of the last stage unless given. Only batches that these need are made. Batches
+    do not depend on `wanted`, so that each video is the same, bit for bit, whatever else is wanted.
+    A video that is not finite is left out, and the others are made; FloatingPointError, at the end, names its prompt.
     """
-    texts = {}
-    for config in configs:
-        if (key := repr(config.text)) not in texts:
-            texts[key] = embedded(config, prompts)
-    for number, config in enumerate(configs, 1):
-        label = f"{config.stage} ({number} of {len(configs)})" if len(configs) > 1 else None
-        path = os.path.join(workdir, config.stage) if workdir and len(configs) > 1 else workdir
-        params = load_weights(config, path)
-        low = sample_stage(config, params, prompts, seeds=seeds, low=low, texts=texts[repr(config.text)], label=label)
-        on_stage(config, low)
-        del params
-    return low
+    wanted = wanted if wanted is not None else {configs[-1].stage: set(range(len(prompts)))}
+    check_input(configs[0], given=low is not None)
+    samplers = {config.stage: Sampler(config, min(config.sample.batch, len(prompts))) for config in configs}
+    failed, params = {}, None
+    for begin in range(0, len(prompts), group):
+        rows = range(begin, min(begin + group, len(prompts)))
+        needed = _needed(configs, rows, samplers, wanted)
+        if not any(needed.values()):
+            continue
+        texts = _texts(configs, [prompts[row] for row in rows], size=min(TEXTS, len(prompts)))
+        given = None if low is None else low[rows.start : rows.stop]
+        for number, config in enumerate(configs, 1):
+            if not needed[config.stage]:
+                break
+            batches = [[row - begin for row in batch] for batch in needed[config.stage]]
+            if number > 1:
+                batches = [some for batch in batches if (some := [row for row in batch if row in given])]
+            sampler = samplers[config.stage]
+            if params is None:
+                params = sampler.placed(_load_the_same(config, sources, identities))
+            made = sampler.batches(
+                params, batches, texts=texts[repr(config.text)], seeds=seeds[rows.start : rows.stop], low=given,
+                label=_label(configs, number, rows, len(prompts)),
+            )  # fmt: skip
+            kept = {}
+            for batch, videos in made:
+                for row in batch:
+                    if not np.isfinite(videos[batch.index(row)]).all():
+                        failed.setdefault(config.stage, []).append(prompts[begin + row])
+                        continue
+                    if config is not configs[-1]:
+                        kept[row] = videos[batch.index(row)]
+                    if begin + row in wanted.get(config.stage, ()):
+                        yield config, begin + row, videos[batch.index(row)]
+                videos = None  # before the next batch is made
+            given = kept
+            if len(configs) > 1:
+                params = made = None
+    for stage, lost in failed.items():
+        raise FloatingPointError(_not_finite(stage, lost))
+
+
+def _load_the_same(config, sources, identities):
+    """A stage's weights; UserError where they are not those that were found when the command began."""
+    source = (sources or {}).get(config.stage)
+    if identities and weights.check(config, source) != identities[config.stage]:
+        raise UserError(
+            f"the weights of stage {config.stage} in {source} have changed since this command began: export them with "
+            "--mode=export, and give the file with --weights"
+        )
+    return load_weights(config, source)
+
+
+def _needed(configs, rows, samplers, wanted):
+    """The batches of each stage that have to be made, for the videos that are wanted of it and of the stages after."""
+    needed, batches = set(), {}
+    for config in reversed(configs):
+        needed = needed | (wanted.get(config.stage, set()) & set(rows))
+        batches[config.stage] = [b for b in _batches(rows, samplers[config.stage].size) if needed.intersection(b)]
+        needed = {row for batch in batches[config.stage] for row in batch}
+    return batches
+
+
+def _texts(configs, prompts, *, size):
+    """What the stages' encoders make of prompts, by the repr of the stage's text config."""
+    by_encoder = {repr(config.text): config for config in configs}
+    return {key: embedded(config, prompts, size=size) for key, config in by_encoder.items()}
+
+
+def _label(configs, number, rows, count):
+    """The progress bar's name."""
+    stage = f"{configs[number - 1].stage} ({number} of {len(configs)})" if len(configs) > 1 else configs[0].stage
+    return stage if len(rows) == count else f"{stage}, videos {rows.start + 1} to {rows.stop} of {count}"

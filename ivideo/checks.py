@@ -162,6 +162,7 @@ KEYS = {
         "sampler": choice("ddim", "ancestral", "distilled"),
         "steps": SIZE,
         "batch": SIZE,
+        "group": SIZE,
         "augmentation_snr": POSITIVE,
         "augmentation_blur": NOT_NEGATIVE,
         "window": several(COUNT, 3),
@@ -187,7 +188,10 @@ def check(config) -> None:
     if "stages" not in config:
         return _check_stage(config)
     order = several(choice(*config.stages))
-    whole_cascade = {"stage": NAME, "variant": NAME, "order": order, "stages": Value("stages", lambda value: True)}
+    any_stages = Value("stages", lambda value: True)
+    whole_cascade = {
+        "stage": NAME, "variant": NAME, "order": order, "sample": {"group": SIZE}, "stages": any_stages,
+    }  # fmt: skip
     _check_keys(config, whole_cascade, "config")
     for name, stage in config.stages.items():
         try:

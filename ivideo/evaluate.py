@@ -1,55 +1,59 @@
 """How good a trained stage is. Section 3."""
 
 import json
-import os
 
 import numpy as np
 
-from ivideo import cascade, conditioning, stages
+from ivideo import cascade, conditioning, files, outputs, stages, weights
 from ivideo.data import shapes
-from ivideo.errors import UserError
 from ivideo.metrics import fidelity
 from ivideo.metrics import prompt_following as metric
 
 
-def evaluate(config, *, workdir=None, clips=96, seed=0, out=None, as_json=False, overwrite=False, last=None) -> dict:
+def evaluate(
+    config, *, workdir=None, weights_path=None, clips=96, seed=0, out=None, as_json=False, overwrite=False, last=None
+) -> dict:
     """Measures what makes videos from texts by `prompt_following`, a super-resolution stage by `super_resolution`.
 
     `last` is the last stage of a cascade to run. Prints the result's table (JSON with `as_json`), and writes the result
-    to `out`. UserError where that exists.
+    to `out`. UserError, before anything is computed, where that exists or cannot be written, or where the weights of a
+    stage are missing or of another network.
     """
-    if out is not None and os.path.exists(out) and not overwrite:
-        raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
+    if out is not None:
+        outputs.refuse_existing([out], overwrite=overwrite)
+        outputs.prepare([out])
     configs = cascade.select(config, None, last)
-    options = {"workdir": workdir, "clips": clips, "seed": seed}
+    sources = weights.find(configs, workdir=workdir, weights=weights_path)
+    for stage in configs:
+        weights.check(stage, sources[stage.stage])
+    options = {"sources": sources, "clips": clips, "seed": seed}
     if configs[0].cond.frames:
         result, table = super_resolution(config, **options), psnr_table
     else:
-        result, table = prompt_following(configs, **options), following_table
+        result, table = prompt_following(configs, group=config.sample.group, **options), following_table
     print(json.dumps(result["table"]) if as_json else table(result["table"]))
     if out is not None:
-        temporary = f"{out}.tmp{os.getpid()}"
-        with open(temporary, "w") as f:
-            json.dump(result, f, indent=1, default=bool)
-        os.replace(temporary, out)
+        files.write_text(out, json.dumps(result, indent=1, default=bool))
     return result
 
 
-def prompt_following(configs, *, workdir=None, clips: int, seed: int) -> dict:
+def prompt_following(configs, *, sources=None, group: int = 32, clips: int, seed: int) -> dict:
     """Samples clips of the captioned shapes, half of seen and half of held-out captions, and scores each attribute.
 
-    `configs` are the stages to run, the first from a text. Returns {'table': shares that are right and the largest
-    drift, 'clips': what was found of each}.
+    `configs` are the stages to run, the first from a text, `group` clips at a time (`cascade.run`). Returns {'table':
+    shares that are right and the largest drift, 'clips': what was found of each}.
     """
     attributes = choose_captions(clips, seed)
     seeds = [(seed, n) for n in range(len(attributes))]
     texts = [shapes.caption(a) for a in attributes]
-    videos = cascade.run(configs, texts, seeds=seeds, workdir=workdir)
-    scored = [(a, metric.score(v, a)) for a, v in zip(attributes, videos, strict=True)]
-    rows = [
-        {"caption": shapes.caption(a), "held_out": shapes.held_out(a), "drift": fidelity.drift(v), **s}
-        for (a, s), v in zip(scored, videos, strict=True)
-    ]
+    scored, rows = [], []
+    for _, n, video in cascade.run(configs, texts, seeds=seeds, sources=sources, group=group):
+        a, found = attributes[n], metric.score(video, attributes[n])
+        scored.append((a, found))
+        rows.append(
+            {"caption": texts[n], "held_out": shapes.held_out(a), "drift": float(fidelity.drift(video)), **found}
+        )
+        del video
     return {"table": {**metric.summarize(scored), "largest_drift": max(row["drift"] for row in rows)}, "clips": rows}
 
 
@@ -61,13 +65,13 @@ def following_table(table: dict) -> str:
     return f"{metric.format_table(table)}\n\n{changed}"
 
 
-def super_resolution(config, *, workdir=None, clips: int, seed: int) -> dict:
+def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
     """PSNR and colour of a super-resolution stage on true clips of held-out captions, shrunk and enlarged again.
 
     Beside it the trivial way back: bilinear in space, repeated frames in time. Returns {'table': dB over all clips at
     once, 'clips': each clip's}, infinite where a clip is the true one, as repeated frames of what stands still are.
     """
-    texts, videos = enlarged_again(config, workdir=workdir, clips=clips, seed=seed)
+    texts, videos = enlarged_again(config, sources=sources, clips=clips, seed=seed)
     truth = videos["truth"]
     rows = [
         {
@@ -82,7 +86,7 @@ def super_resolution(config, *, workdir=None, clips: int, seed: int) -> dict:
     return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
 
 
-def enlarged_again(config, *, workdir=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
+def enlarged_again(config, *, sources=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
     """True clips of held-out captions, what a super-resolution stage is given of them, and two ways back.
 
     Returns the captions, and clips [N, T, H, W, 3] in [-1, 1]: 'truth', 'given', 'trivial' and 'stage'.
@@ -96,7 +100,7 @@ def enlarged_again(config, *, workdir=None, clips: int, seed: int) -> tuple[list
     factors = stages.factors(config)
     given = np.asarray(conditioning.reduce(truth, **factors))
     trivial = np.asarray(conditioning.enlarge(given, **factors))
-    params = cascade.load_weights(config, workdir)
+    params = cascade.load_weights(config, (sources or {}).get(config.stage))
     made = cascade.sample_stage(config, params, texts, seeds=[(seed, n) for n in range(clips)], low=given)
     return texts, {"truth": truth, "given": given, "trivial": trivial, "stage": made}
 

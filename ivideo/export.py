@@ -1,5 +1,7 @@
 """Weights as safetensors files: the form in which trained networks are shipped and read back. Section 3 ships none."""
 
+import contextlib
+import hashlib
 import json
 import os
 
@@ -11,6 +13,10 @@ from safetensors.flax import save
 
 from ivideo.errors import UserError
 from ivideo.files import whole
+
+SUFFIX = ".safetensors"
+FLOATS = ("F32", "BF16", "F16", "F64")  # types of number, as safetensors files name them, that parameters may have
+SAMPLED = 4096  # bytes of each leaf that tell a file from others
 
 
 def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat16, overwrite: bool = False):
@@ -24,23 +30,70 @@ def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat
 
 
 def load_params(path: str, like=None):
-    """Reads parameters as float32: a nested dict. With `like` (a tree of shapes), UserError where any leaf differs."""
-    try:
-        with safe_open(path, framework="flax") as f:
-            flat = {name: np.asarray(f.get_tensor(name), np.float32) for name in f.keys()}  # noqa: SIM118
-    except FileNotFoundError as e:
-        raise UserError(f"no weights at {path}: expected a .safetensors file written by --mode=export") from e
-    except SafetensorError as e:
-        raise UserError(f"{path} is not a whole safetensors file ({e}): export or copy it again") from e
+    """Reads parameters as float32: a nested dict.
+
+    UserError where the file is not whole, where a leaf is not of floating-point numbers or holds one that is not
+    finite, and, with `like` (a tree of shapes), where any leaf's shape differs.
+    """
+    shapes = read_shapes(path)
     if like is not None:
-        check_shapes(path, {k: v.shape for k, v in flat.items()}, shapes_of(like))
+        check_shapes(path, shapes, shapes_of(like))
+    flat = {}
+    with _opened(path) as f:
+        for name in shapes:
+            flat[name] = np.asarray(f.get_tensor(name), np.float32)
+            if not np.isfinite(flat[name]).all():
+                raise UserError(f"{path}: {name} has values that are not finite: export an earlier checkpoint")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Every leaf's shape by its path, a/b/c, without reading the leaves.
+
+    UserError where the file is not whole, or where a leaf is not of floating-point numbers.
+    """
+    with _opened(path) as f:
+        leaves = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+        for name, leaf in leaves.items():
+            if leaf.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"{path}: {name} is of type {leaf.get_dtype()}, expected one of {', '.join(FLOATS)}: give weights "
+                    "that are not quantized"
+                )
+        return {name: tuple(leaf.get_shape()) for name, leaf in leaves.items()}
 
 
 def load_metadata(path: str) -> dict[str, str]:
     """The strings saved beside the parameters."""
-    with safe_open(path, framework="numpy") as f:
+    with _opened(path) as f:
         return f.metadata() or {}
+
+
+def file_identity(path: str) -> str:
+    """A digest that tells a file of weights from others: of its header, its size and the beginning of every leaf."""
+    digest = hashlib.sha256(str(os.path.getsize(path)).encode())
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(length)
+        digest.update(header)
+        for name, leaf in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                begin, end = leaf["data_offsets"]
+                f.seek(8 + length + begin)
+                digest.update(f.read(min(end - begin, SAMPLED)))
+    return digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A safetensors file; UserError where there is none, or not a whole one."""
+    if not os.path.isfile(path):
+        raise UserError(f"no weights at {path}: expected a {SUFFIX} file written by --mode=export")
+    try:
+        with safe_open(path, framework="flax") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a whole safetensors file ({e}): export or copy it again") from e
 
 
 def shapes_of(tree) -> dict[str, tuple[int, ...]]:

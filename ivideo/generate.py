@@ -1,17 +1,20 @@
 """From prompts to video files. Sections 2.2 and 2.6."""
 
+import hashlib
 import itertools
+import json
 import logging
-import os
 
 import jax
 import numpy as np
 
-from ivideo import cascade
+from ivideo import cascade, hosts, outputs, weights
 from ivideo.data import video_io
 from ivideo.data.sources import resize_video
 from ivideo.errors import UserError
-from ivideo.export import config_metadata, save_params
+from ivideo.export import SUFFIX, config_metadata, save_params
+from ivideo.interrupts import Interrupted
+from ivideo.prompts import samples
 
 log = logging.getLogger("ivideo")
 
@@ -22,53 +25,112 @@ def generate(
     out: str,
     *,
     workdir: str | None = None,
+    weights_path: str | None = None,
     seed: int = 0,
     num_videos: int = 1,
+    same_noise: bool = False,
     in_folder: bool = False,
     zoom: int = 1,
     overwrite: bool = False,
+    resume: bool = False,
     first: str | None = None,
     last: str | None = None,
     clip: str | None = None,
     save_stages: bool = False,
 ) -> list[str]:
-    """Writes `num_videos` videos a prompt; returns their paths.
+    """Writes `num_videos` videos per prompt, each as soon as it is made; returns their paths.
 
     `config` is of a stage or of the cascade, of which `first` and `last` choose a part; `clip` is a video file that the
-    first stage enlarges. `out` is a file, or with `in_folder` or several videos a folder of 000.mp4, 001.mp4, … in the
-    prompts' order; `save_stages` writes what every stage makes besides, as 000.base.mp4. Each file's metadata holds
-    prompt, seed, config and version. `zoom` enlarges every pixel, for looking at small stages.
-    UserError, before anything is compiled, where `out` exists and `overwrite` is not set, and on what `cascade.select`
-    and `read_clip` refuse.
+    first stage enlarges. Weights come from `workdir`, `weights_path` or the package (`weights.find`). `out` is a file,
+    or with `in_folder` or several videos a folder of 000.mp4, 001.mp4, … in the prompts' order; `save_stages` writes
+    what every stage makes besides, as 000.base.mp4. `zoom` enlarges every pixel, for looking at small stages.
+    Each file's metadata holds what it was made with: prompt, seed, number, whether the noise follows from the prompt
+    (`prompts.samples`, `same_noise`), stages, weights, config, version. With `resume` the files that are there already
+    are kept, if they are whole and were made with the same.
+    UserError, before anything is compiled or written, where a file exists and neither `overwrite` nor `resume` is set,
+    where a file that is there is of something else, where one cannot be written, where the weights of a stage are
+    missing or of another network, and on what `cascade.select` and `read_clip` refuse.
     """
+    if resume and overwrite:
+        raise UserError("--resume keeps the files that are there and --overwrite replaces them: give one of them")
     configs = cascade.select(config, first, last)
-    rows = [(prompt, (seed, number)) for prompt in prompts for number in range(num_videos)]
-    paths = output_paths(out, len(rows), in_folder=in_folder or num_videos > 1, overwrite=overwrite)
+    rows = samples(prompts, seed=seed, num_videos=num_videos, same_noise=same_noise)
+    names = outputs.paths_of(out, len(rows), in_folder=in_folder or num_videos > 1)
+    files = {configs[-1].stage: names}
     if save_stages:
-        for stage in configs[:-1]:
-            _refuse_existing([stage_path(path, stage) for path in paths], overwrite)
-    low = None
+        files |= {c.stage: [outputs.stage_path(path, c.stage) for path in names] for c in configs[:-1]}
+    for stage in configs:
+        if stage.stage in files:
+            height, width = stage.video.height * zoom, stage.video.width * zoom
+            outputs.check_encoder(names[0], height=height, width=width, fps=stage.video.fps)
+    sources = weights.find(configs, workdir=workdir, weights=weights_path)
+    identities = {stage.stage: weights.check(stage, sources[stage.stage]) for stage in configs}
+    low, source = None, {}
     if clip is not None:
-        low = np.repeat(read_clip(clip, configs[0])[None], len(rows), axis=0)
+        low = np.broadcast_to(read_clip(clip, configs[0]), (len(rows), *_given_shape(configs[0])))
+        source = {"input": _digest(clip)}
+    cascade.check_input(configs[0], given=low is not None)
 
-    def write(stage, videos, paths):
-        if jax.process_index():
-            return  # every process has all videos; the first one writes them
-        for path, video, (prompt, (_, number)) in zip(paths, videos, rows, strict=True):
-            metadata = config_metadata(config, prompt=prompt, seed=str(seed), number=str(number))
-            video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
-            video_io.write_video(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
-            print(path, flush=True)
+    def metadata(stage, row):
+        done = configs[: configs.index(stage) + 1]
+        return config_metadata(
+            config,
+            prompt=rows[row].prompt,
+            seed=str(seed),
+            number=str(rows[row].number),
+            noise="shared" if same_noise else "of the prompt",
+            stages=" ".join(c.stage for c in done),
+            zoom=str(zoom),
+            **{f"weights of {c.stage}": identities[c.stage] for c in done},
+            **source,
+        )
 
-    def on_stage(stage, videos):
-        if save_stages and stage is not configs[-1]:
-            write(stage, videos, [stage_path(path, stage) for path in paths])
+    def missing():
+        """The rows of each stage whose files are to be written: looked up by the first process alone, which writes."""
+        found = {c.stage: list(range(len(rows))) for c in configs if c.stage in files}
+        if resume:
+            for number, stage in enumerate(configs, 1):
+                if paths := files.get(stage.stage):
+                    there = [outputs.is_finished(p, metadata(stage, n), configs[:number]) for n, p in enumerate(paths)]
+                    found[stage.stage] = [row for row, finished in enumerate(there) if not finished]
+        else:
+            hint = ", or --resume to keep it and make what is missing"
+            outputs.refuse_existing([p for some in files.values() for p in some], overwrite=overwrite, hint=hint)
+        outputs.prepare([files[name][row] for name, some in found.items() for row in some])
+        return found
 
-    os.makedirs(os.path.dirname(os.path.abspath(paths[0])), exist_ok=True)
-    texts, seeds = zip(*rows, strict=True)
-    videos = cascade.run(configs, texts, seeds=seeds, workdir=workdir, low=low, on_stage=on_stage)
-    write(configs[-1], videos, paths)
-    return paths
+    wanted = {name: set(some) for name, some in hosts.of_first(missing).items()}
+    count = left = len(wanted[configs[-1].stage])
+    if resume:
+        log.info("%d of %d videos are there already", len(rows) - count, len(rows))
+    made = cascade.run(
+        configs, [row.prompt for row in rows], seeds=[row.noise for row in rows], sources=sources,
+        identities=identities, low=low,
+        group=config.sample.group, wanted=wanted,
+    )  # fmt: skip
+    try:
+        for stage, row, video in made:
+            if jax.process_index() == 0:  # every process has all videos
+                path, video = files[stage.stage][row], video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+                options = {"fps": stage.video.fps, "metadata": metadata(stage, row), "overwrite": overwrite}
+                video_io.write_video(path, video, **options)
+                outputs.say(path)
+            left -= stage is configs[-1]
+            del video  # its batch would stay in memory while the next one is made
+    except Interrupted as e:
+        done = f"{len(rows) - left} of {len(rows)} videos are written" if len(rows) > 1 else "nothing was written"
+        again = "the same command with --resume makes the others"
+        raise Interrupted(e.number, f"interrupted: {done}; {again}" if len(rows) > 1 else f"interrupted: {done}") from e
+    return names
+
+
+def _given_shape(config):
+    return (config.cond.frames, config.cond.height, config.cond.width, 3)
+
+
+def _digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:32]
 
 
 def read_clip(path: str, config) -> np.ndarray:
@@ -93,39 +155,20 @@ def read_clip(path: str, config) -> np.ndarray:
     return resize_video(itertools.chain([first], frames), height=size.height, width=size.width)
 
 
-def stage_path(path: str, stage) -> str:
-    """Where a stage's video is written beside the last one's."""
-    root, extension = os.path.splitext(path)
-    return f"{root}.{stage.stage}{extension}"
-
-
-def output_paths(out: str, count: int, *, in_folder: bool, overwrite: bool) -> list[str]:
-    """The files that `count` videos go to; UserError where one is there already or `out` is not of the right kind."""
-    extension = os.path.splitext(out)[1].lower()
-    if in_folder:
-        if extension in video_io.EXTENSIONS:
-            raise UserError(f"--out={out} names one file for several videos: give a folder")
-        paths = [os.path.join(out, f"{i:03}.mp4") for i in range(count)]
-        if os.path.isfile(out):
-            raise UserError(f"--out={out} is a file, but {count} videos need a folder: choose another")
-    else:
-        if extension not in video_io.EXTENSIONS:
-            raise UserError(f"--out={out} must end in {' or '.join(video_io.EXTENSIONS)}")
-        paths = [out]
-    _refuse_existing(paths, overwrite)
-    return paths
-
-
-def _refuse_existing(paths: list[str], overwrite: bool) -> None:
-    existing = [p for p in paths if os.path.exists(p)]
-    if existing and not overwrite:
-        raise UserError(f"{existing[0]} exists: choose another --out, or pass --overwrite to replace it")
-
-
 def export(config, workdir: str, out: str, *, overwrite=False) -> None:
-    """Writes the averaged parameters of a training run as bfloat16 safetensors, with the config beside them."""
-    if not out.endswith(".safetensors"):
-        raise UserError(f"--out={out} must end in .safetensors")
+    """Writes the averaged parameters of a training run as bfloat16 safetensors, with the run's own config.
+
+    UserError, before any weights are read, where `out` exists or cannot be written, or where the run has no checkpoint
+    or is of another network than `config`.
+    """
+    if not out.endswith(SUFFIX):
+        raise UserError(f"--out={out} must end in {SUFFIX}")
+    weights.check(config, workdir)
+    outputs.refuse_existing([out], overwrite=overwrite)
+    outputs.prepare([out])
     params = cascade.load_weights(config, workdir)
-    save_params(out, params, metadata=config_metadata(config), overwrite=overwrite)
+    metadata = config_metadata(config)
+    if (kept := weights.config_beside(workdir)) is not None:
+        metadata["config"] = json.dumps(kept, sort_keys=True)
+    save_params(out, params, metadata=metadata, overwrite=overwrite)
     print(out)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import agreeing, checks, hosts, lock, sharding, stages
+from ivideo import agreeing, checks, hosts, lock, sharding, stages, weights
 from ivideo.checkpoint import Checkpoints, check_workdir
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.export import load_params
 from ivideo.guards import PREEMPTED, Profile, Stopping, Watchdog
+from ivideo.recipe import keep_run_config
 from ivideo.report import Reporter
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
@@ -51,6 +52,8 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
+    if config.train.start:
+        weights.check_start(config)
     with Stopping() as stopping, hosts.leaving_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
@@ -58,6 +61,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         agreeing.agree(lambda: _inputs(config, encoder))
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
+            keep_run_config(config, workdir)
             state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
     if (step := int(state.step)) < config.train.steps:
         log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)

@@ -59,9 +59,13 @@ flags.DEFINE(
     PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard. Sampling without it "
     "takes the weights in the package (variant demo).",
 )  # fmt: skip
+flags.DEFINE(
+    PATH, "weights", None, "Weights that mode export wrote, in place of --workdir: a .safetensors file of one stage, or "
+    "a folder of STAGE.safetensors. In mode train a new run begins with them.",
+)  # fmt: skip
 flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')
 flags.DEFINE(
-    PATH, "prompts_file", None, "A text file with a prompt a line; --out is then a folder of 000.mp4, 001.mp4, …"
+    PATH, "prompts_file", None, "A UTF-8 file with one prompt per line; --out is then a folder of 000.mp4, 001.mp4, …"
 )
 flags.DEFINE(
     PATH,
@@ -76,8 +80,16 @@ flags.DEFINE_multi_string(
     "Makes mode encode_text run by Apache Beam, with its options, one a flag: --beam=--runner=DirectRunner.",
 )
 flags.DEFINE_integer("shards", 256, "Files of the cache that --beam makes.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the sampling noise: the same seed gives the same video.", 0, 2**32 - 1)
-flags.DEFINE_integer("num_videos", 1, "Videos for each prompt; more than one makes --out a folder.", lower_bound=1)
+flags.DEFINE_integer(
+    "seed", 0, "Seed of the sampling noise. The same seed and prompt give the same video.", lower_bound=0,
+    upper_bound=2**64 - 1,
+)  # fmt: skip
+flags.DEFINE_integer("num_videos", 1, "Videos per prompt; more than one makes --out a folder.", lower_bound=1)
+flags.DEFINE_bool("same_noise", False, "Start the videos of all prompts from the same noise, to compare prompts.")
+flags.DEFINE_bool(
+    "resume", False, "Mode sample: keep the videos that an earlier run of the same command has written, and make those "
+    "that are missing.",
+)  # fmt: skip
 flags.DEFINE(PATH, "input", None, "A video file that the first stage, one of super-resolution, enlarges.")
 flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run; it needs --input.")
 flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")
@@ -154,6 +166,8 @@ def _run_mode(config, several: bool) -> None:
     if FLAGS.mode == "train":
         from ivideo.loop import train
 
+        if FLAGS.weights:
+            _start_with(FLAGS.weights, config)
         train(config, _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
@@ -163,18 +177,21 @@ def _run_mode(config, several: bool) -> None:
     elif FLAGS.mode == "sample":
         from ivideo.generate import generate
 
-        generate(
-            config, _prompts(), _needed("out"), workdir=FLAGS.workdir, seed=FLAGS.seed, num_videos=FLAGS.num_videos,
-            in_folder=FLAGS.prompts_file is not None, zoom=FLAGS.zoom, overwrite=FLAGS.overwrite,
-            first=FLAGS.from_stage, last=FLAGS.to_stage, clip=FLAGS.input, save_stages=FLAGS.save_stages,
-        )  # fmt: skip
+        with _leaving_at_once(several):
+            generate(
+                config, _prompts(), _needed("out"), workdir=FLAGS.workdir, weights_path=FLAGS.weights, seed=FLAGS.seed,
+                num_videos=FLAGS.num_videos, same_noise=FLAGS.same_noise, in_folder=FLAGS.prompts_file is not None,
+                zoom=FLAGS.zoom, overwrite=FLAGS.overwrite, resume=FLAGS.resume, first=FLAGS.from_stage,
+                last=FLAGS.to_stage, clip=FLAGS.input, save_stages=FLAGS.save_stages,
+            )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluate import evaluate
 
-        evaluate(
-            config, workdir=FLAGS.workdir, clips=FLAGS.clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
-            overwrite=FLAGS.overwrite, last=FLAGS.to_stage,
-        )  # fmt: skip
+        with _leaving_at_once(several):
+            evaluate(
+                config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=FLAGS.clips, seed=FLAGS.seed,
+                out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, last=FLAGS.to_stage,
+            )  # fmt: skip
     elif FLAGS.mode == "export":
         from ivideo.generate import export
 
@@ -247,14 +264,33 @@ def _prompts() -> list[str]:
         )
     if FLAGS.prompt is not None:
         return [FLAGS.prompt]
+    from ivideo.prompts import read_lines
+
+    return list(read_lines(FLAGS.prompts_file, "--prompts_file"))
+
+
+def _start_with(path: str, config) -> None:
+    """Makes a new training run begin with the weights that --weights names."""
+    from ivideo import weights
+
+    if config.train.start:
+        raise UserError(f"--weights={path} and config.train.start = {config.train.start} are both given: give one")
+    config.train.start = weights.find([config], weights=path)[config.stage]
+
+
+@contextlib.contextmanager
+def _leaving_at_once(several: bool):
+    """Within it Ctrl-C and other signals to stop end the program at once. Of several processes jax has the signals."""
+    if several:
+        yield
+        return
+    from ivideo import interrupts
+
     try:
-        with open(FLAGS.prompts_file, encoding="utf-8") as f:
-            prompts = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts_file={FLAGS.prompts_file} cannot be read ({e}): give a UTF-8 text file") from e
-    if not prompts:
-        raise UserError(f"--prompts_file={FLAGS.prompts_file} has no prompt: write one a line")
-    return prompts
+        with interrupts.raising():
+            yield
+    except interrupts.Interrupted as e:
+        interrupts.leave(e)
 
 
 def _open_streams() -> None:
@@ -273,6 +309,8 @@ def _open_streams() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after an error that the user can mend, printed as one line."""
     _open_streams()
+    # A file name, or a sign in a table, that the terminal's encoding lacks is no reason to fail
+    sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ivideo").setLevel(logging.INFO)
     for name in ("absl", "asyncio"):  # Orbax writes pages there, also of errors that it raises
@@ -287,6 +325,9 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # the terminal is gone: the code tells
             print(f"ivideo: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ivideo: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -133,8 +133,17 @@ def conditioning_video(config, low, key, logsnr, *, time: int | None = None):
 
 
 def video_keys(config, seeds):
-    """Keys [B] for sampling, one a (seed, number) pair. Every super-resolution stage has noise of its own."""
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), number) for seed, number in seeds])
+    """Keys [B] for sampling, one for each (seed, number, …). Every super-resolution stage has noise of its own.
+
+    Each number is from 0 to 2³² - 1, the seed from 0 to 2⁶⁴ - 1.
+    """
+
+    def key(seed, *numbers):
+        high, low = divmod(seed, 2**32)
+        numbers = (high, *numbers) if high else numbers
+        return functools.reduce(jax.random.fold_in, map(np.uint32, numbers), jax.random.key(np.uint32(low)))
+
+    keys = jnp.stack([key(*numbers) for numbers in seeds])
     if not config.cond.frames:
         return keys
     stage = np.uint32(zlib.crc32(config.stage.encode()))

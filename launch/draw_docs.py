@@ -16,6 +16,7 @@ import numpy as np
 
 from configs import cascade as cascade_config
 from ivideo import cascade, evaluate
+from ivideo.prompts import samples
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -50,7 +51,7 @@ def draw_stages(configs, path: pathlib.Path) -> None:
 
 def draw_star(configs, path: pathlib.Path) -> None:
     """Six frames from the first to the last."""
-    video = cascade.run(configs, [PROMPT], seeds=[(0, 0)])[0]
+    _, _, video = next(cascade.run(configs, [PROMPT], seeds=[samples([PROMPT], seed=0)[0].noise]))
     figure, panels = pyplot.subplots(1, 6, figsize=(13, 1.6), layout="constrained")
     for panel, number in zip(panels, np.linspace(0, len(video) - 1, 6).round().astype(int), strict=True):
         show(panel, video[number], f"frame {number + 1} of {len(video)}")

@@ -15,19 +15,20 @@ VARIANTS = ("paper", "demo", "small")
 
 # Lower first. A module imports modules of its own level and below.
 LEVELS = [
-    {"__init__", "errors", "files", "schedules", "resize", "demo", "chips", "hlo", "board"},
+    {"__init__", "errors", "files", "interrupts", "prompts", "schedules", "resize", "demo", "chips", "hlo", "board"},
     {"sharding", "hosts", "joining", "agreeing", "lock"},
     {"diffusion", "guidance", "augment", "joint", "flops", "models"},
     {"conditioning", "windows"},
-    {"samplers", "distill", "export", "data"},
+    {"samplers", "distill", "export", "data", "recipe"},
     {"text", "stages", "checks", "metrics"},
     {"digests"},
     {"checkpoint"},
-    {"average"},
+    {"average", "weights"},
     {"guards"},
     {"train", "pretrain_text"},
     {"report"},
     {"loop", "cascade"},
+    {"outputs"},
     {"generate", "describe"},
     {"evaluate", "benchmark", "compile", "goodput"},
     {"arguments"},

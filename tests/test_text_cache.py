@@ -268,8 +268,10 @@ def test_small_two_processes_make_the_same_files(config, tmp_path):
 
 BAD = [
     (b"a\nbroken \xff\xfe caption\n", "line 2: .*broken.* is not UTF-8"),
-    (b"", "has no caption: write one a line"),
-    (b"\n \n", "has no caption"),
+    (b"", "has no text: write one per line"),
+    (b"\n \n", "has no text"),
+    ("\ufeff\n".encode(), "has no text"),
+    ("a red star\n".encode("utf-16-le"), "has NUL bytes: convert the file to UTF-8"),
     (None, "cannot be read .No such file"),
 ]
 

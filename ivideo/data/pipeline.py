@@ -13,17 +13,10 @@ import numpy as np
 
 from ivideo.data import unreadable, workers
 from ivideo.errors import UserError
+from ivideo.prompts import one_line
 
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 Readers = tuple[tuple[int, ...], ...]  # the numbers of a batch's equal parts that each of several readers has
-
-
-def one_line(caption: str) -> str:
-    """A caption without spaces around it, and with one for each run of spaces and line breaks in it.
-
-    As the encoder has it in training, and as a file of captions can.
-    """
-    return " ".join(caption.split())
 
 
 class _Indexed:

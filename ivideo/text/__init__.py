@@ -17,6 +17,7 @@ import numpy as np
 from ivideo import sharding
 from ivideo.errors import UserError
 from ivideo.files import exists
+from ivideo.prompts import one_line
 from ivideo.text.checkpoints import Checkpoint, inside, open_checkpoint, read_array
 from ivideo.text.t5 import T5Encoder
 from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
@@ -58,8 +59,8 @@ class TextEncoder:
         return _fingerprint(self.checkpoint, self.tokenizer, self.length, self.module.dtype)
 
     def tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts to tokens [B, L] int32 and mask [B, L] bool."""
-        return self.tokenizer(texts, self.length)
+        """Texts, normalised as training captions are, to tokens [B, L] int32 and mask [B, L] bool."""
+        return self.tokenizer([one_line(text) for text in texts], self.length)
 
     def encode(self, tokens, mask) -> jax.Array:
         """Tokens [..., L] and mask [..., L] to embeddings [..., L, D] float32, zero where the mask is False."""

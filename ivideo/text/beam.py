@@ -10,8 +10,8 @@ import json
 import ml_collections
 
 from ivideo import files
-from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
+from ivideo.prompts import one_line
 from ivideo.text import cache, fingerprint, load_encoder
 
 try:

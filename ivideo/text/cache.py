@@ -23,8 +23,8 @@ import tqdm
 from array_record.python import array_record_module
 
 from ivideo import agreeing, files, sharding
-from ivideo.data.pipeline import one_line
 from ivideo.errors import UserError
+from ivideo.prompts import one_line, read_lines
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder
 
 VERSION = 1
@@ -48,26 +48,8 @@ def shard_of(key: bytes, shards: int) -> int:
 
 
 def read_captions(path: str) -> list[str]:
-    """The distinct captions of a text file, a line each (`one_line`), in no order. UserError where one is not UTF-8."""
-    captions = {}
-    try:
-        with files.open_read(path) as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    caption = one_line(line.decode())
-                except UnicodeDecodeError as e:
-                    raise UserError(
-                        f"{path}, line {number}: {line[:80]!r} is not UTF-8 ({e.reason}): convert it"
-                    ) from e
-                if caption:
-                    captions[key_of(caption)] = caption
-    except OSError as e:
-        raise UserError(
-            f"--captions={path} cannot be read ({e.strerror or e}): give a text file with a caption a line"
-        ) from e
-    if not captions:
-        raise UserError(f"--captions={path} has no caption: write one a line")
-    return list(captions.values())
+    """The distinct captions of a text file, one per line (`read_lines`), in no order."""
+    return list({key_of(caption): caption for caption in read_lines(path, "--captions")}.values())
 
 
 def encode_captions(config, path: str, out: str) -> None:
