@@ -254,14 +254,14 @@ def run(
             )  # fmt: skip
             kept = {}
             for batch, videos in made:
-                for row in batch:
-                    if not np.isfinite(videos[batch.index(row)]).all():
+                for place, row in enumerate(batch):
+                    if not np.isfinite(videos[place]).all():
                         failed.setdefault(config.stage, []).append(prompts[begin + row])
                         continue
                     if config is not configs[-1]:
-                        kept[row] = videos[batch.index(row)]
+                        kept[row] = videos[place]
                     if begin + row in wanted.get(config.stage, ()):
-                        yield config, begin + row, videos[batch.index(row)]
+                        yield config, begin + row, videos[place]
                 videos = None  # before the next batch is made
             given = kept
             if len(configs) > 1:

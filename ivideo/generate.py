@@ -55,7 +55,7 @@ def generate(
         raise UserError("--resume keeps the files that are there and --overwrite replaces them: give one of them")
     configs = cascade.select(config, first, last)
     rows = samples(prompts, seed=seed, num_videos=num_videos, same_noise=same_noise)
-    names = outputs.paths_of(out, len(rows), in_folder=in_folder or num_videos > 1)
+    names = outputs.paths_of(out, len(rows), in_folder=in_folder or len(rows) > 1)
     files = {configs[-1].stage: names}
     if save_stages:
         files |= {c.stage: [outputs.stage_path(path, c.stage) for path in names] for c in configs[:-1]}

@@ -66,9 +66,8 @@ def check_network(source: str, found, config, *, any_stage: bool = False) -> Non
 
     `source` says which weights these are. With `any_stage` they may be of another stage with the same network.
     """
-    for key, there, here in network_differences(found, config):
-        if key == "stage" and any_stage:
-            continue
+    different = [item for item in network_differences(found, config) if item[0] != "stage" or not any_stage]
+    for key, there, here in sorted(different, key=lambda item: item[0] != "stage"):  # it says most
         raise UserError(
             f"{source} is of another network: config.{key} is {there!r} there and {here!r} in this config; use the "
             "config it was trained with, or other weights"

@@ -1,6 +1,7 @@
 """The seven stages: their published sizes, their chain, and the small cascade from a text to its last stage."""
 
 import importlib.resources
+import os
 import wave
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import cascade as cascade_config
-from ivideo import augment, cascade, checks, describe, evaluate, generate, stages
+from ivideo import augment, cascade, checks, describe, evaluate, generate, stages, weights
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.loop import make_data
@@ -36,7 +37,8 @@ def random_params(config, seed=1):
 @pytest.fixture
 def small(monkeypatch):
     config = cascade_config.get_config("small")
-    monkeypatch.setattr(cascade, "load_weights", lambda config, workdir: random_params(config))
+    monkeypatch.setattr(cascade, "load_weights", lambda config, source: random_params(config))
+    monkeypatch.setattr(weights, "check", lambda config, source: "random")
     return config
 
 
@@ -106,6 +108,34 @@ def test_small_text_becomes_a_video_through_all_stages(small, tmp_path):
         if min(size[1:3]) >= 16:
             frames, fps = video_io.read_video(out / f"001.{name}.mp4")
             assert (frames.shape, fps) == (size, stage.video.fps)
+
+
+def test_small_cascade_goes_a_group_at_a_time(small, tmp_path, monkeypatch):
+    """A stage's weights are loaded once for each group; files of a group are there before the next begins."""
+    loads = []
+
+    def load(config, source):
+        loads.append((config.stage, len(os.listdir(tmp_path / "out"))))
+        return random_params(config)
+
+    monkeypatch.setattr(cascade, "load_weights", load)
+    small.sample.group = 2
+    for name in small.order:
+        small.stages[name].sample.batch = 2
+        small.stages[name].sample.steps = 1
+    prompts = [*PROMPTS, "a green star"]
+    options = {"first": "base", "last": "ssr1", "in_folder": True, "save_stages": True}
+    generate.generate(small, prompts, str(tmp_path / "out"), **options)
+    assert loads == [("base", 0), ("tsr1", 2), ("ssr1", 4), ("base", 6), ("tsr1", 7), ("ssr1", 8)]
+    wanted = {path.name: video_io.read_video(path)[0] for path in (tmp_path / "out").iterdir()}
+    assert len(wanted) == 9
+    (tmp_path / "out" / "001.mp4").unlink()
+    (tmp_path / "out" / "002.base.mp4").unlink()
+    loads.clear()
+    generate.generate(small, prompts, str(tmp_path / "out"), resume=True, **options)
+    assert [name for name, _ in loads] == ["base", "tsr1", "ssr1", "base"]  # of the second group the base alone
+    for path in (tmp_path / "out").iterdir():
+        np.testing.assert_array_equal(video_io.read_video(path)[0], wanted[path.name])
 
 
 def test_small_enlarged_video_does_not_depend_on_its_batch(small):
@@ -200,13 +230,11 @@ def test_small_windows_are_sampled_without_seams():
 def test_small_evaluation_of_the_cascade(small, capsys, monkeypatch):
     """Of true clips, whose backgrounds go from black to a little brighter."""
 
-    def true_clips(configs, texts, *, seeds, workdir):
+    def true_clips(configs, texts, *, seeds, **_):
         frames, height, width, _ = stages.video_shape(configs[-1])
-        clips = [
-            shapes.render(shapes.parse_caption(t), n, frames=frames, height=height, width=width)
-            for t, (_, n) in zip(texts, seeds, strict=True)
-        ]
-        return np.stack(clips) + np.linspace(0, 2 / 127.5, frames)[:, None, None, None]
+        for row, (text, (_, n)) in enumerate(zip(texts, seeds, strict=True)):
+            clip = shapes.render(shapes.parse_caption(text), n, frames=frames, height=height, width=width)
+            yield configs[-1], row, clip + np.linspace(0, 2 / 127.5, frames)[:, None, None, None]
 
     monkeypatch.setattr(cascade, "run", true_clips)
     table = evaluate.evaluate(small, clips=6)["table"]

@@ -1,6 +1,7 @@
 """From a prompt to a file: what is in it, what it depends on, what is refused."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ from configs import base
 from ivideo import cascade, generate, stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
+from ivideo.export import config_metadata, file_identity, load_params, save_params
 from ivideo.metrics import prompt_following
 
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def stage():
     """A small stage whose every layer counts, without training."""
     config = base.get_config("small")
@@ -25,6 +27,15 @@ def stage():
     return config, jax.tree.map(
         lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config)
     )
+
+
+@pytest.fixture
+def exported(stage, tmp_path):
+    """That stage, its weights in a file."""
+    config, params = stage
+    path = str(tmp_path / "base.safetensors")
+    save_params(path, params, metadata=config_metadata(config), dtype=np.float32)
+    return config, path
 
 
 def test_small_video_depends_on_its_seed_and_prompt_alone(stage):
@@ -73,48 +84,127 @@ def test_small_shifted_schedule_and_its_inverse(stage):
     np.testing.assert_allclose(stages.time_fn(config)(logsnr), times, atol=1e-5)
 
 
-def test_small_files_carry_what_made_them(stage, tmp_path, monkeypatch):
-    config, params = stage
-    monkeypatch.setattr(cascade, "load_weights", lambda *_: params)
-    paths = generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), seed=3, num_videos=2, zoom=2)
+def test_small_files_carry_what_made_them(exported, tmp_path):
+    config, path = exported
+    options = {"weights_path": path, "seed": 3}
+    paths = generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), num_videos=2, zoom=2, **options)
     assert [p.rsplit("/", 1)[1] for p in paths] == ["000.mp4", "001.mp4", "002.mp4", "003.mp4"]
     metadata = video_io.read_metadata(paths[2])
     assert (metadata["prompt"], metadata["seed"], metadata["number"]) == (PROMPTS[1], "3", "0")
+    assert (metadata["noise"], metadata["stages"], metadata["zoom"]) == ("of the prompt", "base", "2")
+    assert metadata["weights of base"] == file_identity(path)
     assert json.loads(metadata["config"])["stage"] == "base"
-    assert metadata["ivideo_version"] == generate.config_metadata(config)["ivideo_version"]
+    assert metadata["ivideo_version"] == config_metadata(config)["ivideo_version"]
     frames, fps = video_io.read_video(paths[0])
     assert (frames.shape, fps) == ((4, 16, 16, 3), 3)
     with pytest.raises(UserError, match=r"000.mp4 exists: choose another --out, or pass --overwrite"):
-        generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), seed=4, num_videos=2)
+        generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), num_videos=2, **options)
     one = str(tmp_path / "one.gif")
-    assert generate.generate(config, PROMPTS[:1], one, seed=3) == [one]
+    assert generate.generate(config, PROMPTS[:1], one, **options) == [one]
     assert video_io.read_metadata(one)["prompt"] == PROMPTS[0]
 
 
-def test_small_output_paths_are_checked_first(tmp_path):
-    def paths(out, count=1, in_folder=False, overwrite=False):
-        return generate.output_paths(str(tmp_path / out), count, in_folder=in_folder, overwrite=overwrite)
+def test_small_video_that_is_not_finite_costs_no_other(exported, tmp_path, monkeypatch):
+    """It is left out, the others are written, and the error at the end names its prompt."""
+    config, path = exported
+    sampled = stages.sample
 
-    with pytest.raises(UserError, match="must end in .mp4 or .gif"):
-        paths("a.avi")
-    with pytest.raises(UserError, match="names one file for several videos: give a folder"):
-        paths("a.mp4", 2, in_folder=True)
-    (tmp_path / "a.mp4").write_bytes(b"kept")
-    with pytest.raises(UserError, match="exists: choose another --out"):
-        paths("a.mp4")
-    assert paths("a.mp4", overwrite=True) == [str(tmp_path / "a.mp4")]
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file, but 2 videos need a folder"):
-        paths("file", 2, in_folder=True)
+    def sample(config, model, params, text, mask, keys, **options):
+        video = sampled(config, model, params, text, mask, keys, **options)
+        return video.at[0].set(jnp.where(mask[0].any(), video[0], jnp.nan))  # of the empty prompt
+
+    monkeypatch.setattr(stages, "sample", sample)
+    config.sample.batch = 1
+    with pytest.raises(
+        FloatingPointError, match="stage base made values that are not finite for '': nothing was writt"
+    ):
+        generate.generate(config, ["", *PROMPTS[:2]], str(tmp_path / "out"), weights_path=path)
+    assert sorted(os.listdir(tmp_path / "out")) == ["001.mp4", "002.mp4"]
 
 
-def test_small_values_that_are_not_finite_are_never_written(stage, tmp_path, monkeypatch):
-    config, params = stage
-    broken = jax.tree.map(lambda p: p * np.nan, params)
-    monkeypatch.setattr(cascade, "load_weights", lambda *_: broken)
-    with pytest.raises(FloatingPointError, match="stage base made values that are not finite for 'a red star"):
-        generate.generate(config, PROMPTS[:1], str(tmp_path / "out.mp4"))
-    assert list(tmp_path.iterdir()) == []
+def frames(folder):
+    """Every video in a folder, by its name."""
+    return {name: video_io.read_video(folder / name)[0] for name in sorted(os.listdir(folder))}
+
+
+def test_small_the_same_command_makes_what_is_missing(exported, tmp_path, caplog, capsys):
+    """Bit for bit as an undisturbed one, from whatever is there; nothing that is there is touched."""
+    config, path = exported
+    config.sample.batch, config.sample.group = 2, 4
+    prompts = [f"{colour} circle" for colour in "abcdefg"]
+
+    def run(out, prompts=prompts, **options):
+        generate.generate(config, prompts, str(tmp_path / out), weights_path=path, in_folder=True, **options)
+
+    run("whole")
+    run("parts", prompts[:3])
+    kept = (tmp_path / "parts" / "001.mp4").stat().st_mtime_ns
+    os.remove(tmp_path / "parts" / "002.mp4")
+    capsys.readouterr()
+    with caplog.at_level("INFO", logger="ivideo"):
+        run("parts", resume=True)
+    assert "2 of 7 videos are there already" in caplog.text
+    assert capsys.readouterr().out.split() == [str(tmp_path / "parts" / f"{i:03}.mp4") for i in range(2, 7)]
+    assert (tmp_path / "parts" / "001.mp4").stat().st_mtime_ns == kept
+    wanted, found = frames(tmp_path / "whole"), frames(tmp_path / "parts")
+    assert list(wanted) == list(found)
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name])
+    assert len({video.tobytes() for video in wanted.values()}) == 7
+
+
+def test_small_files_of_something_else_are_not_taken_for_ours(exported, tmp_path):
+    """What differs is named, before anything is made."""
+    config, path = exported
+
+    def run(prompts=PROMPTS[:2], config=config, weights=path, **options):
+        generate.generate(config, prompts, str(tmp_path / "out"), weights_path=weights, resume=True, in_folder=True,
+                          **options)  # fmt: skip
+
+    run()
+    run()  # nothing is missing
+    with pytest.raises(UserError, match=r"000.mp4 was made with seed '0', and this command has '5'"):
+        run(seed=5)
+    with pytest.raises(UserError, match=r"000.mp4 was made with prompt 'a red star .*', and this command has 'a blue"):
+        run(PROMPTS[1::-1])
+    with pytest.raises(UserError, match=r"000.mp4 was made with noise 'of the prompt', and this command has 'shared'"):
+        run(same_noise=True)
+    other = config.copy_and_resolve_references()
+    other.sample.steps = 5
+    with pytest.raises(UserError, match=r"made with config.sample.steps = 4 of stage base, and this command has 5"):
+        run(config=other)
+    other.sample.steps, other.sample.batch = 4, 5  # how many at a time is no difference
+    run(config=other)
+    weights = str(tmp_path / "other.safetensors")
+    params = jax.tree.map(lambda p: p + 0.1, load_params(path))
+    save_params(weights, params, metadata=config_metadata(config), dtype=np.float32)
+    with pytest.raises(UserError, match=r"000.mp4 was made with weights of base '"):
+        run(weights=weights)
+    file = tmp_path / "out" / "001.mp4"
+    file.write_bytes(file.read_bytes()[:-700])
+    with pytest.raises(UserError, match=r"001.mp4 is not whole .*: delete it"):
+        run()
+    video_io.write_video(file, np.zeros((4, 8, 8, 3), np.float32), fps=3, overwrite=True)
+    with pytest.raises(UserError, match=r"001.mp4 was made without a record of its prompt"):
+        run()
+    with pytest.raises(UserError, match="--resume keeps .* and --overwrite replaces"):
+        run(overwrite=True)
+
+
+def test_small_prompts_have_noise_of_their_own(exported, tmp_path):
+    """That of a line does not depend on the other lines; with same_noise all begin alike."""
+    config, path = exported
+
+    def run(out, prompts, **options):
+        generate.generate(config, prompts, str(tmp_path / out), weights_path=path, in_folder=True, **options)
+        return list(frames(tmp_path / out).values())
+
+    a, b, again = run("all", [PROMPTS[0], PROMPTS[1], "  a red star\nmoving left on a  teal background "])
+    assert np.abs(a.astype(int) - again).max() > 4  # the same prompt, its second video
+    (alone,) = run("alone", [PROMPTS[1]])
+    assert np.abs(alone.astype(int) - b).max() <= 2  # in a batch of one: rounding
+    shared, first = run("shared", [PROMPTS[1], PROMPTS[0]], same_noise=True), run("first", PROMPTS[:1], same_noise=True)
+    assert np.abs(shared[1].astype(int) - first[0]).max() <= 2
 
 
 def test_small_progress_bar_is_for_terminals(stage, capsys):

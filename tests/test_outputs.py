@@ -1,0 +1,67 @@
+"""Where videos are written: which names are taken, and what is found wrong before any work."""
+
+import errno
+import os
+import tempfile
+
+import pytest
+
+from ivideo import outputs
+from ivideo.errors import UserError
+
+
+def test_small_kinds_of_output():
+    assert outputs.paths_of("a.mp4", 1, in_folder=False) == ["a.mp4"]
+    assert outputs.paths_of("A.MP4", 1, in_folder=False) == ["A.MP4"]
+    assert outputs.paths_of("out.v2", 2, in_folder=True) == ["out.v2/000.mp4", "out.v2/001.mp4"]
+    for out in ("a.avi", "a.webm", "a.MOV", "a", "mp4"):
+        with pytest.raises(UserError, match=f"--out={out} must end in .mp4 or .gif"):
+            outputs.paths_of(out, 1, in_folder=False)
+    for out in ("a.mp4", "a.MP4", "a.Gif", "a.webm", "a.mov"):
+        with pytest.raises(UserError, match=f"--out={out} names one file for several videos: give a folder"):
+            outputs.paths_of(out, 2, in_folder=True)
+    assert outputs.stage_path("out/000.MP4", "tsr1") == "out/000.tsr1.MP4"
+
+
+def test_small_what_is_there_is_kept(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    outputs.refuse_existing([path], overwrite=False)
+    os.symlink(tmp_path / "nowhere", path)
+    with pytest.raises(UserError, match=r"a.mp4 exists: choose another --out, or pass --overwrite to replace it"):
+        outputs.refuse_existing([path], overwrite=False)
+    outputs.refuse_existing([path], overwrite=True)
+    os.remove(path)
+    os.mkdir(path)
+    with pytest.raises(UserError, match=r"a.mp4 is a folder: choose another --out"):
+        outputs.refuse_existing([path], overwrite=True)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file, but 2 videos need a folder"):
+        outputs.paths_of(str(tmp_path / "file"), 2, in_folder=True)
+
+
+def test_small_targets_are_tried_first(tmp_path, monkeypatch):
+    outputs.prepare([str(tmp_path / "new" / "deep" / ("é" * 125 + ".mp4"))])  # 254 bytes
+    assert os.listdir(tmp_path / "new" / "deep") == []
+    with pytest.raises(UserError, match="cannot be written .File name too long.: choose another --out"):
+        outputs.prepare([str(tmp_path / ("é" * 126 + ".mp4"))])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be written .*Not a directory.*: choose another --out"):
+        outputs.prepare([str(tmp_path / "file" / "a.mp4")])
+    with pytest.raises(UserError, match="/proc cannot be written to .*: choose another --out"):
+        outputs.prepare(["/proc/a.mp4"])
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match="cannot be written to .No space left on device.: make room"):
+        outputs.prepare([str(tmp_path / "a.mp4")])
+
+
+def test_small_sizes_that_cannot_be_encoded_are_found_first():
+    outputs.check_encoder("a.mp4", height=8, width=8, fps=3)
+    outputs.check_encoder("a.GIF", height=9, width=9, fps=3)
+    with pytest.raises(UserError, match="expected even numbers"):
+        outputs.check_encoder("a.MP4", height=9, width=8, fps=3)
+    with pytest.raises(UserError, match="frames of 64×40000 cannot be written as H.264 .*: choose another --zoom"):
+        outputs.check_encoder("a.mp4", height=64, width=40000, fps=3)
