@@ -60,7 +60,7 @@ flags.DEFINE(
     "takes the weights in the package (variant demo).",
 )  # fmt: skip
 flags.DEFINE(
-    PATH, "weights", None, "Weights that mode export wrote, in place of --workdir: a .safetensors file of one stage, or "
+    PATH, "weights", None, "Weights from mode export, in place of --workdir: a .safetensors file of one stage, or "
     "a folder of STAGE.safetensors. In mode train a new run begins with them.",
 )  # fmt: skip
 flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')

@@ -50,7 +50,7 @@ MISTAKES = {
     "no_weights": ([SMALL, *SAMPLE], ["--workdir is missing", "demo variant"]),
     "no_checkpoints": ([SMALL, *SAMPLE, "--workdir={tmp}/none"], ["{tmp}/none has no checkpoints"]),
     "output_exists": ([DEMO, *SAMPLE[:2], "--out={tmp}/old.mp4"], ["old.mp4 exists", "--overwrite"]),
-    "output_kind": ([DEMO, *SAMPLE[:2], "--out={tmp}/new.avi"], [".avi", ".mp4 or .gif"]),
+    "output_kind": ([DEMO, *SAMPLE[:2], "--out={tmp}/new.avi"], [".avi", ".mp4, .mov, .webm or .gif"]),
     "no_data": (["--config=configs/base.py:small", "--config.data.source=tfds", "--workdir={tmp}/w"], ["data"]),
     "no_encoder": (["--config=configs/base.py", "--workdir={tmp}/w"], ["config.text.checkpoint", "T5"]),
 }  # fmt: skip
