@@ -114,8 +114,8 @@ def generate(
                 path, video = files[stage.stage][row], video.repeat(zoom, axis=1).repeat(zoom, axis=2)
                 options = {"fps": stage.video.fps, "metadata": metadata(stage, row), "overwrite": overwrite}
                 video_io.write_video(path, video, **options)
+                left -= stage is configs[-1]
                 outputs.say(path)
-            left -= stage is configs[-1]
             del video  # its batch would stay in memory while the next one is made
     except Interrupted as e:
         done = f"{len(rows) - left} of {len(rows)} videos are written" if len(rows) > 1 else "nothing was written"

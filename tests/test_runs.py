@@ -75,7 +75,7 @@ def test_small_another_model_in_the_folder_is_refused(trained):
     config = config.copy_and_resolve_references()
     config.model.channels = (16,)
     with pytest.raises(
-        UserError, match=r"checkpoints/40 is of another model: down_0/.* is .* there and .* in this config"
+        UserError, match=r"is of another network: config.model.channels is \[8\] there and \[16\] in this config"
     ):
         train(config, str(workdir), devices=jax.devices()[:1])
 

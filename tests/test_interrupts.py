@@ -1,0 +1,64 @@
+"""Ctrl-C, a polite kill and a lost ssh while sampling: one line, at once, and what is finished stays."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from ivideo import interrupts, stages
+from ivideo.data import video_io
+from ivideo.export import config_metadata, save_params
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_small_signals_raise_and_what_is_ignored_stays_ignored():
+    before = {s: signal.getsignal(s) for s in interrupts.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with interrupts.raising():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.wait_for(lambda: 5) == 5
+            with pytest.raises(ZeroDivisionError):
+                interrupts.wait_for(lambda: 1 / 0)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with pytest.raises(interrupts.Interrupted) as caught:
+                    interrupts.wait_for(lambda: (os.kill(os.getpid(), number), time.sleep(5)))  # noqa: B023
+                assert caught.value.number == number
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+    assert {s: signal.getsignal(s) for s in interrupts.SIGNALS} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_command_says_a_line(number, tmp_path):
+    config = base.get_config("small")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: (0.1 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config))
+    save_params(str(tmp_path / "base.safetensors"), params, metadata=config_metadata(config))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"star {n}" for n in range(500)))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", "--mode=sample"]
+    command += [f"--weights={tmp_path}", f"--prompts_file={tmp_path}/prompts.txt", f"--out={out}"]
+    command += ["--config.sample.batch=2"]
+    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    written = sorted(path.name for path in out.iterdir())
+    assert 3 <= len(written) < 500
+    done = f"ivideo: interrupted: {len(written)} of 500 videos are written"
+    assert said == f"{done}; the same command with --resume makes the others\n"
+    for name in written:
+        assert video_io.count_frames(out / name) == 4
