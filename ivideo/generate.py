@@ -8,7 +8,7 @@ import logging
 import jax
 import numpy as np
 
-from ivideo import cascade, hosts, outputs, weights
+from ivideo import agreeing, cascade, outputs, weights
 from ivideo.data import video_io
 from ivideo.data.sources import resize_video
 from ivideo.errors import UserError
@@ -99,7 +99,7 @@ def generate(
         outputs.prepare([files[name][row] for name, some in found.items() for row in some])
         return found
 
-    wanted = {name: set(some) for name, some in hosts.of_first(missing).items()}
+    wanted = {name: set(some) for name, some in agreeing.of_first(missing).items()}
     count = left = len(wanted[configs[-1].stage])
     if resume:
         log.info("%d of %d videos are there already", len(rows) - count, len(rows))

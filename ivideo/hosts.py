@@ -112,32 +112,6 @@ def is_worker(error):
     return isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
 
 
-def of_first(function):
-    """What `function` returns in the first process, which alone calls it, in all of them. The value goes through JSON.
-
-    Its UserError or OSError becomes a UserError in all.
-    """
-    if jax.process_count() == 1:
-        return function()
-    from jax.experimental import multihost_utils
-
-    said = {}
-    if jax.process_index() == 0:
-        try:
-            said = {"value": function()}
-        except (UserError, OSError) as e:
-            said = {"error": str(e)}
-    data = np.frombuffer(json.dumps(said).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    buffer = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        buffer[:] = data
-    said = json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)))
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["value"]
-
-
 @contextlib.contextmanager
 def leaving_together():
     """Of several processes, ends this one and all others at once after any error of the block, with the same exit code.
