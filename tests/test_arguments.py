@@ -148,7 +148,7 @@ def test_small_an_error_inside_of_a_config_is_its_reason(folder, name):
         ([f"--config={SMALL}", "--config.sample=3"], "--config.sample=3: .* not a dict"),
         (["--out=~nobody-1/x.mp4"], "~nobody-1 has no home folder"),
         (["--flagfile=none.txt"], "none.txt"),
-        (["--seed=4294967296"], "--seed=4294967296"),
+        (["--seed=18446744073709551616"], "--seed=18446744073709551616"),
     ],
 )  # fmt: skip
 def test_small_mistakes_in_arguments_are_one_line(folder, args, said):
