@@ -169,7 +169,7 @@ def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
         paths = generate.generate(
             small, PROMPTS[:1], str(tmp_path / "new.mp4"), first="ssr1", last="ssr2", clip=str(clip)
         )
-    assert "30 frames of 48×64 at 20 a second, resampled to 8 of 8×8 at 6 for ssr1" in caplog.text
+    assert "48×64 at 20 a second; its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 for ssr1" in caplog.text
     frames, fps = video_io.read_video(paths[0])
     assert (frames.shape, fps) == ((8, 32, 32, 3), 6)
 

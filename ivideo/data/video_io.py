@@ -140,12 +140,6 @@ def read_rate(source: Path | bytes) -> Fraction:
         return video.rate
 
 
-def count_frames(path: Path) -> int:
-    """How many frames of a file decode. VideoError where one does not, or the file cannot be opened as a video."""
-    with opened(path, "a video file") as (container, stream, _):
-        return sum(1 for _ in container.decode(stream))
-
-
 def read_video(source: Path | bytes, *, min_frames: int = 2) -> tuple[np.ndarray, Fraction]:
     """All frames, uint8 [T,H,W,3], and the rate in frames a second, of a path or of a file's bytes.
 
