@@ -26,10 +26,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# Where a shell runs the tests in the background, or nohup does, these are ignored, and a run leaves them so
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()
+# Where a shell runs the tests in the background, or nohup does, these are ignored, and a run leaves them so
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
