@@ -30,7 +30,7 @@ MISTAKES = (UserError, FloatingPointError, OSError)  # errors that are one line,
 OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 _REASON = "ivideo/reason"  # key of why the program ends: JSON of process, host, code and message
-_FOREVER = 2**31 - 1  # milliseconds
+_WAIT = 2**31 - 1  # milliseconds of one wait for the reason: 24 days, the most that a call takes
 _READ_SECONDS = 2.0  # that the first process, which has the store, stays for the others to read the reason
 _CLOSE_SECONDS = 60.0  # for a checkpoint that is being saved when a process fails
 _leaving = threading.Lock()  # held by the thread that ends the process
@@ -64,10 +64,14 @@ def watch() -> None:
 
 
 def _watch():
-    try:
-        reason = json.loads(store().blocking_key_value_get(_REASON, _FOREVER))
-    except Exception:  # the store is closed, at the end of the program, or the first process is gone: jax acts on that
-        return
+    reason = None
+    while reason is None:
+        try:
+            reason = json.loads(store().blocking_key_value_get(_REASON, _WAIT))
+        except Exception as e:
+            if not str(e).startswith("DEADLINE_EXCEEDED"):
+                # The store is closed, at the end of the program, or the first process is gone: jax acts on that
+                return
     if reason["process"] != process()[0] and _leaving.acquire(blocking=False):
         _leave_as_told(reason)
 

@@ -37,11 +37,10 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     Without a checkpoint it begins with the weights of the file `config.train.start`, or where that is empty with none;
     UserError where they are of another network, and where the mesh does not fit the devices or the batch.
     `devices`: those to use, all unless given. `profile_steps`: first and last step that the profiler records. All
-    processes of `jax.distributed` call this together. A notice to stop (`Stopping`), or the loss of a
-    data worker, saves and leaves with exit code 75, a step that hangs leaves with 76, the loss of another process with
-    77. FloatingPointError where more updates than
-    `config.train.max_skipped` were not finite, or more than `max_rollbacks` spikes of the loss were taken back: the
-    checkpoints stay as they were.
+    processes of `jax.distributed` call this together. A notice to stop (`Stopping`), or the loss of a data worker,
+    saves and leaves with exit code 75, a step that hangs leaves with 76, the loss of another process with 77.
+    FloatingPointError where more updates than `config.train.max_skipped` were not finite, or more than `max_rollbacks`
+    spikes of the loss were taken back: the checkpoints stay as they were.
     """
     checks.check(config)
     if config.train.warmup >= config.train.steps:

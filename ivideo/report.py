@@ -44,8 +44,6 @@ class Reporter:
         try:
             yield
         except Exception as e:
-            if jax.process_count() > 1 and isinstance(e, jax.errors.JaxRuntimeError):
-                raise  # samples are made by all processes together, and another one may be gone
             if what not in self._failed:
                 self._failed.add(what)
                 log.warning("%s cannot be written (%s: %s): the training goes on without", what, type(e).__name__, e)
@@ -157,8 +155,12 @@ class Reporter:
 
     def samples(self, step: int, make_videos) -> None:
         """A grid in TensorBoard of what `make_videos()` returns: a row a video, its frames from left to right."""
+        if jax.process_count() > 1:
+            # All processes make the samples together. If one went on alone after an error, the others would wait for it
+            videos = make_videos()
         with self._reporting("the grid of samples"):
-            videos = make_videos()  # in every process: they make them together
+            if jax.process_count() == 1:
+                videos = make_videos()
             if self._writes:
                 n, t, h, w, c = videos.shape
                 grid = videos.transpose(0, 2, 1, 3, 4).reshape(n * h, t * w, c)

@@ -5,9 +5,12 @@
 #
 # HOST is a name that ssh knows, or USER@HOST. The others find the first host by its name, without the user, at --port. Unless
 # given, the port is a number from 20000 to 29999 that follows from the --workdir: the same whenever this run starts again,
-# another for another run. --folder is the checkout on every host, from the home folder there, with an environment in .venv. Each line of output begins with its host. Where one process ends, the others do within a minute;
-# where one left with 75, 76, 77 or 134, and none with 1, 2 or 130 (an error that would be made again, Ctrl-C), all start again
-# after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of an hour (LONG, in seconds) begins a new row.
+# another for another run. --folder is the checkout on every host, from the home folder there, with an environment in .venv.
+#
+# Each line of output begins with its host. Where one process ends, the others do within a minute; one that is still there after
+# 300 s (LEAVE) is ended. Where a process left with 75, 76, 77 or 134, and none with 1, 2 or 130 (an error that would be made
+# again, Ctrl-C), all start again after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run of an hour (LONG, in seconds)
+# begins a new row.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -72,13 +75,25 @@ named() { # every line with a name before it, at once: sed would keep pages of t
   while IFS= read -r line || [[ -n $line ]]; do printf '%s: %s\n' "$1" "$line"; done
 }
 
+late() { # ends what is still there LEAVE seconds after the first of some processes has ended: one on a host that hangs
+  local pid there=1
+  trap 'kill "$!" 2>/dev/null; exit' TERM
+  while [[ $there == 1 ]]; do
+    sleep 1 & wait $!
+    for pid in "$@"; do kill -0 "$pid" 2>/dev/null || there=0; done
+  done
+  sleep "${LEAVE:-300}" & wait $!
+  # ssh and what reads its lines. The shell on that host is then told that its terminal is gone
+  for pid in "$@"; do pkill -P "$pid" || true; done
+}
+
 once() { # every host's process; ends with the first code that is not 0, the gravest first
-  local i pids=() worst=0 code
+  local i pids=() worst=0 code watcher=''
   for i in "${!hosts[@]}"; do
     local process=(.venv/bin/python -m ivideo.main "--coordinator=${names[0]}:$port" "--num_processes=${#hosts[@]}" "--process_id=$i" "${rest[@]}")
     # -tt: should this script end, so do the processes. With exit, the shell there outlives the process: of one that a signal
     # ended, ssh itself would tell 255, the shell tells which signal
-    local command=(ssh -tt -o BatchMode=yes "${hosts[i]}" "cd $there && $(quoted "${process[@]}"); exit \$?")
+    local command=(ssh -tt -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8 "${hosts[i]}" "cd $there && $(quoted "${process[@]}"); exit \$?")
     if [[ -n ${DRY_RUN:-} ]]; then
       run "${command[@]}"
     else
@@ -86,11 +101,16 @@ once() { # every host's process; ends with the first code that is not 0, the gra
       pids+=($!)
     fi
   done
+  if [[ ${#pids[@]} -gt 0 ]]; then
+    late "${pids[@]}" >/dev/null 2>&1 & # it must not hold a pipe open that somebody reads to its end
+    watcher=$!
+  fi
   for i in "${pids[@]}"; do
     code=0
     wait "$i" || code=$?
     if (($(grave "$code") > $(grave "$worst"))); then worst=$code; fi
   done
+  [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
   return "$worst"
 }
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -104,3 +105,25 @@ def test_small_a_process_leaves_with_the_first_reason(reasons, program, code, sa
         assert (reason["process"], reason["code"]) == (1, code) and reason["message"].startswith(told)
     else:
         assert done.stdout == ""
+
+
+def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
+    """One wait for the reason ends after 24 days: another one begins."""
+    told = {"process": 1, "host": "h", "code": 2, "message": "wrong"}
+
+    class Store:
+        waits = 0
+
+        def blocking_key_value_get(self, key, milliseconds):
+            self.waits += 1
+            if self.waits < 3:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+            return json.dumps(told)
+
+    store, left = Store(), []
+    monkeypatch.setattr(hosts, "store", lambda: store)
+    monkeypatch.setattr(hosts, "process", lambda: (0, 2))
+    monkeypatch.setattr(hosts, "_leaving", threading.Lock())
+    monkeypatch.setattr(hosts, "_leave_as_told", left.append)
+    hosts._watch()
+    assert (store.waits, left) == (3, [told])

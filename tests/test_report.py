@@ -81,6 +81,16 @@ REPORTS = {
 }
 
 
+def test_small_samples_of_several_processes_fail_in_all_of_them(tmp_path, monkeypatch):
+    """A process that went on alone would wait for the others without end."""
+    mesh = loop.sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    reporter = report.Reporter(run_config(), str(tmp_path), mesh)
+    reporter.samples(1, broken)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="out of order"):
+        reporter.samples(2, broken)
+
+
 @pytest.mark.parametrize("what", REPORTS)
 def test_small_a_report_that_fails_is_said_once(what, tmp_path, monkeypatch, caplog):
     REPORTS[what](monkeypatch)
