@@ -13,7 +13,7 @@ describe   print what a stage is: parameters, sizes, FLOPs, layers; nothing is a
 benchmark  time a stage's forward, training step and guided sampling step on this machine
 
   python -m ivideo.main --config=configs/base.py:demo --mode=sample \
-      --prompt="a red star moving right on a teal background" --out=star.mp4
+      --prompt="a yellow star moving right on a teal background" --out=star.mp4
 
 A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
 """

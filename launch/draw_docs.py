@@ -21,7 +21,7 @@ from ivideo.prompts import samples
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-PROMPT = "a red star moving right on a teal background"
+PROMPT = "a yellow star moving right on a teal background"
 COLUMNS = {"given": "given", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "true"}
 
 
