@@ -58,20 +58,19 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         if config.train.sample_every:
             encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
         agreeing.agree(lambda: _inputs(config, encoder))
+        iterator = make_process_data(config, encoder, mesh)
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
             keep_run_config(config, workdir)
-            state = _run(config, workdir, mesh, encoder, stopping, profile_steps)
+            state = _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps)
     if (step := int(state.step)) < config.train.steps:
         log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
         sys.exit(PREEMPTED)
     return state
 
 
-def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
+def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> TrainState:
     """The run from where it stands to its last step, or to the one after which it is told to stop: that is saved."""
-    reader, readers = sharding.process_parts(mesh)
-    iterator = make_data(config, encoder, reader=reader, readers=readers)
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     reporter, step = Reporter(config, workdir, mesh), 0
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
@@ -120,7 +119,7 @@ def _run(config, workdir, mesh, encoder, stopping, profile_steps) -> TrainState:
                         break
                     # The others wait for this process in their step: it goes on with new workers until all stop
                     position = iterator.get_state()
-                    iterator = make_data(config, encoder, reader=reader, readers=readers)
+                    iterator = make_process_data(config, encoder, mesh)
                     iterator.set_state(position)
                     stopping.tell()
                     batch = sharding.to_devices(next(iterator), mesh)
@@ -182,6 +181,12 @@ def load_texts(config, mesh):
     if config.data.text_cache:
         return TextCache.open(config.data.text_cache, config.text)
     return load_encoder(config.text, mesh=mesh)
+
+
+def make_process_data(config, encoder, mesh):
+    """The endless iterator over this process's parts of the stage's batches."""
+    reader, readers = sharding.process_parts(mesh)
+    return make_data(config, encoder, reader=reader, readers=readers)
 
 
 def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):

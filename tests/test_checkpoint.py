@@ -315,7 +315,7 @@ def test_small_save_that_fails_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
         checkpoints.save(2, state_of(2), iterator())
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(UserError, match=r"could not be saved in .*\(no space left\).*goes on from step 1"):
             checkpoints.finish()
     data = iterator()
     step, state = Checkpoints(tmp_path, keep=2).restore(like(), data)

@@ -25,6 +25,7 @@ ALLOWED = {
             "logsnr_shift",
             "num_clips",
             "workers",
+            "max_unreadable",
         ),
         *("num_images", "max_skipped", "spike", "max_rollbacks", "hang_seconds", "warmup", "ema", "text_dropout"),
         *("augmentation_min", "augmentation_blur", "crop_frames", "crop_height", "crop_width", "image_weight"),

@@ -197,12 +197,23 @@ def test_small_a_notice_before_the_first_step_leaves_as_one_after_it(tmp_path, m
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path):
-    config = run_config(**{"train.start": str(tmp_path / "none.safetensors")})
+def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path, monkeypatch):
+    def fail(config):
+        raise UserError("no state")
+
+    monkeypatch.setattr(loop, "state_shapes", fail)
+    with pytest.raises(UserError, match="no state"):
+        loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    start, end = lines(tmp_path / "events.jsonl")
+    assert (start["event"], end["reason"]) == ("start", "failed: UserError")
+
+
+@pytest.mark.parametrize("key", ["train.start", "data.dir"])
+def test_small_a_mistake_that_is_found_at_the_start_writes_nothing(key, tmp_path):
+    config = run_config(**{"data.source": "tfds", "data.dir": str(tmp_path), key: str(tmp_path / "none.safetensors")})
     with pytest.raises(UserError, match=r"none\.safetensors"):
         loop.train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
-    start, end = lines(tmp_path / "run" / "events.jsonl")
-    assert (start["event"], end["reason"]) == ("start", "failed: UserError")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_small_profiled_steps_that_never_come_are_said(tmp_path, caplog):

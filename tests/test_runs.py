@@ -112,7 +112,7 @@ def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     broken = config.copy_and_resolve_references()
     broken.train.steps = STEPS + 8
-    broken.train.image_weight = float("nan")
+    broken.train.image_weight = 1e39  # infinite in float32
     broken.train.max_skipped = 2
     with pytest.raises(FloatingPointError, match=f"is nan at step {STEPS + 3} of stage base, and 3 updates"):
         train(broken, str(tmp_path), devices=jax.devices()[:1])
