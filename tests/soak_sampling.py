@@ -73,13 +73,14 @@ def main() -> int:
     (folder / "prompts.txt").write_text("\n".join(prompts))
     if run(command(folder, None)) or run(command(folder, "whole")):
         return 1
-    startup = time.monotonic()
-    run(command(folder, "whole"))  # everything is there: what remains is the start
-    startup = time.monotonic() - startup
+    # All programs are in the compile cache now
+    total = time.monotonic()
+    run(command(folder, "timed"))
+    total = time.monotonic() - total
     kills = 0
     while kills < args.kills:
-        # Within the start, or a part of the way to the end: what is left is made over and over otherwise
-        seconds = startup * (rng.uniform(0.3, 1) if rng.random() < 0.3 else rng.uniform(1, 2))
+        # A third of the kills may come before the first video, the others while videos are written
+        seconds = rng.uniform(0.3, 1) * total
         code = run(command(folder, "killed"), seconds)
         kills += code == -9
         print(
