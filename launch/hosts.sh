@@ -83,8 +83,8 @@ late() { # ends what is still there LEAVE seconds after the first of some proces
     for pid in "$@"; do kill -0 "$pid" 2>/dev/null || there=0; done
   done
   sleep "${LEAVE:-300}" & wait $!
-  # ssh and what reads its lines. The shell on that host is then told that its terminal is gone
-  for pid in "$@"; do pkill -P "$pid" || true; done
+  # Ends ssh. The shell on that host is then told that its terminal is gone
+  kill "$@" 2>/dev/null || true
 }
 
 once() { # every host's process; ends with the first code that is not 0, the gravest first
@@ -97,7 +97,7 @@ once() { # every host's process; ends with the first code that is not 0, the gra
     if [[ -n ${DRY_RUN:-} ]]; then
       run "${command[@]}"
     else
-      (set -o pipefail && "${command[@]}" 2>&1 | named "${hosts[i]}") &
+      "${command[@]}" > >(named "${hosts[i]}") 2>&1 &
       pids+=($!)
     fi
   done
