@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ivideo import digests
-from ivideo.checkpoint import below, check_workdir, line, said, shapes, shapes_in
+from ivideo.checkpoint import below, check_workdir, line, said, shapes, shapes_in, steps_in
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
 
@@ -44,7 +44,7 @@ def read_average(workdir: str, like) -> tuple[int, dict]:
         raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
     damaged = set()
     for _ in range(TRIES):
-        steps = _steps(folder) if first else set()
+        steps = steps_in(folder) if first else set()
         step = said(str(max(steps - damaged, default="")))
         if not step:
             break
@@ -68,12 +68,6 @@ def read_average(workdir: str, like) -> tuple[int, dict]:
     raise UserError(f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every")
 
 
-def _steps(folder) -> set[int]:
-    """The steps of the checkpoints in a run's folder. One that is being saved has another name."""
-    names = [path.name for path in (folder / "checkpoints").iterdir()]
-    return {int(name) for name in names if name.isdecimal() and name == str(int(name))}
-
-
 def _read(folder, step, newest, like):
     """(averaged parameters, what is wrong with a checkpoint), of which one is empty.
 
@@ -82,7 +76,7 @@ def _read(folder, step, newest, like):
     path, first = folder / "checkpoints" / str(step), jax.process_index() == 0
 
     def deleted():
-        return said(DELETED if first and (not path.exists() or max(_steps(folder), default=0) > newest) else "")
+        return said(DELETED if first and (not path.exists() or max(steps_in(folder), default=0) > newest) else "")
 
     with contextlib.ExitStack() as stack:
         files = problem = ""

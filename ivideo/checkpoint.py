@@ -86,8 +86,7 @@ class Checkpoints:
         `like`: the state's shapes with the shardings wanted, whatever devices saved it. A damaged checkpoint is moved
         to damaged/, with a warning, and the one before it is tried. With an iterator, that is where training begins,
         what a killed save has left is deleted: it holds nothing that a whole one lacks. UserError where the checkpoint
-        is of another model or optimizer, or where
-        all are damaged.
+        is of another model or optimizer, or where all are damaged.
         """
         self.finish()
         if self._first:
@@ -143,7 +142,7 @@ class Checkpoints:
             if self._first:
                 for torn in folder.glob(f"*{TEMPORARY}*"):
                     shutil.rmtree(torn, ignore_errors=True)
-            steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+            steps = steps_in(self.workdir)
             raise UserError(
                 f"a checkpoint could not be saved in {folder} ({problem}): make room there, or see that it can be "
                 f"written; the same command goes on from {f'step {max(steps)}' if steps else 'the start'}"
@@ -245,6 +244,12 @@ def _storage_problem(error: Exception) -> str:
         return ""
     found = re.search(r"([^:]+) \[os_error_code", text)
     return found[1].strip() if found else text[:200]
+
+
+def steps_in(workdir) -> set[int]:
+    """The steps of the checkpoints in a run's folder. One that is being saved has another name."""
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return {int(name) for name in names if name.isdecimal() and name == str(int(name))}
 
 
 def shapes_in(path, handler) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from ivideo import flops, sharding, stages, train
 from ivideo.chips import CHIPS, slice_of
 from ivideo.describe import columns, forward_flops, human, human_flops
 from ivideo.errors import UserError
-from ivideo.files import write_json
+from ivideo.files import refuse_existing, write_json
 from ivideo.hlo import Program
 from ivideo.text import encode, encoder_module
 
@@ -32,8 +32,8 @@ LIBTPU = {"v4": {"chip_config_name": "megacore"}}
 
 def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json=False, out=None, overwrite=False):
     """Prints what `measure` finds as a table or JSON, writes it as JSON to `out`, and returns it."""
-    if out is not None and os.path.exists(out) and not overwrite:
-        raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
+    if out is not None:
+        refuse_existing([out], overwrite=overwrite)
     found = measure(config, topology, what=what, effort=effort)
     print(json.dumps(found, indent=2) if as_json else table(found))
     if out is not None:

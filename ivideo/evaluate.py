@@ -20,7 +20,7 @@ def evaluate(
     stage are missing or of another network.
     """
     if out is not None:
-        outputs.refuse_existing([out], overwrite=overwrite)
+        files.refuse_existing([out], overwrite=overwrite)
         outputs.prepare([out])
     configs = cascade.select(config, None, last)
     sources = weights.find(configs, workdir=workdir, weights=weights_path)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from ivideo.errors import UserError
-from ivideo.files import whole
+from ivideo.files import refuse_existing, whole
 
 SUFFIX = ".safetensors"
 FLOATS = ("F32", "BF16", "F16", "F64")  # types of number, as safetensors files name them, that parameters may have
@@ -21,8 +21,7 @@ SAMPLED = 4096  # bytes of each leaf that tell a file from others
 
 def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat16, overwrite: bool = False):
     """Writes a tree of parameters, rounded to `dtype`, with string metadata; to a temporary name, then renamed."""
-    if os.path.exists(path) and not overwrite:
-        raise UserError(f"{path} exists: choose another --out, or pass --overwrite to replace it")
+    refuse_existing([path], overwrite=overwrite)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     data = save({name: jnp.asarray(value, dtype) for name, value in flat.items()}, metadata=metadata)
     with whole(path) as temporary, open(temporary, "wb") as f:

@@ -73,6 +73,15 @@ def read_bytes(path: str, begin: int = 0, end: int | None = None) -> bytes:
     return found.value
 
 
+def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> None:
+    """UserError where one of the files is there and is not to be replaced, or cannot be since it is a folder."""
+    for path in paths:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder: choose another --out")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(f"{path} exists: choose another --out, or pass --overwrite to replace it{hint}")
+
+
 @contextlib.contextmanager
 def whole(path: str):
     """The name of a file to write, which is at `path` once the block has ended, and not there if it fails."""

@@ -13,6 +13,7 @@ from ivideo.data import video_io
 from ivideo.data.sources import resize_video
 from ivideo.errors import UserError
 from ivideo.export import SUFFIX, config_metadata, save_params
+from ivideo.files import refuse_existing
 from ivideo.interrupts import Interrupted
 from ivideo.prompts import samples
 
@@ -95,7 +96,7 @@ def generate(
                     found[stage.stage] = [row for row, finished in enumerate(there) if not finished]
         else:
             hint = ", or --resume to keep it and make what is missing"
-            outputs.refuse_existing([p for some in files.values() for p in some], overwrite=overwrite, hint=hint)
+            refuse_existing([p for some in files.values() for p in some], overwrite=overwrite, hint=hint)
         outputs.prepare([files[name][row] for name, some in found.items() for row in some])
         return found
 
@@ -164,7 +165,7 @@ def export(config, workdir: str, out: str, *, overwrite=False) -> None:
     if not out.endswith(SUFFIX):
         raise UserError(f"--out={out} must end in {SUFFIX}")
     weights.check(config, workdir)
-    outputs.refuse_existing([out], overwrite=overwrite)
+    refuse_existing([out], overwrite=overwrite)
     outputs.prepare([out])
     params = cascade.load_weights(config, workdir)
     metadata = config_metadata(config)

@@ -36,15 +36,6 @@ def stage_path(path: str, stage: str) -> str:
     return f"{root}.{stage}{extension}"
 
 
-def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> None:
-    """UserError where one of the files is there and is not to be replaced, or cannot be since it is a folder."""
-    for path in paths:
-        if os.path.isdir(path):
-            raise UserError(f"{path} is a folder: choose another --out")
-        if os.path.lexists(path) and not overwrite:
-            raise UserError(f"{path} exists: choose another --out, or pass --overwrite to replace it{hint}")
-
-
 def prepare(paths: list[str]) -> None:
     """Makes the files' folders, and finds by a temporary file in each that there is room for more.
 

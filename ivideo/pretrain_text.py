@@ -8,7 +8,6 @@ Captions of the held-out combinations are never shown.
 """
 
 import functools
-import os
 import string
 import sys
 
@@ -19,8 +18,8 @@ import numpy as np
 import optax
 
 from ivideo.data import shapes
-from ivideo.errors import UserError
 from ivideo.export import config_metadata, save_params
+from ivideo.files import refuse_existing
 from ivideo.text import encode, encoder_module
 from ivideo.text.tokenizers import byte_tokens
 
@@ -159,8 +158,7 @@ def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3
 
     Prints and returns the share of the held-out captions whose four attributes are all named right.
     """
-    if os.path.exists(out) and not overwrite:
-        raise UserError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
+    refuse_existing([out], overwrite=overwrite)
     rng = np.random.default_rng(config.seed)
     probe = Probe(encoder_module(config.text))
     tokens, mask, _ = batch_of(rng, 2, config.text.length)

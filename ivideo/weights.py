@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ivideo import recipe, stages
-from ivideo.checkpoint import below, shapes_in
+from ivideo.checkpoint import below, shapes_in, steps_in
 from ivideo.errors import UserError
 from ivideo.export import SUFFIX, check_shapes, file_identity, load_metadata, read_shapes, shapes_of
 
@@ -97,7 +97,7 @@ def _newest(workdir):
     folder = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    steps = steps_in(folder.parent)
     if not steps:
         raise UserError(
             f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"

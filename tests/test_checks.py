@@ -5,6 +5,7 @@ import math
 
 import jax
 import pytest
+from test_structure import leaves
 
 from configs import base, cascade, ssr1
 from ivideo import checks, describe, stages
@@ -34,14 +35,6 @@ ALLOWED = {
     -1: {"logsnr_min", "logsnr_max", "logsnr_shift", "augmentation_min", "mesh.data"},
     None: {"checkpoint"},
 }
-
-
-def leaves(config, prefix=""):
-    for key, value in config.items():
-        if hasattr(value, "items"):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def change(config, key, value):

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from ivideo import outputs
+from ivideo import files, outputs
 from ivideo.errors import UserError
 
 
@@ -25,15 +25,15 @@ def test_small_kinds_of_output():
 
 def test_small_what_is_there_is_kept(tmp_path):
     path = str(tmp_path / "a.mp4")
-    outputs.refuse_existing([path], overwrite=False)
+    files.refuse_existing([path], overwrite=False)
     os.symlink(tmp_path / "nowhere", path)
     with pytest.raises(UserError, match=r"a.mp4 exists: choose another --out, or pass --overwrite to replace it"):
-        outputs.refuse_existing([path], overwrite=False)
-    outputs.refuse_existing([path], overwrite=True)
+        files.refuse_existing([path], overwrite=False)
+    files.refuse_existing([path], overwrite=True)
     os.remove(path)
     os.mkdir(path)
     with pytest.raises(UserError, match=r"a.mp4 is a folder: choose another --out"):
-        outputs.refuse_existing([path], overwrite=True)
+        files.refuse_existing([path], overwrite=True)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="is a file, but 2 videos need a folder"):
         outputs.paths_of(str(tmp_path / "file"), 2, in_folder=True)
