@@ -256,7 +256,8 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
 def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails, way, code, said):
     """And with its message, long before a step would count as hung. What would fail again is not started again."""
     processes, address, workdir = [], f"127.0.0.1:{free_port()}", tmp_path / "run"
-    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}  # a script sees its own folder, not this one
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     program = [sys.executable, str(ROOT / "tests" / "failing_process.py"), address]
     for i in range(2):
