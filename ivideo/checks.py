@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ivideo import conditioning, files, sharding, stages
-from ivideo.diffusion import LOSS_KINDS
+from ivideo import files, stages
+from ivideo.devices import sharding
+from ivideo.diffusion import conditioning
+from ivideo.diffusion.process import LOSS_KINDS
 from ivideo.errors import UserError
 from ivideo.models.blocks import TEMPORAL
 from ivideo.models.unet import PREDICTIONS

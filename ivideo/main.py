@@ -130,7 +130,7 @@ def run() -> None:
     if not FLAGS.distributed and all(value is None for value in addressed):
         _run_mode(config, several=False)
         return
-    from ivideo import agreeing, hosts, joining
+    from ivideo.devices import agreeing, hosts, joining
 
     joining.join(*addressed, run=FLAGS.workdir or "")
     with hosts.leaving_together():
@@ -148,11 +148,12 @@ def _run_mode(config, several: bool) -> None:
     """Does what --mode says. Imports follow the mode, so that --help answers at once."""
     _keep_compiled(several)
     if FLAGS.mode == "goodput":
-        from ivideo.goodput import report
+        from ivideo.training.goodput import report
 
         report(_needed("workdir"), as_json=FLAGS.json)
         return
-    from ivideo import cascade, checks
+    from ivideo import checks
+    from ivideo.sampling import cascade
 
     checks.expand_home(config)
     checks.check(config)
@@ -164,18 +165,18 @@ def _run_mode(config, several: bool) -> None:
     if FLAGS.only_check_args:  # one of absl's own flags
         return
     if FLAGS.mode == "train":
-        from ivideo.loop import train
+        from ivideo.training.loop import train
 
         if FLAGS.weights:
             _start_with(FLAGS.weights, config)
         train(config, _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
-        from ivideo.loop import data_source
+        from ivideo.training.loop import data_source
 
         check_data(data_source(config))
     elif FLAGS.mode == "sample":
-        from ivideo.generate import generate
+        from ivideo.sampling.generate import generate
 
         with _leaving_at_once(several):
             generate(
@@ -185,7 +186,7 @@ def _run_mode(config, several: bool) -> None:
                 last=FLAGS.to_stage, clip=FLAGS.input, save_stages=FLAGS.save_stages,
             )  # fmt: skip
     elif FLAGS.mode == "evaluate":
-        from ivideo.evaluate import evaluate
+        from ivideo.evaluation.evaluate import evaluate
 
         with _leaving_at_once(several):
             evaluate(
@@ -193,7 +194,7 @@ def _run_mode(config, several: bool) -> None:
                 out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, last=FLAGS.to_stage,
             )  # fmt: skip
     elif FLAGS.mode == "export":
-        from ivideo.generate import export
+        from ivideo.sampling.generate import export
 
         export(config, _needed("workdir"), _needed("out"), overwrite=FLAGS.overwrite)
     elif FLAGS.mode == "encode_text":
@@ -206,22 +207,22 @@ def _run_mode(config, several: bool) -> None:
 
             encode_captions(config, _needed("captions"), _needed("out"))
     elif FLAGS.mode == "train_text":
-        from ivideo.pretrain_text import train_text
+        from ivideo.training.pretrain_text import train_text
 
         train_text(config, _needed("out"), overwrite=FLAGS.overwrite)
     elif FLAGS.mode == "describe":
-        from ivideo.describe import describe
+        from ivideo.planning.describe import describe
 
         describe(config, as_json=FLAGS.json)
     elif FLAGS.mode == "compile":
-        from ivideo.compile import compile_stage
+        from ivideo.planning.compile import compile_stage
 
         compile_stage(
             config, _needed("topology"), what=FLAGS.what, effort=FLAGS.effort, as_json=FLAGS.json, out=FLAGS.out,
             overwrite=FLAGS.overwrite,
         )  # fmt: skip
     elif FLAGS.mode == "benchmark":
-        from ivideo.benchmark import benchmark
+        from ivideo.planning.benchmark import benchmark
 
         benchmark(config, as_json=FLAGS.json)
 
@@ -271,11 +272,11 @@ def _prompts() -> list[str]:
 
 def _start_with(path: str, config) -> None:
     """Makes a new training run begin with the weights that --weights names."""
-    from ivideo import weights
+    from ivideo.training import trained
 
     if config.train.start:
         raise UserError(f"--weights={path} and config.train.start = {config.train.start} are both given: give one")
-    config.train.start = weights.find([config], weights=path)[config.stage]
+    config.train.start = trained.find([config], weights=path)[config.stage]
 
 
 @contextlib.contextmanager
@@ -284,7 +285,7 @@ def _leaving_at_once(several: bool):
     if several:
         yield
         return
-    from ivideo import interrupts
+    from ivideo.sampling import interrupts
 
     try:
         with interrupts.raising():

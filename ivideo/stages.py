@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import augment, conditioning, guidance, samplers, sharding
+from ivideo.devices import sharding
+from ivideo.diffusion import augment, conditioning, guidance, samplers
+from ivideo.diffusion.schedules import cosine_logsnr, cosine_time
+from ivideo.diffusion.windows import windowed
 from ivideo.models.unet import VideoUNet
-from ivideo.schedules import cosine_logsnr, cosine_time
-from ivideo.windows import windowed
 
 # Folded into a video's key for the noise on its conditioning video: a number that no sampler step has
 _AUGMENTATION = np.uint32(2**32 - 2)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from absl import flags
 
 from configs import ssr2
-from ivideo import evaluate
-from ivideo.train import train
+from ivideo.evaluation import evaluate
+from ivideo.training.step import train
 
 PREDICTIONS = ("v", "eps")
 

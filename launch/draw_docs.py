@@ -15,8 +15,9 @@ import matplotlib
 import numpy as np
 
 from configs import cascade as cascade_config
-from ivideo import cascade, evaluate
+from ivideo.evaluation import evaluate
 from ivideo.prompts import samples
+from ivideo.sampling import cascade
 
 matplotlib.use("agg")
 from matplotlib import pyplot

@@ -18,10 +18,10 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ivideo.chips import CHIPS, slice_of  # noqa: E402
-from ivideo.compile import gib  # noqa: E402
-from ivideo.describe import human, human_flops  # noqa: E402
+from ivideo.devices.chips import CHIPS, slice_of  # noqa: E402
 from ivideo.files import write_json, write_text  # noqa: E402
+from ivideo.planning.compile import gib  # noqa: E402
+from ivideo.planning.describe import human, human_flops  # noqa: E402
 
 DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")

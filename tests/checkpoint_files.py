@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo.checkpoint import Checkpoints
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import ShapesSource
 from ivideo.text.tokenizers import byte_tokens
+from ivideo.training.checkpoint import Checkpoints
 
 
 @flax.struct.dataclass

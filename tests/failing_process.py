@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import base
-from ivideo import files, hosts, joining, loop, main, train
+from ivideo import files, main
 from ivideo.data.video_io import sample_frames
+from ivideo.devices import hosts, joining
 from ivideo.errors import UserError
 from ivideo.text import cache
+from ivideo.training import loop, step
 
 FAILS_AT = 4  # the batch, from 1
 
@@ -122,7 +124,7 @@ def run(address, process, workdir, way, fails):
     config.data.workers = int(way == "worker")
     loop.make_train_step = make_train_step
     loop.embed = lambda *args: {}
-    loop.init_state = lambda config, params: train.init_state(config, {"scale": jnp.zeros(8)})
+    loop.init_state = lambda config, params: step.init_state(config, {"scale": jnp.zeros(8)})
     loop.state_shapes = lambda config: jax.eval_shape(lambda: loop.init_state(config, None))
     make_data, save = loop.make_data, loop.Checkpoints.save
     loop.Checkpoints.restore = lambda *args: None

@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = (
 )
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from ivideo import goodput
+from ivideo.training import goodput
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 8

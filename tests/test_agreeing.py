@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from configs import base
-from ivideo import agreeing, hosts
+from ivideo.devices import agreeing, hosts
 from ivideo.errors import UserError
 
 
@@ -134,4 +134,4 @@ def test_small_every_value_of_a_config_has_a_name():
 def test_small_the_program_is_its_code_and_its_libraries():
     found = agreeing.of_program()
     assert {"the version of ivideo", "the version of jax", "the version of jaxlib"} < found.keys()
-    assert {"the code of ivideo/agreeing.py", "the code of ivideo/models/unet.py"} < found.keys()
+    assert {"the code of ivideo/devices/agreeing.py", "the code of ivideo/models/unet.py"} < found.keys()

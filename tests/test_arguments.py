@@ -192,7 +192,7 @@ def test_small_help_is_not_an_error(folder, flag, capsys):
 def test_small_arguments_alone_are_checked(folder, monkeypatch, capsys):
     """absl's --only_check_args is in --helpfull: a run must not begin."""
     monkeypatch.setattr(main, "_keep_compiled", lambda several: None)
-    monkeypatch.setattr("ivideo.loop.train", lambda *_, **__: pytest.fail("a run began"))
+    monkeypatch.setattr("ivideo.training.loop.train", lambda *_, **__: pytest.fail("a run began"))
     args = ["ivideo", f"--config={SMALL}", "--only_check_args", f"--workdir={folder / 'w'}"]
     assert main.main(args) == 0
     assert main.main([*args, "--config.train.steps=0"]) == 2

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import augment
-from ivideo.schedules import alpha_sigma, cosine_time
+from ivideo.diffusion import augment
+from ivideo.diffusion.schedules import alpha_sigma, cosine_time
 
 
 def test_small_training_level_is_uniform_in_time():

@@ -25,10 +25,10 @@ from checkpoint_files import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ivideo import average, digests
-from ivideo.average import read_average
-from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
+from ivideo.training import average, digests
+from ivideo.training.average import read_average
+from ivideo.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from configs import base
-from ivideo import benchmark, describe, flops, train
+from ivideo.devices import flops
 from ivideo.errors import UserError
+from ivideo.planning import benchmark, describe
+from ivideo.training import step
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,14 @@ def test_small_flops_are_counted(small, found):
     # with and without the text, around which there is no product
     assert found["cases"]["sampling_step"]["flops"] == 2 * forward
 
-    shapes = train.state_shapes(small), train.batch_shapes(small)
-    assert found["cases"]["training_step"]["flops"] == flops.count(train.make_train_step(small), *shapes)
+    shapes = step.state_shapes(small), step.batch_shapes(small)
+    assert found["cases"]["training_step"]["flops"] == flops.count(step.make_train_step(small), *shapes)
 
 
 def test_small_rematerialised_flops_are_not_the_models(small, found):
     config = small.copy_and_resolve_references()
     config.model.remat = "full"
-    state = train.state_shapes(config)
+    state = step.state_shapes(config)
     *_, count = benchmark._training_step(config, state)
     assert count == found["cases"]["training_step"]["flops"]
 

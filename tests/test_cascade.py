@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from configs import cascade as cascade_config
-from ivideo import augment, cascade, checks, describe, evaluate, generate, stages, weights
+from ivideo import checks, stages
 from ivideo.data import shapes, video_io
+from ivideo.diffusion import augment
 from ivideo.errors import UserError
-from ivideo.loop import make_data
+from ivideo.evaluation import evaluate
+from ivideo.planning import describe
+from ivideo.sampling import cascade, generate
+from ivideo.training import trained
+from ivideo.training.loop import make_data
 
 # The paper's table: parameters, frames × height × width, frames a second, attention in space, the layer in time.
 PAPER = {
@@ -38,7 +43,7 @@ def random_params(config, seed=1):
 def small(monkeypatch):
     config = cascade_config.get_config("small")
     monkeypatch.setattr(cascade, "load_weights", lambda config, source: random_params(config))
-    monkeypatch.setattr(weights, "check", lambda config, source: "random")
+    monkeypatch.setattr(trained, "check", lambda config, source: "random")
     return config
 
 

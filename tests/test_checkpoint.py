@@ -36,10 +36,10 @@ from checkpoint_files import (
 )  # fmt: skip
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ivideo import digests
-from ivideo.average import read_average
-from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
+from ivideo.training import digests
+from ivideo.training.average import read_average
+from ivideo.training.checkpoint import Checkpoints
 
 # Of Orbax's reads that were still under way when one failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -8,8 +8,9 @@ import pytest
 from test_structure import leaves
 
 from configs import base, cascade, ssr1
-from ivideo import checks, describe, stages
+from ivideo import checks, stages
 from ivideo.errors import UserError
+from ivideo.planning import describe
 
 BAD = ("abc", 0, -1, math.nan, math.inf, None, ())
 # What a stage's config may hold of these values, by the end of the key's name

@@ -13,9 +13,11 @@ import jax
 import pytest
 
 from configs import base, ssr1, tsr2
-from ivideo import compile, describe, sharding, train
-from ivideo.chips import CHIPS, of_device, slice_of
+from ivideo.devices import sharding
+from ivideo.devices.chips import CHIPS, of_device, slice_of
 from ivideo.errors import UserError
+from ivideo.planning import compile, describe
+from ivideo.training import step
 
 ROOT = pathlib.Path(__file__).parent.parent
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="TPU's compiler: pip install 'jax[tpu]'")
@@ -89,10 +91,10 @@ def test_small_models_flops_of_a_step_are_three_forward_passes():
     config.train.batch_size = 256
     config.data.num_images = 0
     forward = 256 * describe.forward_flops(config)
-    plain = train.model_flops(config)
+    plain = step.model_flops(config)
     assert 2.98 < plain / forward < 3.0
     config.model.remat = "none"
-    assert train.model_flops(config) == plain
+    assert step.model_flops(config) == plain
 
 
 def test_small_programs_run_as_they_are_compiled():

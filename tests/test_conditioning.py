@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from configs import ssr1, tsr1
-from ivideo import checks, conditioning, stages
+from ivideo import checks, stages
 from ivideo.data import shapes
+from ivideo.diffusion import conditioning
 from ivideo.errors import UserError
-from ivideo.train import conditioning_inputs
+from ivideo.training.step import conditioning_inputs
 
 
 def ramp(frames=4, height=8, width=12):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import base
-from ivideo import describe
+from ivideo.planning import describe
 
 
 @pytest.fixture

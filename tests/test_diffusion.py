@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import diffusion
+from ivideo.diffusion import process
 
 LOGSNR = np.array([-8.0, -1.5, 0.0, 2.0, 8.0])
 
@@ -21,33 +21,33 @@ def data():
 
 
 def test_small_expand_adds_axes():
-    assert diffusion.expand(LOGSNR, np.zeros((5, 3, 2, 2, 3))).shape == (5, 1, 1, 1, 1)
-    np.testing.assert_array_equal(diffusion.expand(LOGSNR, np.zeros((5, 2)))[:, 0], LOGSNR.astype(np.float32))
+    assert process.expand(LOGSNR, np.zeros((5, 3, 2, 2, 3))).shape == (5, 1, 1, 1, 1)
+    np.testing.assert_array_equal(process.expand(LOGSNR, np.zeros((5, 2)))[:, 0], LOGSNR.astype(np.float32))
 
 
 def test_small_noise_and_target_match_float64(data):
     x, eps = data
     alpha, sigma = scales_f64(LOGSNR)
-    np.testing.assert_allclose(diffusion.add_noise(x, eps, LOGSNR), alpha * x + sigma * eps, atol=1e-6)
-    np.testing.assert_allclose(diffusion.v_target(x, eps, LOGSNR), alpha * eps - sigma * x, atol=1e-6)
+    np.testing.assert_allclose(process.add_noise(x, eps, LOGSNR), alpha * x + sigma * eps, atol=1e-6)
+    np.testing.assert_allclose(process.v_target(x, eps, LOGSNR), alpha * eps - sigma * x, atol=1e-6)
 
 
 def test_small_conversions_recover_what_z_was_made_of(data):
     x, eps = data
-    z, v = diffusion.add_noise(x, eps, LOGSNR), diffusion.v_target(x, eps, LOGSNR)
-    np.testing.assert_allclose(diffusion.x_from_v(z, v, LOGSNR), x, atol=1e-6)
-    np.testing.assert_allclose(diffusion.eps_from_v(z, v, LOGSNR), eps, atol=1e-6)
+    z, v = process.add_noise(x, eps, LOGSNR), process.v_target(x, eps, LOGSNR)
+    np.testing.assert_allclose(process.x_from_v(z, v, LOGSNR), x, atol=1e-6)
+    np.testing.assert_allclose(process.eps_from_v(z, v, LOGSNR), eps, atol=1e-6)
     # The remaining four divide by sigma or alpha, 0.018 at the ends of LOGSNR.
-    np.testing.assert_allclose(diffusion.v_from_x(z, x, LOGSNR), v, atol=4e-5)
-    np.testing.assert_allclose(diffusion.v_from_eps(z, eps, LOGSNR), v, atol=4e-5)
-    np.testing.assert_allclose(diffusion.eps_from_x(z, x, LOGSNR), eps, atol=4e-5)
+    np.testing.assert_allclose(process.v_from_x(z, x, LOGSNR), v, atol=4e-5)
+    np.testing.assert_allclose(process.v_from_eps(z, eps, LOGSNR), v, atol=4e-5)
+    np.testing.assert_allclose(process.eps_from_x(z, x, LOGSNR), eps, atol=4e-5)
 
 
 def test_small_everything_is_float32_for_bfloat16_inputs(data):
     x, eps = (jnp.asarray(a, jnp.bfloat16) for a in data)
-    assert diffusion.add_noise(x, eps, LOGSNR).dtype == jnp.float32
-    assert diffusion.x_from_v(x, eps, LOGSNR).dtype == jnp.float32
-    assert diffusion.training_loss(lambda z, _: z.astype(jnp.bfloat16), x, eps, LOGSNR).dtype == jnp.float32
+    assert process.add_noise(x, eps, LOGSNR).dtype == jnp.float32
+    assert process.x_from_v(x, eps, LOGSNR).dtype == jnp.float32
+    assert process.training_loss(lambda z, _: z.astype(jnp.bfloat16), x, eps, LOGSNR).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("logsnr_t", "logsnr_s"), [(-20.0, -19.0), (-3.0, 1.0), (0.0, 0.01), (9.0, 20.0)])
@@ -59,17 +59,17 @@ def test_small_posterior_is_bayes_rule(data, logsnr_t, logsnr_s):
     between = sigma_t**2 - ratio**2 * sigma_s**2
     precision = 1 / sigma_s**2 + ratio**2 / between
     mean = (alpha_s * x / sigma_s**2 + ratio * z_t / between) / precision
-    ours_mean, ours_var = diffusion.posterior(z_t, x, np.full(5, logsnr_t), np.full(5, logsnr_s))
+    ours_mean, ours_var = process.posterior(z_t, x, np.full(5, logsnr_t), np.full(5, logsnr_s))
     assert ours_var.shape == (5, 1, 1, 1, 1)
     np.testing.assert_allclose(ours_mean, mean, atol=3e-6)
     np.testing.assert_allclose(ours_var, np.broadcast_to(1 / precision, ours_var.shape), rtol=1e-5)
-    np.testing.assert_allclose(diffusion.transition_variance(logsnr_t, logsnr_s), between.item(), rtol=1e-5)
+    np.testing.assert_allclose(process.transition_variance(logsnr_t, logsnr_s), between.item(), rtol=1e-5)
 
 
 def test_small_posterior_variance_interpolates_in_the_logarithm(data):
     x, z = data
     variance = {
-        g: np.asarray(diffusion.posterior(z, x, np.full(5, -1.0), np.full(5, 2.0), gamma=g)[1], np.float64)
+        g: np.asarray(process.posterior(z, x, np.full(5, -1.0), np.full(5, 2.0), gamma=g)[1], np.float64)
         for g in (0.0, 0.3, 1.0)
     }
     np.testing.assert_allclose(variance[0.3], variance[0.0] ** 0.7 * variance[1.0] ** 0.3, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_small_posterior_variance_interpolates_in_the_logarithm(data):
 
 
 def some_v(z, logsnr):
-    return jnp.tanh(z) + 0.1 * diffusion.expand(logsnr, z)
+    return jnp.tanh(z) + 0.1 * process.expand(logsnr, z)
 
 
 def test_small_losses_match_their_definitions(data):
@@ -97,17 +97,17 @@ def test_small_losses_match_their_definitions(data):
         "x": x_mse,
         "truncated_snr": np.maximum(np.exp(LOGSNR), 1) * x_mse,
     }
-    assert set(expected) == set(diffusion.LOSS_KINDS)
+    assert set(expected) == set(process.LOSS_KINDS)
     for kind, value in expected.items():
-        np.testing.assert_allclose(diffusion.training_loss(some_v, x, eps, LOGSNR, kind=kind), value, rtol=2e-5)
+        np.testing.assert_allclose(process.training_loss(some_v, x, eps, LOGSNR, kind=kind), value, rtol=2e-5)
     np.testing.assert_array_equal(
-        diffusion.training_loss(some_v, x, eps, LOGSNR), diffusion.training_loss(some_v, x, eps, LOGSNR, kind="v")
+        process.training_loss(some_v, x, eps, LOGSNR), process.training_loss(some_v, x, eps, LOGSNR, kind="v")
     )
 
 
 def test_small_loss_identities(data):
     x, eps = data
-    loss = {kind: diffusion.training_loss(some_v, x, eps, LOGSNR, kind=kind) for kind in diffusion.LOSS_KINDS}
+    loss = {kind: process.training_loss(some_v, x, eps, LOGSNR, kind=kind) for kind in process.LOSS_KINDS}
     snr = np.exp(LOGSNR)
     np.testing.assert_allclose(loss["eps"], snr / (1 + snr) * loss["v"], rtol=1e-5)
     np.testing.assert_allclose(loss["x"], loss["v"] / (1 + snr), rtol=1e-5)
@@ -116,21 +116,21 @@ def test_small_loss_identities(data):
 
 def test_small_loss_is_zero_at_the_truth(data):
     x, eps = data
-    loss = diffusion.training_loss(lambda z, l: diffusion.v_target(x, eps, l), x, eps, LOGSNR)
+    loss = process.training_loss(lambda z, l: process.v_target(x, eps, l), x, eps, LOGSNR)
     np.testing.assert_array_equal(loss, np.zeros(5))
 
 
 def test_small_frame_weights(data):
     x, eps = data
     frames = np.stack(
-        [diffusion.training_loss(some_v, x[:, f : f + 1], eps[:, f : f + 1], LOGSNR) for f in range(3)], axis=1
+        [process.training_loss(some_v, x[:, f : f + 1], eps[:, f : f + 1], LOGSNR) for f in range(3)], axis=1
     )
     for weights in (np.array([1.0, 1.0, 0.25]), np.random.default_rng(1).uniform(0, 1, (5, 3))):
-        loss = diffusion.training_loss(some_v, x, eps, LOGSNR, weights=weights)
+        loss = process.training_loss(some_v, x, eps, LOGSNR, weights=weights)
         np.testing.assert_allclose(loss, (weights * frames).sum(1) / np.broadcast_to(weights, (5, 3)).sum(1), rtol=1e-5)
     np.testing.assert_allclose(
-        diffusion.training_loss(some_v, x, eps, LOGSNR, weights=np.ones(3)),
-        diffusion.training_loss(some_v, x, eps, LOGSNR),
+        process.training_loss(some_v, x, eps, LOGSNR, weights=np.ones(3)),
+        process.training_loss(some_v, x, eps, LOGSNR),
         rtol=1e-6,
     )
 
@@ -141,7 +141,7 @@ def test_small_sample_without_weight_has_no_loss_and_no_gradient(data):
     weights[2] = 0
 
     def total(scale):
-        return diffusion.training_loss(lambda z, l: scale * some_v(z, l), x, eps, LOGSNR, weights=weights)
+        return process.training_loss(lambda z, l: scale * some_v(z, l), x, eps, LOGSNR, weights=weights)
 
     assert total(1.0)[2] == 0
     gradient = jax.jacobian(total)(1.0)
@@ -152,6 +152,6 @@ def test_small_sample_without_weight_has_no_loss_and_no_gradient(data):
 def test_small_wrong_loss_arguments_are_refused(data):
     x, eps = data
     with pytest.raises(ValueError, match=r"'epsilon'.*'v', 'eps'"):
-        diffusion.training_loss(some_v, x, eps, LOGSNR, kind="epsilon")
+        process.training_loss(some_v, x, eps, LOGSNR, kind="epsilon")
     with pytest.raises(ValueError, match=r"\(5, 3, 2, 2, 6\).*\(5, 3, 2, 2, 3\)"):
-        diffusion.training_loss(lambda z, l: jnp.concatenate([z, z], -1), x, eps, LOGSNR)
+        process.training_loss(lambda z, l: jnp.concatenate([z, z], -1), x, eps, LOGSNR)

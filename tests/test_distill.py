@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import diffusion, distill, samplers
-from ivideo.schedules import cosine_logsnr, cosine_time
+from ivideo.diffusion import distill, process, samplers
+from ivideo.diffusion.schedules import cosine_logsnr, cosine_time
 
 
 def angle_f64(t):
@@ -16,7 +16,7 @@ def angle_f64(t):
 
 def teacher(z, logsnr):
     """A smooth v that is no denoiser of anything in particular."""
-    logsnr = diffusion.expand(logsnr, z)
+    logsnr = process.expand(logsnr, z)
     return jnp.tanh(1.3 * z + 0.1) * jnp.cos(logsnr / 10) - 0.2 * jnp.sin(logsnr / 15)
 
 
@@ -77,7 +77,7 @@ def test_small_x_and_v_of_a_target_agree():
     z = np.random.default_rng(2).standard_normal((8, 4)).astype(np.float32)
     ours = target_of(z, np.arange(8), num_steps=8)
     logsnr = cosine_logsnr(distill.student_time(np.arange(8), num_steps=8))
-    np.testing.assert_allclose(ours.v, diffusion.v_from_x(z, ours.x, logsnr), atol=1e-5)
+    np.testing.assert_allclose(ours.v, process.v_from_x(z, ours.x, logsnr), atol=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 16])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ivideo.metrics import fidelity
+from ivideo.evaluation import fidelity
 
 
 def test_small_psnr_of_a_constant_error():

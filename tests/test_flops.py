@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from ivideo import flops, stages
+from ivideo import stages
+from ivideo.devices import flops
 from ivideo.models.blocks import ResBlock, convolve_frames
 
 

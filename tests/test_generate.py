@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import cascade, generate, stages
+from ivideo import stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
+from ivideo.evaluation import prompt_following
 from ivideo.export import config_metadata, file_identity, load_params, save_params
-from ivideo.metrics import prompt_following
+from ivideo.sampling import cascade, generate
 
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
 

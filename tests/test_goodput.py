@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ivideo import goodput
 from ivideo.errors import UserError
+from ivideo.training import goodput
 
 
 class Log:
@@ -220,5 +220,5 @@ def test_small_report_without_a_run(tmp_path):
 
 
 def test_small_goodput_needs_no_jax():
-    code = "import sys; import ivideo.goodput; assert not {'jax', 'numpy'} & sys.modules.keys()"
+    code = "import sys; import ivideo.training.goodput; assert not {'jax', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ivideo import sharding, stages, train
+from ivideo import stages
+from ivideo.devices import sharding
 from ivideo.models import attention, blocks, unet
+from ivideo.training import step
 
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
 MESHES = (
@@ -77,11 +79,11 @@ def stage_case(name):
     def draw(s):
         return rng.random(s.shape) < 0.8 if s.dtype == bool else rng.normal(size=s.shape).astype(np.float32)
 
-    batch = jax.tree.map(draw, train.batch_shapes(config))
+    batch = jax.tree.map(draw, step.batch_shapes(config))
 
     def loss(params, batch):
-        drawn = train.draws(jax.random.key(3), config.train.batch_size)
-        return train.batch_loss(config, stages.build_model(config), params, batch, drawn)
+        drawn = step.draws(jax.random.key(3), config.train.batch_size)
+        return step.batch_loss(config, stages.build_model(config), params, batch, drawn)
 
     return loss, awake(stages.param_shapes(config)), batch
 

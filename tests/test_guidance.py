@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import guidance, samplers
-from ivideo.schedules import alpha_sigma, cosine_logsnr
+from ivideo.diffusion import guidance, samplers
+from ivideo.diffusion.schedules import alpha_sigma, cosine_logsnr
 
 COND, UNCOND, VARIANCE = np.array([0.5, -0.1]), np.array([0.1, 0.2]), np.array([0.09, 0.25])
 

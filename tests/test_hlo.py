@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from ivideo import flops, hlo, sharding
-from ivideo.hlo import Program
+from ivideo.devices import flops, sharding
+from ivideo.planning import hlo
+from ivideo.planning.hlo import Program
 
 
 def array(*shape, dtype=jnp.float32):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from ivideo import hosts
+from ivideo.devices import hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
@@ -213,7 +213,7 @@ def other_code(tmp_path) -> str:
         ("--config.data.text_cache=/none", "config.data.text_cache is '/none' on process 1"),
         ("--config.data.dir=/none", "config.data.dir is '/none' on process 1"),
         ("--profile_steps=1,2", "--profile_steps is 1,2 on process 1"),
-        ("other code", "the code of ivideo/train.py is "),
+        ("other code", "the code of ivideo/training/step.py is "),
     ],
 )
 def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):

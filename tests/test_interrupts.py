@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import interrupts, stages
+from ivideo import stages
 from ivideo.data import video_io
 from ivideo.export import config_metadata, save_params
+from ivideo.sampling import interrupts
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from test_hosts import ROOT, free_port
 
-from ivideo import hosts, joining
+from ivideo.devices import hosts, joining
 from ivideo.errors import UserError
 
 

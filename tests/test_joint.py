@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import diffusion, joint
+from ivideo.diffusion import joint, process
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_small_frame_weights_in_the_loss(batch):
     eps, logsnr = jnp.flip(x, 2), jnp.array([0.5, -1.0])
 
     def loss(x, eps, weights=None):
-        return diffusion.training_loss(lambda z, l: jnp.sin(z), x, eps, logsnr, weights=weights)
+        return process.training_loss(lambda z, l: jnp.sin(z), x, eps, logsnr, weights=weights)
 
     video, images = loss(x[:, :4], eps[:, :4]), loss(x[:, 4:], eps[:, 4:])
     np.testing.assert_allclose(loss(x, eps, weights), (4 * video + 0.75 * images) / 4.75, rtol=1e-5)

@@ -368,7 +368,8 @@ def test_small_slices_that_there_are(accelerator, topology, hosts, chips):
 
 def test_small_codes_that_are_started_again_are_those_of_the_program():
     """134 is SIGABRT, by which jax ends a process whose run has lost another."""
-    from ivideo import guards, hosts
+    from ivideo.devices import hosts
+    from ivideo.training import guards
 
     def codes(test):
         script = f'. {LAUNCH}/lib.sh; for code in $(seq 0 255); do ! {test} "$code" || echo "$code"; done'

@@ -9,7 +9,7 @@ import jax
 import pytest
 from test_hosts import ROOT
 
-from ivideo import hosts
+from ivideo.devices import hosts
 from ivideo.errors import UserError
 
 LOST = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")

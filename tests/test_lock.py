@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from ivideo import lock
 from ivideo.errors import UserError
+from ivideo.training import lock
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOLDER = """

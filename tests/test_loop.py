@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import goodput, guards, loop, report, train
-from ivideo.chips import CHIPS, Chip, of_device
+from ivideo.devices.chips import CHIPS, Chip, of_device
 from ivideo.errors import UserError
+from ivideo.training import goodput, guards, loop, report, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -104,7 +104,7 @@ def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, m
     metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "skipped": 0.0}
     assert reporter.report(5, [metrics] * 5) == 1.0
     reporter.close()
-    share = train.model_flops(config) / 2.0 / 1e12
+    share = step.model_flops(config) / 2.0 / 1e12
     line = capsys.readouterr().err
     assert f"base step 5/12  loss 1.0000  0.5 steps/s  4 videos/s  MFU {share:.1%}" in line
     (steps,) = [event for event in lines(tmp_path / "events.jsonl") if event["event"] == "steps"]
@@ -233,7 +233,7 @@ def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
 def test_small_a_step_that_hangs_ends_the_process_with_all_stacks():
     program = """
 import time
-from ivideo.guards import Watchdog
+from ivideo.training.guards import Watchdog
 with Watchdog(0.5) as watchdog:
     time.sleep(1.5)  # before the first step it does not watch: that one is compiled
     print("alive", flush=True)

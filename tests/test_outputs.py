@@ -6,8 +6,9 @@ import tempfile
 
 import pytest
 
-from ivideo import files, outputs
+from ivideo import files
 from ivideo.errors import UserError
+from ivideo.sampling import outputs
 
 
 def test_small_kinds_of_output():

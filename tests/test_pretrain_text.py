@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import pretrain_text
 from ivideo.data import shapes
 from ivideo.text import load_encoder
+from ivideo.training import pretrain_text
 
 
 def embed_by_hand(texts):

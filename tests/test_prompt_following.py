@@ -7,8 +7,8 @@ import pytest
 
 from ivideo.data import shapes
 from ivideo.data.shapes import Attributes
-from ivideo.metrics import prompt_following
-from ivideo.metrics.prompt_following import measure, score
+from ivideo.evaluation import prompt_following
+from ivideo.evaluation.prompt_following import measure, score
 
 RIGHT = {"background": True, "colour": True, "motion": True, "shape": True}
 ATTRS = Attributes("circle", "red", "teal", "left")

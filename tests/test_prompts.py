@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import cascade, stages
+from ivideo import stages
 from ivideo.errors import UserError
 from ivideo.prompts import one_line, read_lines, samples
+from ivideo.sampling import cascade
 from ivideo.text import load_encoder
 from ivideo.text.cache import read_captions
 

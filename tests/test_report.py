@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import base
-from ivideo import loop, report
-from ivideo.board import Board
+from ivideo.training import loop, report
+from ivideo.training.board import Board
 
 
 def run_config(**changes):

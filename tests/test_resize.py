@@ -3,7 +3,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ivideo import resize
+from ivideo.diffusion import resize
 
 SIZES = [(12, 20, 6, 10), (12, 20, 5, 7), (6, 10, 24, 40), (6, 10, 13, 11), (12, 20, 12, 10), (8, 8, 1, 1)]
 

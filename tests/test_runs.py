@@ -16,12 +16,12 @@ import pytest
 
 from configs import base
 from ivideo import stages
-from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
 from ivideo.export import save_params
-from ivideo.guards import PREEMPTED
-from ivideo.loop import train
-from ivideo.train import state_shapes
+from ivideo.training.checkpoint import Checkpoints
+from ivideo.training.guards import PREEMPTED
+from ivideo.training.loop import train
+from ivideo.training.step import state_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 40

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import diffusion, samplers
-from ivideo.schedules import alpha_sigma, cosine_logsnr, cosine_time
+from ivideo.diffusion import process, samplers
+from ivideo.diffusion.schedules import alpha_sigma, cosine_logsnr, cosine_time
 
 MEAN = np.array([0.4, -0.2, 0.1])
 COV = np.array([[0.5, 0.2, 0.0], [0.2, 0.3, -0.1], [0.0, -0.1, 0.05]])
@@ -213,7 +213,7 @@ def test_small_distilled_is_exact_in_eight_steps_for_a_perfect_student():
         growth = jnp.sqrt((alpha_k**2 * std**2 + sigma_k**2) / (alpha_t**2 * std**2 + sigma_t**2))
         z_k = alpha_k * mean + growth * (z - alpha_t * mean)
         x = (z_k - sigma_k / sigma_t * z) / (alpha_k - sigma_k / sigma_t * alpha_t)
-        return diffusion.v_from_x(z, x, logsnr)
+        return process.v_from_x(z, x, logsnr)
 
     keys, z = keys_and_noise(16384, 3)
     samples = SAMPLERS["distilled"](student, z, keys, num_steps=num_steps)
@@ -238,7 +238,7 @@ def test_small_noise_is_drawn_per_sample_and_step():
 
     def v_fn(z, logsnr):
         jax.debug.callback(lambda t, z: seen.__setitem__(round(float(t[0]) * 3), np.array(z)), cosine_time(logsnr), z)
-        return diffusion.v_from_x(z, jnp.zeros_like(z), logsnr)
+        return process.v_from_x(z, jnp.zeros_like(z), logsnr)
 
     samplers.ancestral(v_fn, z, keys, num_steps=3, gamma=0.3).block_until_ready()
     jax.effects_barrier()
@@ -246,7 +246,7 @@ def test_small_noise_is_drawn_per_sample_and_step():
     for step in (0, 1):
         noise = np.stack([jax.random.normal(jax.random.fold_in(key, step), (4,)) for key in keys])
         before, after = seen[3 - step], seen[2 - step]
-        mean, variance = diffusion.posterior(
+        mean, variance = process.posterior(
             before, np.zeros_like(before), jnp.full(3, grid[step]), jnp.full(3, grid[step + 1]), gamma=0.3
         )
         np.testing.assert_allclose(after, mean + np.sqrt(variance) * noise, atol=2e-6)
@@ -262,7 +262,7 @@ def test_small_denoiser_sees_a_batch_of_levels_and_the_output_is_x(name):
         assert z.shape == (4, 3)
         assert z.dtype == jnp.float32
         assert logsnr.shape == (4,)
-        return diffusion.v_from_x(z, x, logsnr)
+        return process.v_from_x(z, x, logsnr)
 
     sample = functools.partial(SAMPLERS[name], z=z, keys=keys, num_steps=5)
     np.testing.assert_allclose(sample(v_fn), np.tile(x, (4, 1)), atol=1e-6)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivideo import schedules
+from ivideo.diffusion import schedules
 
 
 def cosine_logsnr_f64(t, low=-20.0, high=20.0):

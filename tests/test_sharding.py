@@ -11,9 +11,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base, tsr1
-from ivideo import sharding, stages, train
+from ivideo import stages
+from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.models import blocks
+from ivideo.training import step
 
 
 def mesh_of(**sizes):
@@ -77,7 +79,7 @@ def test_small_heads_and_inner_channels_are_split_over_tensor():
 def test_small_state_of_a_paper_sized_stage_is_fully_sharded():
     """Parameters, their average and both moments: less than 1% of the bytes are on every device."""
     config = tsr1.get_config()
-    state = train.state_shapes(config)
+    state = step.state_shapes(config)
     where = sharding.of_params(mesh_of(fsdp=8), state)
     size = {"whole": 0, "split": 0}
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
@@ -91,9 +93,9 @@ def test_small_compiled_step_keeps_the_layouts(monkeypatch):
     monkeypatch.setattr(sharding, "WHOLE", 1)
     config = base.get_config("small")
     mesh = mesh_of(fsdp=2, frames=2, height=2)
-    state, batch = train.state_shapes(config), train.batch_shapes(config)
+    state, batch = step.state_shapes(config), step.batch_shapes(config)
     where, split = sharding.of_params(mesh, state), sharding.of_batch(mesh, batch)
-    step = jax.jit(train.make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
+    step = jax.jit(step.make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
     placed = jax.tree.map(
         lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), (state, batch), (where, split)
     )

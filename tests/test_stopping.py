@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from ivideo import guards
-from ivideo.guards import Stopping
+from ivideo.training import guards
+from ivideo.training.guards import Stopping
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def run(program):
 # As in a compile, the main thread is not in Python, where handlers are called
 BUSY = """
 import ctypes, logging
-from ivideo.guards import Stopping
+from ivideo.training.guards import Stopping
 logging.basicConfig(format="%(message)s")
 with Stopping():
     mutex = ctypes.create_string_buffer(64)
@@ -74,7 +74,7 @@ def test_small_the_second_ctrl_c_ends_the_process_at_once_also_in_a_compile():
 SEVERAL = """
 import signal, time
 import jax
-from ivideo.guards import Stopping
+from ivideo.training.guards import Stopping
 jax.process_count = lambda: 2
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))  # in the place of jax's own

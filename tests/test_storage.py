@@ -10,9 +10,9 @@ import pytest
 from checkpoint_files import assert_same, iterator, iterator_at, like, names, state_of
 
 from configs import base
-from ivideo import loop
-from ivideo.checkpoint import Checkpoints
 from ivideo.errors import UserError
+from ivideo.training import loop
+from ivideo.training.checkpoint import Checkpoints
 
 # Of Orbax's writes that were still under way when one failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import base, cascade
-from ivideo import sharding
+from ivideo.devices import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = cascade.STAGES

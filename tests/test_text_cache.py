@@ -15,10 +15,11 @@ import test_hosts
 import text_speed
 
 from configs import base
-from ivideo import loop, text, train
+from ivideo import text
 from ivideo.data import shapes
 from ivideo.errors import UserError
 from ivideo.text import cache
+from ivideo.training import loop, step
 
 CAPTIONS = [shapes.caption(a) for a in shapes.TRAIN[:40]] + ["naïve ☂", "a"]
 LONG = "a very long caption " * 9
@@ -124,10 +125,10 @@ def test_small_images_are_embedded_from_the_cache_too(config, tmp_path):
     batch = next(loop.make_data(config, texts))
     assert batch["text"].shape == (config.train.batch_size, 64, 128)
     assert batch["image_text"].shape == (config.train.batch_size, 2, 64, 128)
-    found = train.embed(texts.module, texts.params, batch)
+    found = step.embed(texts.module, texts.params, batch)
     config.data.text_cache = ""
     encoder = loop.load_texts(config, None)
-    wanted = train.embed(encoder.module, encoder.params, next(loop.make_data(config, encoder)))
+    wanted = step.embed(encoder.module, encoder.params, next(loop.make_data(config, encoder)))
     for name in ("text", "image_text"):
         np.testing.assert_allclose(found[name], wanted[name], rtol=2**-8, atol=1e-5)
 

@@ -129,7 +129,7 @@ def jax_leaves(tree):
 
 
 def test_small_parameters_are_split_over_the_devices(tmp_path, weights, wanted, monkeypatch):
-    from ivideo import sharding
+    from ivideo.devices import sharding
 
     monkeypatch.setattr(sharding, "WHOLE", 1)
     path = str(files.write_huggingface(tmp_path / "hf", weights, files.TINY))

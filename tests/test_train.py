@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from configs import base, tsr1
-from ivideo import sharding, stages
-from ivideo.diffusion import v_target
-from ivideo.loop import make_data
+from ivideo import stages
+from ivideo.devices import sharding
+from ivideo.diffusion.process import v_target
 from ivideo.text import load_encoder
-from ivideo.train import (
+from ivideo.training.loop import make_data
+from ivideo.training.step import (
     TrainState,
     batch_loss,
     batch_shapes,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import loop
 from ivideo.data import check, pipeline, sources, workers
 from ivideo.data.video_io import VideoError
 from ivideo.errors import UserError
 from ivideo.text.tokenizers import byte_tokens
+from ivideo.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 BAD = {3, 4, 11}  # of twelve clips; the one after 11 is 0

@@ -13,9 +13,9 @@ import pytest
 import video_files as files
 
 from configs import ssr1
-from ivideo import generate
 from ivideo.data import colour, decoding, pictures, sources, video_io
 from ivideo.data.video_io import VideoError
+from ivideo.sampling import generate
 
 
 def near(pixel, rgb, off=4):

@@ -10,11 +10,14 @@ import pytest
 
 from configs import base
 from configs import cascade as cascade_config
-from ivideo import cascade, evaluate, generate, recipe, stages, weights
+from ivideo import recipe, stages
 from ivideo.data import video_io
 from ivideo.errors import UserError
+from ivideo.evaluation import evaluate
 from ivideo.export import config_metadata, load_metadata, save_params
-from ivideo.loop import train
+from ivideo.sampling import cascade, generate
+from ivideo.training import trained
+from ivideo.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +62,17 @@ def test_small_exported_weights_are_sampled_evaluated_and_continued_from(trained
 def test_small_sources_of_a_cascade(tmp_path):
     config = cascade_config.get_config("small")
     some = cascade.select(config, "base", "tsr1")
-    assert weights.find(some, workdir="runs") == {"base": "runs/base", "tsr1": "runs/tsr1"}
-    assert weights.find(some[:1], workdir="runs") == {"base": "runs"}
-    assert weights.find(some) == {"base": None, "tsr1": None}
+    assert trained.find(some, workdir="runs") == {"base": "runs/base", "tsr1": "runs/tsr1"}
+    assert trained.find(some[:1], workdir="runs") == {"base": "runs"}
+    assert trained.find(some) == {"base": None, "tsr1": None}
     folder = str(tmp_path)
-    assert weights.find(some, weights=folder) == {n: f"{folder}/{n}.safetensors" for n in ("base", "tsr1")}
+    assert trained.find(some, weights=folder) == {n: f"{folder}/{n}.safetensors" for n in ("base", "tsr1")}
     with pytest.raises(UserError, match="--weights=x.safetensors is one file, and 2 stages need theirs"):
-        weights.find(some, weights="x.safetensors")
+        trained.find(some, weights="x.safetensors")
     with pytest.raises(UserError, match="--weights=x.ckpt is neither a folder nor a .safetensors file"):
-        weights.find(some[:1], weights="x.ckpt")
+        trained.find(some[:1], weights="x.ckpt")
     with pytest.raises(UserError, match="--workdir=a and --weights=b are both given"):
-        weights.find(some, workdir="a", weights="b")
+        trained.find(some, workdir="a", weights="b")
 
 
 def test_small_later_stages_are_looked_at_first(tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ def test_small_weights_that_no_network_can_use(tmp_path):
     config = base.get_config("small")
     whole = saved(config, str(tmp_path / "int8.safetensors"), dtype=np.int8)
     with pytest.raises(UserError, match=r"int8.safetensors: \S+ is of type I8, expected one of F32, BF16, F16, F64"):
-        weights.check(config, whole)
+        trained.check(config, whole)
     with pytest.raises(UserError, match="is of type I8"):
         cascade.load_weights(config, whole)
     broken = saved(
@@ -110,7 +113,7 @@ def test_small_weights_that_no_network_can_use(tmp_path):
         cascade.load_weights(config, broken)
     config.train.start = str(tmp_path)
     with pytest.raises(UserError, match=r"config.train.start = .*: expected a .safetensors file"):
-        weights.check_start(config)
+        trained.check_start(config)
 
 
 def test_small_weights_may_start_another_stage_with_the_same_network(tmp_path):
@@ -118,19 +121,19 @@ def test_small_weights_may_start_another_stage_with_the_same_network(tmp_path):
     config = cascade_config.get_config("small")
     path = saved(config.stages.tsr2, str(tmp_path / "tsr2.safetensors"))
     config.stages.tsr3.train.start = path
-    weights.check_start(config.stages.tsr3)
+    trained.check_start(config.stages.tsr3)
     with pytest.raises(UserError, match="config.stage is 'tsr2' there and 'tsr3' in this config"):
-        weights.check(config.stages.tsr3, path)
+        trained.check(config.stages.tsr3, path)
 
 
 def test_small_identity_follows_from_the_values(trained, tmp_path):
     config, workdir = trained
-    a = weights.check(config, saved(config, str(tmp_path / "a.safetensors")))
+    a = trained.check(config, saved(config, str(tmp_path / "a.safetensors")))
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert weights.check(config, str(tmp_path / "b.safetensors")) == a
+    assert trained.check(config, str(tmp_path / "b.safetensors")) == a
     other = saved(config, str(tmp_path / "c.safetensors"), change=lambda t: jax.tree.map(lambda p: p * 1.01, t))
-    assert weights.check(config, other) != a
-    assert weights.check(config, workdir).startswith("step 2, saved ")
+    assert trained.check(config, other) != a
+    assert trained.check(config, workdir).startswith("step 2, saved ")
 
 
 def test_small_run_keeps_its_config(trained, tmp_path, caplog):
@@ -150,7 +153,7 @@ def test_small_run_keeps_its_config(trained, tmp_path, caplog):
     with pytest.raises(UserError, match=message):
         recipe.keep_run_config(other, workdir)
     with pytest.raises(UserError, match=message):
-        weights.check(other, workdir)
+        trained.check(other, workdir)
     with pytest.raises(UserError, match=message):
         train(other, workdir, devices=jax.devices()[:1])
     assert recipe.read_run_config(workdir)["model"]["data_std"] == 0.1

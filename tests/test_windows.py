@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 from configs import base, ssr1, ssr3, tsr1
-from ivideo import checks, windows
+from ivideo import checks
+from ivideo.diffusion import windows
 from ivideo.errors import UserError
 
 

@@ -1,7 +1,7 @@
 """The captioned-shapes world: one anti-aliased shape on a plain background, drawn from (attributes, seed) at any size.
 
 The world is small enough to train a cascade on one machine and exact enough to score its samples without a judge
-(`ivideo.metrics.prompt_following`). There are 480 captions, 48 of them held out of all training.
+(`ivideo.evaluation.prompt_following`). There are 480 captions, 48 of them held out of all training.
 
 Dimension letters: T frames, H height, W width. Places are in pixels, y downwards, pixel (i, j) covering
 [i, i+1] x [j, j+1]. numpy only: data workers import this file.

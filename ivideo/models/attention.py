@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo.sharding import VIDEO, constrain, whole_kernel
+from ivideo.devices.sharding import VIDEO, constrain, whole_kernel
 
 Dtype = jnp.dtype
 

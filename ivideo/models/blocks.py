@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ivideo.devices.sharding import VIDEO, constrain, with_halo
 from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention, of_vectors
-from ivideo.sharding import VIDEO, constrain, with_halo
 
 TEMPORAL = ("attention", "convolution", "none")
 

@@ -9,7 +9,9 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ivideo.diffusion import expand
+from ivideo.devices.sharding import VIDEO, constrain
+from ivideo.diffusion.process import expand
+from ivideo.diffusion.schedules import alpha_sigma
 from ivideo.models.attention import Dtype, FrameNorm, TextPooling
 from ivideo.models.blocks import (
     TEMPORAL,
@@ -23,8 +25,6 @@ from ivideo.models.blocks import (
     space_to_depth,
     upsample,
 )
-from ivideo.schedules import alpha_sigma
-from ivideo.sharding import VIDEO, constrain
 
 PREDICTIONS = ("v", "eps")
 

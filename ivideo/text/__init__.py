@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import sharding
+from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.files import exists
 from ivideo.prompts import one_line

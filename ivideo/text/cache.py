@@ -22,7 +22,8 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from ivideo import agreeing, files, sharding
+from ivideo import files
+from ivideo.devices import agreeing, sharding
 from ivideo.errors import UserError
 from ivideo.prompts import one_line, read_lines
 from ivideo.text import TextEncoder, fingerprint, from_bits, load_encoder

@@ -1,7 +1,7 @@
 """The encoder of T5 1.1 (arXiv 1910.10683, 2002.05202). Section 2.2: its output is all a stage knows of the text.
 
 B batch · L tokens · D channels · N heads · d channels a head. Parameter names are those of T5X's minimal T5.
-Over many devices the batch is split, and the heads and inner channels over `tensor` (`ivideo.sharding`).
+Over many devices the batch is split, and the heads and inner channels over `tensor` (`ivideo.devices.sharding`).
 """
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo.sharding import constrain
+from ivideo.devices.sharding import constrain
 
 BUCKETS = 32
 MAX_DISTANCE = 128

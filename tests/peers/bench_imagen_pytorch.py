@@ -95,7 +95,7 @@ def ours(layout):
     import jax.numpy as jnp
     import optax
 
-    from ivideo import flops
+    from ivideo.devices import flops
     from ivideo.models.unet import VideoUNet
 
     model = VideoUNet(**LAYOUTS[layout]["ours"])

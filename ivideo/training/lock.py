@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 
-from ivideo import hosts
+from ivideo.devices import hosts
 from ivideo.errors import UserError
 from ivideo.files import write_json
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 
-from ivideo import __version__, hosts
+from ivideo import __version__
+from ivideo.devices import hosts
 from ivideo.errors import UserError
 
 WAIT_SECONDS = 600  # for the slowest process to come to the same place

@@ -16,10 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ivideo import digests
-from ivideo.checkpoint import below, check_workdir, line, said, shapes, shapes_in, steps_in
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
+from ivideo.training import digests
+from ivideo.training.checkpoint import below, check_workdir, line, said, shapes, shapes_in, steps_in
 
 log = logging.getLogger("ivideo")
 

@@ -11,9 +11,9 @@ import time
 import jax
 import numpy as np
 
-from ivideo import chips
-from ivideo.board import Board
-from ivideo.train import model_flops
+from ivideo.devices import chips
+from ivideo.training.board import Board
+from ivideo.training.step import model_flops
 
 log = logging.getLogger("ivideo")
 

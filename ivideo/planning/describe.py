@@ -6,7 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ivideo import cascade, flops, stages
+from ivideo import stages
+from ivideo.devices import flops
+from ivideo.sampling import cascade
 from ivideo.text import encoder_module
 
 

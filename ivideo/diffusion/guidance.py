@@ -10,8 +10,8 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from ivideo.diffusion import VFn, expand
-from ivideo.schedules import cosine_time
+from ivideo.diffusion.process import VFn, expand
+from ivideo.diffusion.schedules import cosine_time
 
 WeightFn = Callable[[jax.Array], jax.Array]
 

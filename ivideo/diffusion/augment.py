@@ -9,8 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ivideo.diffusion import add_noise
-from ivideo.schedules import cosine_logsnr
+from ivideo.diffusion.process import add_noise
+from ivideo.diffusion.schedules import cosine_logsnr
 
 
 def random_level(key, batch: int, *, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> jax.Array:

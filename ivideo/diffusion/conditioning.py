@@ -7,7 +7,7 @@ B batch · T, H, W frames, height, width of what the stage makes · t, h, w of w
 import jax
 import jax.numpy as jnp
 
-from ivideo import resize
+from ivideo.diffusion import resize
 
 FILLS = ("repeat", "blank")
 

@@ -1,7 +1,7 @@
 """The training loop of one stage: data, steps, checkpoints, and what becomes of a run when things go wrong.
 
-In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.checkpoint`), metrics.jsonl (a line a step; of a
-step done twice the last one counts), events.jsonl (where the time went, `ivideo.goodput`), tensorboard/, profile/.
+In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.training.checkpoint`), metrics.jsonl (a line a step; of a
+step done twice the last one counts), events.jsonl (where the time went, `ivideo.training.goodput`), tensorboard/, profile/.
 """
 
 import collections
@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import agreeing, checks, hosts, lock, sharding, stages, weights
-from ivideo.checkpoint import Checkpoints, check_workdir
+from ivideo import checks, stages
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
+from ivideo.devices import agreeing, hosts, sharding
 from ivideo.export import load_params
-from ivideo.guards import PREEMPTED, Profile, Stopping, Watchdog
 from ivideo.recipe import keep_run_config
-from ivideo.report import Reporter
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
-from ivideo.train import TrainState, check_batch, embed, init_state, make_train_step, state_shapes
+from ivideo.training import lock, trained
+from ivideo.training.checkpoint import Checkpoints, check_workdir
+from ivideo.training.guards import PREEMPTED, Profile, Stopping, Watchdog
+from ivideo.training.report import Reporter
+from ivideo.training.step import TrainState, check_batch, embed, init_state, make_train_step, state_shapes
 
 log = logging.getLogger("ivideo")
 
@@ -52,7 +54,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
     if config.train.start:
-        weights.check_start(config)
+        trained.check_start(config)
     with Stopping() as stopping, hosts.leaving_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:

@@ -8,14 +8,16 @@ import logging
 import jax
 import numpy as np
 
-from ivideo import agreeing, cascade, outputs, weights
 from ivideo.data import video_io
 from ivideo.data.sources import resize_video
+from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.export import SUFFIX, config_metadata, save_params
 from ivideo.files import refuse_existing
-from ivideo.interrupts import Interrupted
 from ivideo.prompts import samples
+from ivideo.sampling import cascade, outputs
+from ivideo.sampling.interrupts import Interrupted
+from ivideo.training import trained
 
 log = logging.getLogger("ivideo")
 
@@ -42,7 +44,7 @@ def generate(
     """Writes `num_videos` videos per prompt, each as soon as it is made; returns their paths.
 
     `config` is of a stage or of the cascade, of which `first` and `last` choose a part; `clip` is a video file that the
-    first stage enlarges. Weights come from `workdir`, `weights_path` or the package (`weights.find`). `out` is a file,
+    first stage enlarges. Weights come from `workdir`, `weights_path` or the package (`trained.find`). `out` is a file,
     or with `in_folder` or several videos a folder of 000.mp4, 001.mp4, … in the prompts' order; `save_stages` writes
     what every stage makes besides, as 000.base.mp4. `zoom` enlarges every pixel, for looking at small stages.
     Each file's metadata holds what it was made with: prompt, seed, number, whether the noise follows from the prompt
@@ -64,8 +66,8 @@ def generate(
         if stage.stage in files:
             height, width = stage.video.height * zoom, stage.video.width * zoom
             outputs.check_encoder(names[0], height=height, width=width, fps=stage.video.fps)
-    sources = weights.find(configs, workdir=workdir, weights=weights_path)
-    identities = {stage.stage: weights.check(stage, sources[stage.stage]) for stage in configs}
+    sources = trained.find(configs, workdir=workdir, weights=weights_path)
+    identities = {stage.stage: trained.check(stage, sources[stage.stage]) for stage in configs}
     low, source = None, {}
     if clip is not None:
         low = np.broadcast_to(read_clip(clip, configs[0]), (len(rows), *_given_shape(configs[0])))
@@ -164,12 +166,12 @@ def export(config, workdir: str, out: str, *, overwrite=False) -> None:
     """
     if not out.endswith(SUFFIX):
         raise UserError(f"--out={out} must end in {SUFFIX}")
-    weights.check(config, workdir)
+    trained.check(config, workdir)
     refuse_existing([out], overwrite=overwrite)
     outputs.prepare([out])
     params = cascade.load_weights(config, workdir)
     metadata = config_metadata(config)
-    if (kept := weights.config_beside(workdir)) is not None:
+    if (kept := trained.config_beside(workdir)) is not None:
         metadata["config"] = json.dumps(kept, sort_keys=True)
     save_params(out, params, metadata=metadata, overwrite=overwrite)
     print(out)

@@ -2,7 +2,7 @@
 
 The process that fails writes why into the key-value store that jax keeps in the first process. A thread in every
 process waits for that, so that none stays behind in a collective operation or at jax's barrier before the exit.
-`ivideo.joining` makes the processes find each other, `ivideo.agreeing` compares what they are going to do.
+`ivideo.devices.joining` makes the processes find each other, `ivideo.devices.agreeing` compares what they are going to do.
 """
 
 import atexit
@@ -37,7 +37,7 @@ _leaving = threading.Lock()  # held by the thread that ends the process
 
 
 def several() -> bool:
-    """Whether this process is one of several (`ivideo.joining.join`)."""
+    """Whether this process is one of several (`ivideo.devices.joining.join`)."""
     return distributed.global_state.client is not None
 
 

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 
-from ivideo import cascade, conditioning, files, outputs, stages, weights
+from ivideo import files, stages
 from ivideo.data import shapes
-from ivideo.metrics import fidelity
-from ivideo.metrics import prompt_following as metric
+from ivideo.diffusion import conditioning
+from ivideo.evaluation import fidelity
+from ivideo.evaluation import prompt_following as metric
+from ivideo.sampling import cascade, outputs
+from ivideo.training import trained
 
 
 def evaluate(
@@ -23,9 +26,9 @@ def evaluate(
         files.refuse_existing([out], overwrite=overwrite)
         outputs.prepare([out])
     configs = cascade.select(config, None, last)
-    sources = weights.find(configs, workdir=workdir, weights=weights_path)
+    sources = trained.find(configs, workdir=workdir, weights=weights_path)
     for stage in configs:
-        weights.check(stage, sources[stage.stage])
+        trained.check(stage, sources[stage.stage])
     options = {"sources": sources, "clips": clips, "seed": seed}
     if configs[0].cond.frames:
         result, table = super_resolution(config, **options), psnr_table

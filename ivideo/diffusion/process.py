@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ivideo.schedules import alpha_sigma
+from ivideo.diffusion.schedules import alpha_sigma
 
 VFn = Callable[[jax.Array, jax.Array], jax.Array]
 

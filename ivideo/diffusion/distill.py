@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivideo import diffusion
-from ivideo.guidance import guide
-from ivideo.schedules import alpha_sigma, cosine_logsnr
+from ivideo.diffusion import process
+from ivideo.diffusion.guidance import guide
+from ivideo.diffusion.schedules import alpha_sigma, cosine_logsnr
 
 
 class Target(NamedTuple):
@@ -42,7 +42,7 @@ def sample_weight(key, batch: int, *, w_min: float, w_max: float) -> jax.Array:
     return jax.random.uniform(key, (batch,), jnp.float32, w_min, w_max)
 
 
-def guided_target(cond_fn: diffusion.VFn, uncond_fn: diffusion.VFn, z, logsnr, weight) -> Target:
+def guided_target(cond_fn: process.VFn, uncond_fn: process.VFn, z, logsnr, weight) -> Target:
     """Target of stage one: the teacher's guided prediction, (1 + w) conditional - w unconditional.
 
     Args:
@@ -57,7 +57,7 @@ def guided_target(cond_fn: diffusion.VFn, uncond_fn: diffusion.VFn, z, logsnr, w
     """
     z, logsnr = jnp.asarray(z, jnp.float32), jnp.asarray(logsnr, jnp.float32)
     v = guide(cond_fn(z, logsnr), uncond_fn(z, logsnr), weight)
-    return jax.lax.stop_gradient(Target(diffusion.x_from_v(z, v, logsnr), v))
+    return jax.lax.stop_gradient(Target(process.x_from_v(z, v, logsnr), v))
 
 
 def student_time(i, *, num_steps: int) -> jax.Array:
@@ -76,7 +76,7 @@ def student_time(i, *, num_steps: int) -> jax.Array:
 
 
 def two_step_target(
-    v_fn: diffusion.VFn, z, *, i, num_steps: int, jump: int = 1, logsnr_fn: Callable = cosine_logsnr
+    v_fn: process.VFn, z, *, i, num_steps: int, jump: int = 1, logsnr_fn: Callable = cosine_logsnr
 ) -> Target:
     """Target of stage two: the x that leads, in one DDIM jump, where two steps of the teacher lead.
 
@@ -106,20 +106,20 @@ def two_step_target(
     first = student_time(i, num_steps=num_steps)
     last = jnp.maximum(i + 1 - jump, 0).astype(jnp.float32) / num_steps
     logsnr_t, logsnr_m, logsnr_s = logsnr_fn(first), logsnr_fn((first + last) / 2), logsnr_fn(last)
-    alpha_t, sigma_t = alpha_sigma(diffusion.expand(logsnr_t, z))
-    alpha_m, sigma_m = alpha_sigma(diffusion.expand(logsnr_m, z))
-    _, sigma_s = alpha_sigma(diffusion.expand(logsnr_s, z))
+    alpha_t, sigma_t = alpha_sigma(process.expand(logsnr_t, z))
+    alpha_m, sigma_m = alpha_sigma(process.expand(logsnr_m, z))
+    _, sigma_s = alpha_sigma(process.expand(logsnr_s, z))
     # The schedule ends a little short of sigma = 0; a jump to time 0 is meant to end at the clean x.
-    sigma_s = jnp.where(diffusion.expand(last, z) == 0, 0.0, sigma_s)
+    sigma_s = jnp.where(process.expand(last, z) == 0, 0.0, sigma_s)
 
     v_1 = jnp.asarray(v_fn(z, logsnr_t), jnp.float32)
-    z_m = alpha_m * diffusion.x_from_v(z, v_1, logsnr_t) + sigma_m * diffusion.eps_from_v(z, v_1, logsnr_t)
+    z_m = alpha_m * process.x_from_v(z, v_1, logsnr_t) + sigma_m * process.eps_from_v(z, v_1, logsnr_t)
     v_m = jnp.asarray(v_fn(z_m, logsnr_m), jnp.float32)
     # v_2 is x_2 as a v at t. (alpha_t z - x_2) / sigma_t says the same, but loses its digits where sigma_t is small.
     ratio = sigma_m / sigma_t
     v_2 = (alpha_m - alpha_t * ratio) * (alpha_m * v_1 - sigma_m * z) + ratio * v_m
     v = (sigma_s * v_1 + sigma_t * v_2) / (sigma_s + sigma_t)
-    return jax.lax.stop_gradient(Target(diffusion.x_from_v(z, v, logsnr_t), v))
+    return jax.lax.stop_gradient(Target(process.x_from_v(z, v, logsnr_t), v))
 
 
 def distill_loss(v, target, logsnr, *, kind: str = "truncated_snr", weights=None) -> jax.Array:
@@ -129,13 +129,13 @@ def distill_loss(v, target, logsnr, *, kind: str = "truncated_snr", weights=None
       v: [B, T, ...] the student's prediction of v.
       target: a Target, or its v [B, T, ...].
       logsnr: [B] noise level of z_t.
-      kind: 'truncated_snr', max(SNR, 1) x-MSE, or 'v', (SNR + 1) x-MSE, and the others of `diffusion.loss_weight`.
-      weights: None, or weights of the frames that broadcast to [B, T], see `diffusion.v_loss`.
+      kind: 'truncated_snr', max(SNR, 1) x-MSE, or 'v', (SNR + 1) x-MSE, and the others of `process.loss_weight`.
+      weights: None, or weights of the frames that broadcast to [B, T], see `process.v_loss`.
 
     Returns:
       float32 [B].
     """
-    return diffusion.v_loss(v, target.v if isinstance(target, Target) else target, logsnr, kind=kind, weights=weights)
+    return process.v_loss(v, target.v if isinstance(target, Target) else target, logsnr, kind=kind, weights=weights)
 
 
 def rounds(first: int, last: int) -> list[int]:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivideo import augment, conditioning, diffusion, flops, joint, sharding, stages
+from ivideo import stages
+from ivideo.devices import flops, sharding
+from ivideo.diffusion import augment, conditioning, joint, process
 from ivideo.errors import UserError
 from ivideo.text import encode, from_bits
 
@@ -173,7 +175,7 @@ def batch_loss(config, model, params, batch, drawn):
     def v_fn(z, logsnr):
         return model.apply({"params": params}, z, logsnr, text, mask, num_images=num_images, **given)
 
-    loss = diffusion.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights).mean()
+    loss = process.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights).mean()
     # That of x in units of the data's spread: else gradients shrink with its square, to below Adam's epsilon
     return loss / config.model.data_std**2 if config.diffusion.loss == "x" else loss
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from ivideo import sharding, stages, weights
-from ivideo.average import read_average
+from ivideo import stages
+from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.export import SUFFIX, load_params
-from ivideo.interrupts import wait_for
+from ivideo.sampling.interrupts import wait_for
 from ivideo.text import load_encoder
+from ivideo.training import trained
+from ivideo.training.average import read_average
 
 SIZE = ("frames", "height", "width", "fps")
 TEXTS = 8  # prompts embedded at a time
@@ -67,7 +69,7 @@ def load_weights(config, source: str | None):
     """
     shapes = stages.param_shapes(config)
     if source is None or source.endswith(SUFFIX):
-        return load_params(weights.packaged(config) if source is None else source, shapes)
+        return load_params(trained.packaged(config) if source is None else source, shapes)
     where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return read_average(source, like)[1]
@@ -220,9 +222,9 @@ def run(
 ) -> Iterator[tuple]:
     """Yields (stage's config, row, video [T, H, W, 3]) as the stages in `configs` (see `select`) make them.
 
-    `group` prompts at a time go through all stages, each of which loads its weights from its source (`weights.find`)
+    `group` prompts at a time go through all stages, each of which loads its weights from its source (`trained.find`)
     for every group, and lets them go: memory holds one stage, one batch of its videos and what it is given for a group.
-    A single stage loads them once. `identities`: what `weights.check` found; UserError where a run has gone on since.
+    A single stage loads them once. `identities`: what `trained.check` found; UserError where a run has gone on since.
     `low` [N, t, h, w, 3] is what the first stage is given, where it enlarges. `wanted`: the rows whose videos are
     yielded, by the stage's name; all of the last stage unless given. Only batches that these need are made. Batches
     do not depend on `wanted`, so that each video is the same, bit for bit, whatever else is wanted.
@@ -273,7 +275,7 @@ def run(
 def _load_the_same(config, sources, identities):
     """A stage's weights; UserError where they are not those that were found when the command began."""
     source = (sources or {}).get(config.stage)
-    if identities and weights.check(config, source) != identities[config.stage]:
+    if identities and trained.check(config, source) != identities[config.stage]:
         raise UserError(
             f"the weights of stage {config.stage} in {source} have changed since this command began: export them with "
             "--mode=export, and give the file with --weights"

@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from ivideo import hosts
+from ivideo.devices import hosts
 
 log = logging.getLogger("ivideo")
 

@@ -66,7 +66,7 @@ def goodput(events: list[dict]) -> dict:
     """
     processes = _processes(events)
     if not processes:
-        raise UserError("the events hold no start: give those of a run, as ivideo.report writes them")
+        raise UserError("the events hold no start: give those of a run, as ivideo.training.report writes them")
     history = _History()
     for process in processes:
         history.follow(process)

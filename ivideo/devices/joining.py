@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from ivideo import hosts
+from ivideo.devices import hosts
 from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")

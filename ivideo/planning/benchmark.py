@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from ivideo import flops, stages
-from ivideo.describe import columns, human, human_flops
+from ivideo import stages
+from ivideo.devices import flops
 from ivideo.errors import UserError
-from ivideo.train import TrainState, batch_shapes, make_train_step, model_flops, state_shapes
+from ivideo.planning.describe import columns, human, human_flops
+from ivideo.training.step import TrainState, batch_shapes, make_train_step, model_flops, state_shapes
 
 SECONDS = 5.0  # of runs for each case, if these are no fewer than
 REPEATS = 3
@@ -35,7 +36,7 @@ def benchmark(config, *, as_json: bool = False, repeats: int | None = None) -> d
 def measure(config, *, repeats: int | None = None) -> dict:
     """Times of the config's three cases, in seconds: the median, least and most of some repeats after one to warm up.
 
-    `repeats` is chosen for a few seconds a case unless given. `flops` are the model's (`ivideo.flops`), without what
+    `repeats` is chosen for a few seconds a case unless given. `flops` are the model's (`ivideo.devices.flops`), without what
     rematerialisation computes again; `share_of_peak` is their rate over that of a matrix product in the model's dtype,
     timed here. `memory_bytes` is what `memory_source` says: the device's peak since the program started, or the
     compiler's account of the case (arguments, results and temporaries).

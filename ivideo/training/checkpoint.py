@@ -1,8 +1,8 @@
 """Training states on disk: written by Orbax, checked by digests of our own, never lost.
 
-A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (`ivideo.digests`) and, should a checkpoint be found
+A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (`ivideo.training.digests`) and, should a checkpoint be found
 damaged, damaged/STEP/. All processes of a program share that storage: Orbax writes from each of them, digests and moves
-are the first one's alone. What only reads a run, as sampling does, uses `ivideo.average`, which moves nothing.
+are the first one's alone. What only reads a run, as sampling does, uses `ivideo.training.average`, which moves nothing.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ivideo import digests
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
 from ivideo.export import check_shapes
 from ivideo.files import in_bucket, read_json, write_json
+from ivideo.training import digests
 
 log = logging.getLogger("ivideo")
 

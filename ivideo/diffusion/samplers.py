@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo import diffusion
-from ivideo.schedules import alpha_sigma, cosine_logsnr
+from ivideo.diffusion import process
+from ivideo.diffusion.schedules import alpha_sigma, cosine_logsnr
 
 # Folded into a key for the noise a sampler starts from. No step has this number.
 _INITIAL = np.uint32(2**32 - 1)
@@ -68,11 +68,11 @@ def _predict(v_fn, z, logsnr, threshold):
     """Predicted x and eps [B, ...] at one noise level (a scalar), consistent with each other and with z."""
     logsnr = jnp.full(z.shape[:1], logsnr)
     v = v_fn(z, logsnr)
-    x = diffusion.x_from_v(z, v, logsnr)
+    x = process.x_from_v(z, v, logsnr)
     if threshold is None:
-        return x, diffusion.eps_from_v(z, v, logsnr)
+        return x, process.eps_from_v(z, v, logsnr)
     x = threshold(x)
-    return x, diffusion.eps_from_x(z, x, logsnr)
+    return x, process.eps_from_x(z, x, logsnr)
 
 
 def _scan(step_fn, z, num_steps, on_step):
@@ -89,7 +89,7 @@ def _scan(step_fn, z, num_steps, on_step):
 
 
 def ddim(
-    v_fn: diffusion.VFn,
+    v_fn: process.VFn,
     z,
     *,
     num_steps: int,
@@ -122,7 +122,7 @@ def ddim(
 
 
 def ancestral(
-    v_fn: diffusion.VFn,
+    v_fn: process.VFn,
     z,
     keys,
     *,
@@ -139,7 +139,7 @@ def ancestral(
       z: [B, ...] standard normal noise, see `initial_noise`.
       keys: [B] typed keys, one a sample; ValueError for anything else.
       num_steps: evaluations of `v_fn`; ValueError below 1.
-      gamma: in [0, 1], between the smallest (0) and the largest (1) variance of a step, see `diffusion.posterior`.
+      gamma: in [0, 1], between the smallest (0) and the largest (1) variance of a step, see `process.posterior`.
         0.3 is what Video Diffusion Models use for text-to-video; Imagen Video does not print its value.
       threshold, logsnr_fn, on_step: as in `ddim`.
 
@@ -153,14 +153,14 @@ def ancestral(
 
     def step(z, i):
         x, _ = _predict(v_fn, z, logsnrs[i], threshold)
-        mean, variance = diffusion.posterior(z, x, logsnrs[i], logsnrs[i + 1], gamma=gamma)
+        mean, variance = process.posterior(z, x, logsnrs[i], logsnrs[i + 1], gamma=gamma)
         return jnp.where(i == num_steps - 1, x, mean + jnp.sqrt(variance) * _noise(keys, i, z.shape[1:]))
 
     return _scan(step, z, num_steps, on_step)
 
 
 def distilled(
-    v_fn: diffusion.VFn,
+    v_fn: process.VFn,
     z,
     keys,
     *,
@@ -193,7 +193,7 @@ def distilled(
         alpha_s, _ = alpha_sigma(logsnr_s)
         alpha_k, sigma_k = alpha_sigma(logsnr_k)
         z_k = alpha_k * x + sigma_k * eps
-        back = jnp.sqrt(diffusion.transition_variance(logsnr_s, logsnr_k))
+        back = jnp.sqrt(process.transition_variance(logsnr_s, logsnr_k))
         z_s = (alpha_s / alpha_k) * z_k + back * _noise(keys, i, z.shape[1:])
         return jnp.where(i == num_steps - 1, x, z_s)
 

@@ -15,13 +15,15 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ivideo import flops, sharding, stages, train
-from ivideo.chips import CHIPS, slice_of
-from ivideo.describe import columns, forward_flops, human, human_flops
+from ivideo import stages
+from ivideo.devices import flops, sharding
+from ivideo.devices.chips import CHIPS, slice_of
 from ivideo.errors import UserError
 from ivideo.files import refuse_existing, write_json
-from ivideo.hlo import Program
+from ivideo.planning.describe import columns, forward_flops, human, human_flops
+from ivideo.planning.hlo import Program
 from ivideo.text import encode, encoder_module
+from ivideo.training import step
 
 # Least effort at speed: minutes in place of an hour on two cores. The compiler then keeps no activations in on-chip
 # memory between operations, so the bytes are more than those of a run: an upper estimate
@@ -47,13 +49,13 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
     such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
     `bytes`, `memory` and `peaks` are a device's, a chip or on TPU7x half of one; `model_flops` are those of all devices
-    together (see `ivideo.flops`), without rematerialisation. UserError where Google offers no such slice, the mesh or
+    together (see `ivideo.devices.flops`), without rematerialisation. UserError where Google offers no such slice, the mesh or
     the batch does not fit it, or the program does not fit the devices: then it says what to change.
     """
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(config[what].mesh, devices)
     if what == "train":
-        train.check_batch(config, mesh)
+        step.check_batch(config, mesh)
     program = {"train": training_program, "sample": sampling_program, "text": text_program}[what]
     fn, args, out_shardings, donated = program(config, mesh)
     model_flops = count_flops(config, what)
@@ -117,11 +119,11 @@ def topology_devices(topology: str):
 
 def training_program(config, mesh):
     """The training step, its arguments' shapes with shardings, its results' shardings, and what is donated."""
-    state, batch = train.state_shapes(config), train.batch_shapes(config)
+    state, batch = step.state_shapes(config), step.batch_shapes(config)
     state = _placed(state, sharding.of_params(mesh, state))
     batch = _placed(batch, sharding.of_batch(mesh, batch))
     results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
-    return train.make_train_step(config, mesh), (state, batch), results, (0,)
+    return step.make_train_step(config, mesh), (state, batch), results, (0,)
 
 
 def sampling_program(config, mesh):
@@ -190,7 +192,7 @@ def count_flops(config, what: str) -> int:
     if what == "text":
         fn, shapes = _text_encoder(config)
         return flops.count(fn, *shapes)
-    return train.model_flops(config) if what == "train" else forward_flops(one_step(config))
+    return step.model_flops(config) if what == "train" else forward_flops(one_step(config))
 
 
 def _placed(shapes, shardings):
