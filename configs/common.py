@@ -162,7 +162,7 @@ def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.Conf
 
 
 def mesh(**sizes: int) -> ml_collections.ConfigDict:
-    """How many devices each axis has (ivideo.devices.sharding); -1: all that are left. The product is the devices' number."""
+    """Devices per mesh axis (ivideo.devices.sharding); -1 takes all that are left. The product is the device count."""
     mesh = ml_collections.ConfigDict()
     mesh.data = sizes.get("data", 1)  # copies of the parameters, each with a part of the batch
     mesh.fsdp = sizes.get("fsdp", 1)  # parts of the batch, and of parameters, their average and optimizer state

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ivideo.errors import UserError
-from ivideo.export import load_metadata, load_params, save_params
+from ivideo.weights import load_metadata, load_params, save_params
 
 
 def params():

@@ -13,8 +13,8 @@ from ivideo import stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import prompt_following
-from ivideo.export import config_metadata, file_identity, load_params, save_params
 from ivideo.sampling import cascade, generate
+from ivideo.weights import config_metadata, file_identity, load_params, save_params
 
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
 

@@ -14,8 +14,8 @@ import pytest
 from configs import base
 from ivideo import stages
 from ivideo.data import video_io
-from ivideo.export import config_metadata, save_params
 from ivideo.sampling import interrupts
+from ivideo.weights import config_metadata, save_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 

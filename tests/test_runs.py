@@ -17,11 +17,11 @@ import pytest
 from configs import base
 from ivideo import stages
 from ivideo.errors import UserError
-from ivideo.export import save_params
 from ivideo.training.checkpoint import Checkpoints
 from ivideo.training.guards import PREEMPTED
 from ivideo.training.loop import train
 from ivideo.training.step import state_shapes
+from ivideo.weights import save_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 40

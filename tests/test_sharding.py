@@ -95,11 +95,11 @@ def test_small_compiled_step_keeps_the_layouts(monkeypatch):
     mesh = mesh_of(fsdp=2, frames=2, height=2)
     state, batch = step.state_shapes(config), step.batch_shapes(config)
     where, split = sharding.of_params(mesh, state), sharding.of_batch(mesh, batch)
-    step = jax.jit(step.make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
+    update = jax.jit(step.make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
     placed = jax.tree.map(
         lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), (state, batch), (where, split)
     )
-    compiled = step.lower(*placed).compile()
+    compiled = update.lower(*placed).compile()
     (found_state, found_batch), _ = compiled.input_shardings
     made, _ = compiled.output_shardings
     # [layers, 3, 3, channels of the block and its skip, channels]: the larger is split

@@ -1,0 +1,1 @@
+"""Videos and captions: where they come from, how files are read and written, the order in which they arrive."""

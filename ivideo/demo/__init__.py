@@ -1,0 +1,1 @@
+"""The weights of the small cascade that ships with the package."""

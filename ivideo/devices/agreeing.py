@@ -86,7 +86,7 @@ def of_config(config) -> dict:
 
 def of_program() -> dict:
     """Versions of what computes, and the digest of every file of this package's code."""
-    folder = pathlib.Path(__file__).parent
+    folder = pathlib.Path(__file__).parents[1]
     versions = {f"the version of {name}": metadata.version(name) for name in LIBRARIES}
     versions["the version of ivideo"] = __version__
     code = {

@@ -2,7 +2,7 @@
 
 The process that fails writes why into the key-value store that jax keeps in the first process. A thread in every
 process waits for that, so that none stays behind in a collective operation or at jax's barrier before the exit.
-`ivideo.devices.joining` makes the processes find each other, `ivideo.devices.agreeing` compares what they are going to do.
+`ivideo.devices.joining` connects the processes, `ivideo.devices.agreeing` compares what they are going to do.
 """
 
 import atexit

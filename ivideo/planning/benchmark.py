@@ -36,8 +36,8 @@ def benchmark(config, *, as_json: bool = False, repeats: int | None = None) -> d
 def measure(config, *, repeats: int | None = None) -> dict:
     """Times of the config's three cases, in seconds: the median, least and most of some repeats after one to warm up.
 
-    `repeats` is chosen for a few seconds a case unless given. `flops` are the model's (`ivideo.devices.flops`), without what
-    rematerialisation computes again; `share_of_peak` is their rate over that of a matrix product in the model's dtype,
+    `repeats` is chosen for a few seconds per case unless given. `flops` are the model's (`ivideo.devices.flops`),
+    without rematerialisation; `share_of_peak` is their rate over that of a matrix product in the model's dtype,
     timed here. `memory_bytes` is what `memory_source` says: the device's peak since the program started, or the
     compiler's account of the case (arguments, results and temporaries).
     UserError, before anything is compiled, where the device cannot hold the training state.

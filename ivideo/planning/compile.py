@@ -49,8 +49,8 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
     `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
     such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
     `bytes`, `memory` and `peaks` are a device's, a chip or on TPU7x half of one; `model_flops` are those of all devices
-    together (see `ivideo.devices.flops`), without rematerialisation. UserError where Google offers no such slice, the mesh or
-    the batch does not fit it, or the program does not fit the devices: then it says what to change.
+    together (see `ivideo.devices.flops`), without rematerialisation. UserError where Google offers no such slice, the
+    mesh or the batch does not fit it, or the program does not fit the devices: then it says what to change.
     """
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(config[what].mesh, devices)

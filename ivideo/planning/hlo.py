@@ -2,8 +2,8 @@
 
 The compiler's own `cost_analysis` counts the body of a loop once, whatever the number of its runs, and the blocks of a
 level are a loop. Here a loop counts as often as it runs. FLOPs are those of products and convolutions, as in
-`ivideo.devices.flops`; bytes are those that operations read from and write to a chip's main memory (HBM), by the sizes of their
-arrays without the padding of their layouts.
+`ivideo.devices.flops`; bytes are those that operations read from and write to a chip's main memory (HBM), by the sizes
+of their arrays without the padding of their layouts.
 """
 
 import collections

@@ -1,0 +1,1 @@
+"""From a prompt to a video file: the cascade, and the files that it writes."""

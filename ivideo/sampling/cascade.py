@@ -16,11 +16,11 @@ import tqdm
 from ivideo import stages
 from ivideo.devices import sharding
 from ivideo.errors import UserError
-from ivideo.export import SUFFIX, load_params
 from ivideo.sampling.interrupts import wait_for
 from ivideo.text import load_encoder
 from ivideo.training import trained
 from ivideo.training.average import read_average
+from ivideo.weights import SUFFIX, load_params
 
 SIZE = ("frames", "height", "width", "fps")
 TEXTS = 8  # prompts embedded at a time

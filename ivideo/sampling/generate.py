@@ -12,12 +12,12 @@ from ivideo.data import video_io
 from ivideo.data.sources import resize_video
 from ivideo.devices import agreeing
 from ivideo.errors import UserError
-from ivideo.export import SUFFIX, config_metadata, save_params
 from ivideo.files import refuse_existing
 from ivideo.prompts import samples
 from ivideo.sampling import cascade, outputs
 from ivideo.sampling.interrupts import Interrupted
 from ivideo.training import trained
+from ivideo.weights import SUFFIX, config_metadata, save_params
 
 log = logging.getLogger("ivideo")
 

@@ -447,8 +447,8 @@ def _shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape in the network of these sizes."""
     import jax
 
-    from ivideo.export import shapes_of
     from ivideo.text.t5 import T5Encoder
+    from ivideo.weights import shapes_of
 
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     return shapes_of(jax.eval_shape(T5Encoder(**sizes).init, jax.random.key(0), tokens, tokens)["params"])

@@ -1,0 +1,1 @@
+"""Training a stage: the step, the loop around it, checkpoints, reports, and what guards a run."""

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ivideo.errors import UserError
-from ivideo.export import check_shapes
 from ivideo.training import digests
 from ivideo.training.checkpoint import below, check_workdir, line, said, shapes, shapes_in, steps_in
+from ivideo.weights import check_shapes
 
 log = logging.getLogger("ivideo")
 

@@ -1,8 +1,9 @@
 """Training states on disk: written by Orbax, checked by digests of our own, never lost.
 
-A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (`ivideo.training.digests`) and, should a checkpoint be found
-damaged, damaged/STEP/. All processes of a program share that storage: Orbax writes from each of them, digests and moves
-are the first one's alone. What only reads a run, as sampling does, uses `ivideo.training.average`, which moves nothing.
+A working folder holds checkpoints/STEP/ (Orbax), digests/STEP.json (`ivideo.training.digests`) and damaged/STEP/ for
+checkpoints that were found damaged. All processes share the folder: each writes its part of a checkpoint through Orbax,
+and the first one alone writes digests and moves folders. Sampling reads a run through `ivideo.training.average`, which
+moves nothing.
 """
 
 import concurrent.futures
@@ -21,9 +22,9 @@ from jax.experimental import multihost_utils
 
 from ivideo.data.pipeline import load_state
 from ivideo.errors import UserError
-from ivideo.export import check_shapes
 from ivideo.files import in_bucket, read_json, write_json
 from ivideo.training import digests
+from ivideo.weights import check_shapes
 
 log = logging.getLogger("ivideo")
 

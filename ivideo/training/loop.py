@@ -1,7 +1,8 @@
 """The training loop of one stage: data, steps, checkpoints, and what becomes of a run when things go wrong.
 
-In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.training.checkpoint`), metrics.jsonl (a line a step; of a
-step done twice the last one counts), events.jsonl (where the time went, `ivideo.training.goodput`), tensorboard/, profile/.
+In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.training.checkpoint`), metrics.jsonl (one line per
+step; where a step was done twice, its last line counts), events.jsonl (where the time went, `ivideo.training.goodput`),
+tensorboard/, profile/.
 """
 
 import collections
@@ -18,7 +19,6 @@ from ivideo import checks, stages
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.devices import agreeing, hosts, sharding
-from ivideo.export import load_params
 from ivideo.recipe import keep_run_config
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
@@ -27,6 +27,7 @@ from ivideo.training.checkpoint import Checkpoints, check_workdir
 from ivideo.training.guards import PREEMPTED, Profile, Stopping, Watchdog
 from ivideo.training.report import Reporter
 from ivideo.training.step import TrainState, check_batch, embed, init_state, make_train_step, state_shapes
+from ivideo.weights import load_params
 
 log = logging.getLogger("ivideo")
 

@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 from ivideo.data import shapes
-from ivideo.export import config_metadata, save_params
 from ivideo.files import refuse_existing
 from ivideo.text import encode, encoder_module
 from ivideo.text.tokenizers import byte_tokens
+from ivideo.weights import config_metadata, save_params
 
 CHOICES = (shapes.SHAPES, tuple(shapes.COLOURS), tuple(shapes.BACKGROUNDS), shapes.MOTIONS)
 ABSENT = -1

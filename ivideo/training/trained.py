@@ -11,8 +11,8 @@ from etils import epath
 
 from ivideo import recipe, stages
 from ivideo.errors import UserError
-from ivideo.export import SUFFIX, check_shapes, file_identity, load_metadata, read_shapes, shapes_of
 from ivideo.training.checkpoint import below, shapes_in, steps_in
+from ivideo.weights import SUFFIX, check_shapes, file_identity, load_metadata, read_shapes, shapes_of
 
 
 def find(configs: Sequence, *, workdir: str | None = None, weights: str | None = None) -> dict[str, str | None]:

@@ -14,14 +14,14 @@ from ivideo import recipe, stages
 from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import evaluate
-from ivideo.export import config_metadata, load_metadata, save_params
 from ivideo.sampling import cascade, generate
 from ivideo.training import trained
 from ivideo.training.loop import train
+from ivideo.weights import config_metadata, load_metadata, save_params
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def run(tmp_path_factory):
     """A run of two steps."""
     workdir = str(tmp_path_factory.mktemp("run"))
     config = base.get_config("small")
@@ -38,8 +38,8 @@ def saved(config, path, dtype=np.float32, change=lambda p: p):
     return path
 
 
-def test_small_exported_weights_are_sampled_evaluated_and_continued_from(trained, tmp_path, capsys):
-    config, workdir = trained
+def test_small_exported_weights_are_sampled_evaluated_and_continued_from(run, tmp_path, capsys):
+    config, workdir = run
     file = str(tmp_path / "base.safetensors")
     generate.export(config, workdir, file)
     kept = json.loads(load_metadata(file)["config"])
@@ -126,8 +126,8 @@ def test_small_weights_may_start_another_stage_with_the_same_network(tmp_path):
         trained.check(config.stages.tsr3, path)
 
 
-def test_small_identity_follows_from_the_values(trained, tmp_path):
-    config, workdir = trained
+def test_small_identity_follows_from_the_values(run, tmp_path):
+    config, workdir = run
     a = trained.check(config, saved(config, str(tmp_path / "a.safetensors")))
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert trained.check(config, str(tmp_path / "b.safetensors")) == a
@@ -136,9 +136,9 @@ def test_small_identity_follows_from_the_values(trained, tmp_path):
     assert trained.check(config, workdir).startswith("step 2, saved ")
 
 
-def test_small_run_keeps_its_config(trained, tmp_path, caplog):
+def test_small_run_keeps_its_config(run, tmp_path, caplog):
     """What differs from the last start is logged, but for another network, which is refused by its key."""
-    config, workdir = trained
+    config, workdir = run
     shutil.copytree(workdir, tmp_path / "run")
     workdir = str(tmp_path / "run")
     assert recipe.differences(recipe.read_run_config(workdir), config) == []
