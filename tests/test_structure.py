@@ -71,7 +71,7 @@ def test_small_imports_go_downward():
 def test_small_no_two_modules_need_each_other():
     files = {dotted(path): path for _, path in modules()}
     needs = {
-        name: {x for i in imports(path) for x in (i, i.rpartition(".")[0]) if x in files and x != name}
+        name: {i if i in files else i.rpartition(".")[0] for i in imports(path)} & files.keys() - {name}
         for name, path in files.items()
     }
     list(graphlib.TopologicalSorter(needs).static_order())  # CycleError names the circle

@@ -18,7 +18,8 @@ from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.files import exists
 from ivideo.prompts import one_line
-from ivideo.text.checkpoints import Checkpoint, inside, open_checkpoint, read_array
+from ivideo.text.arrays import inside
+from ivideo.text.checkpoints import Checkpoint, open_checkpoint, read_array
 from ivideo.text.t5 import T5Encoder
 from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
 
@@ -160,7 +161,7 @@ def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
     """The parameters in the module's type, each cast and put in its place before the next is read."""
     import flax.traverse_util
 
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, module.dtype) for name, leaf in checkpoint.leaves.items()}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, module.dtype) for name, array in checkpoint.params.items()}
     tree = flax.traverse_util.unflatten_dict(shapes, sep="/")
     where = None if mesh is None else flax.traverse_util.flatten_dict(sharding.of_params(mesh, tree), sep="/")
 
@@ -168,7 +169,7 @@ def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
         value = np.ascontiguousarray(read_array(checkpoint, name).astype(module.dtype))
         return jax.device_put(value) if where is None else sharding.from_host(value, where[name])
 
-    return flax.traverse_util.unflatten_dict({name: place(name) for name in checkpoint.leaves}, sep="/")
+    return flax.traverse_util.unflatten_dict({name: place(name) for name in checkpoint.params}, sep="/")
 
 
 def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
@@ -176,8 +177,8 @@ def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
     digest, dtype = hashlib.sha256(), jnp.dtype(dtype).name
     described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
     digest.update(json.dumps(described, sort_keys=True).encode())
-    for name in sorted(checkpoint.leaves):
-        whole = len(checkpoint.leaves[name].shape) == 1 or math.prod(checkpoint.leaves[name].shape) < sharding.WHOLE
+    for name in sorted(checkpoint.params):
+        whole = len(checkpoint.params[name].shape) == 1 or math.prod(checkpoint.params[name].shape) < sharding.WHOLE
         value = read_array(checkpoint, name, () if whole else (0,))
         digest.update(np.ascontiguousarray(value.astype(jnp.dtype(dtype))).tobytes())
     return digest.hexdigest()
