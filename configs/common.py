@@ -56,8 +56,7 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     )  # the fields of ivideo.models.unet.VideoUNet; one entry a level, finest first
     config.model.head_dim = 64  # channels a head, as Imagen
     config.model.max_distance = 64  # frames; relative positions further apart share one
-    config.model.cond_channels = 3 if before else 0  # channels of the conditioning video; 4 with blank frames
-    config.model.augmentation = before is not None  # whether the network is told the noise put on that video
+
     config.model.frame_positions = (
         False  # whether a frame is told its place in the clip; attention's are relative either way
     )

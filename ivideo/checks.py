@@ -99,8 +99,6 @@ KEYS = {
         "temporal": several(choice(*TEMPORAL)),
         "head_dim": SIZE,
         "max_distance": SIZE,
-        "cond_channels": COUNT,
-        "augmentation": SWITCH,
         "frame_positions": SWITCH,
         "prediction": choice(*PREDICTIONS),
         "data_std": POSITIVE,
@@ -309,8 +307,7 @@ def _check_windows(config) -> None:
 
 def _check_without_conditioning(config) -> None:
     """Of a stage that makes videos from noise."""
-    zero = ("cond.height", "cond.width", "cond.fps", "model.cond_channels", "model.augmentation",
-            "train.crop_frames", "train.crop_height", "train.crop_width")  # fmt: skip
+    zero = ("cond.height", "cond.width", "cond.fps", "train.crop_frames", "train.crop_height", "train.crop_width")
     for key in zero:
         if value := _value(config, key):
             raise UserError(
@@ -330,11 +327,7 @@ def _check_conditioning(config) -> None:
             f"config.train.sample_every = {config.train.sample_every}: stage {config.stage} makes nothing from "
             "prompts alone, expected 0"
         )
-    if not config.model.augmentation:
-        raise UserError(
-            f"config.model.augmentation = False: stage {config.stage} is given a video with noise on it, and has to be "
-            "told its level; expected True"
-        )
+
     if config.cond.fps < 1:
         raise UserError(f"config.cond.fps = {config.cond.fps}: expected frames a second, 1 or more")
     for axis in ("frames", "height", "width"):
@@ -364,10 +357,4 @@ def _check_conditioning(config) -> None:
         raise UserError(
             f"config.sample.augmentation_blur = {config.sample.augmentation_blur}: expected pixels from 0 to those "
             f"trained on, config.train.augmentation_blur = {config.train.augmentation_blur}"
-        )
-    wanted = 4 if config.cond.fill == "blank" else 3
-    if config.model.cond_channels != wanted:
-        raise UserError(
-            f"config.model.cond_channels = {config.model.cond_channels}: expected {wanted} with config.cond.fill = "
-            f"{config.cond.fill!r}"
         )

@@ -25,7 +25,7 @@ _AUGMENTATION = np.uint32(2**32 - 2)
 def build_model(config) -> VideoUNet:
     """The stage's network."""
     fields = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.model.items()}
-    return VideoUNet(**{**fields, "dtype": jnp.dtype(config.model.dtype)})
+    return VideoUNet(**{**fields, "conditioned": config.cond.frames > 0, "dtype": jnp.dtype(config.model.dtype)})
 
 
 def video_shape(config) -> tuple[int, int, int, int]:
@@ -43,6 +43,13 @@ def training_shape(config) -> tuple[int, int, int, int]:
 def factors(config) -> dict[str, int]:
     """How much larger in `space` and in `time` a super-resolution stage makes what it is given."""
     return {"space": config.video.height // config.cond.height, "time": config.video.frames // config.cond.frames}
+
+
+def cond_channels(config) -> int:
+    """Channels of the network's conditioning video: RGB, and the mask of blank frames; 0 without conditioning."""
+    if not config.cond.frames:
+        return 0
+    return 4 if config.cond.fill == "blank" else 3
 
 
 def window_multiple(config) -> tuple[int, int]:
@@ -63,9 +70,8 @@ def model_inputs(config, batch: int) -> tuple[tuple, dict]:
     frames, height, width, channels = video_shape(config)
     text = (array(config.text.length, config.text.dim), array(config.text.length, dtype=bool))
     optional = {}
-    if config.model.cond_channels:
-        optional["cond"] = array(frames, height, width, config.model.cond_channels)
-    if config.model.augmentation:
+    if config.cond.frames:
+        optional["cond"] = array(frames, height, width, cond_channels(config))
         optional["aug_logsnr"] = array()
     if config.model.guidance_input:
         optional["guidance_weight"] = array()

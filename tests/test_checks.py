@@ -20,7 +20,6 @@ ALLOWED = {
         *(
             "seed",
             "learning_rate",
-            "cond_channels",
             "scan_unroll",
             "logsnr_min",
             "logsnr_max",
@@ -76,7 +75,7 @@ def test_small_every_key_refuses_what_cannot_work(stage):
         ("model.channels", (7,), "config.model.head_dim = 8 does not divide the 7 channels"),
         ("model.head_dim", 7, "config.model.head_dim = 7 does not divide the 8 channels"),
         ("model.channels", (8, 8), "config.model.blocks = (1,) has 1 entries, but model.channels has 2"),
-        ("model.cond_channels", 3, "config.model.cond_channels = 3: stage base makes videos from noise"),
+        ("cond.height", 3, "config.cond.height = 3: stage base makes videos from noise"),
         ("train.crop_height", 4, "config.train.crop_height = 4: stage base makes videos from noise"),
         ("train.warmup", -5, "config.train.warmup = -5: expected a whole number, 0 or more"),
         ("train.learning_rate", math.nan, "config.train.learning_rate = nan: expected a number, 0 or more"),

@@ -78,8 +78,7 @@ def test_small_paper_sizes_without_allocating():
 
 def test_small_conditioning_is_seen(small):
     base_facts = describe.facts(small)
-    small.model.cond_channels = 4
-    small.model.augmentation = True
+    small.cond.update(frames=4, height=8, width=8, fps=3, fill="blank")
     found = describe.facts(small)
     assert found["input"] == {"kind": "video", "frames": 4, "height": 8, "width": 8, "fps": 3, "channels": 4}
     assert found["output"] == {"frames": 4, "height": 8, "width": 8}

@@ -18,21 +18,16 @@ def batch():
     }
 
 
-def test_small_pack_puts_the_images_last_and_unpack_undoes_it(batch):
+def test_small_pack_puts_the_images_last(batch):
     frames = joint.pack(batch["video"], batch["images"])
     np.testing.assert_array_equal(frames[:, :4], batch["video"])
     for k in range(3):
         np.testing.assert_array_equal(frames[:, 4 + k], batch["images"][:, k])
-    video, images = joint.unpack(frames, 3)
-    np.testing.assert_array_equal(video, batch["video"])
-    np.testing.assert_array_equal(images, batch["images"])
+    assert frames.shape[1] == 7
 
 
 def test_small_no_images_is_the_video_alone(batch):
     np.testing.assert_array_equal(joint.pack(batch["video"], batch["images"][:, :0]), batch["video"])
-    video, images = joint.unpack(batch["video"], 0)
-    np.testing.assert_array_equal(video, batch["video"])
-    assert images.shape == (2, 0, 3, 3, 3)
 
 
 def test_small_each_frame_finds_its_own_text(batch):
@@ -65,8 +60,7 @@ def test_small_frame_weights_in_the_loss(batch):
 def test_small_shapes_that_do_not_agree_are_refused(batch):
     with pytest.raises(ValueError, match=r"\(2, 3, 2, 3, 3\).*\(2, 4, 3, 3, 3\)"):
         joint.pack(batch["video"], batch["images"][:, :, :2])
-    with pytest.raises(ValueError, match="num_images=8"):
-        joint.unpack(batch["video"], 8)
+
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 6\)"):
         joint.pack_text(batch["text"], batch["text_mask"], batch["image_text"][:, :, :4], batch["image_text_mask"])
     with pytest.raises(ValueError, match="Masks"):

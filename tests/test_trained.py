@@ -126,6 +126,36 @@ def test_small_weights_may_start_another_stage_with_the_same_network(tmp_path):
         trained.check(config.stages.tsr3, path)
 
 
+@pytest.mark.parametrize("stage", ["base", "ssr1"])
+def test_small_metadata_of_older_configs_is_compared(stage, tmp_path):
+    """The config beside weights may have keys that configs no longer have; the keys of both still count."""
+    config = cascade_config.STAGES[stage].get_config("small")
+    path = saved(config, str(tmp_path / "new.safetensors"))
+    older = json.loads(load_metadata(path)["config"])
+    older["model"] |= {"cond_channels": 0 if stage == "base" else 3, "augmentation": stage != "base"}
+    save_params(
+        str(tmp_path / "old.safetensors"), cascade.load_weights(config, path), metadata={"config": json.dumps(older)}
+    )
+    trained.check(config, str(tmp_path / "old.safetensors"))
+    config.model.max_distance = 3
+    with pytest.raises(
+        UserError, match="old.safetensors is of another network: config.model.max_distance is \\d+ there"
+    ):
+        trained.check(config, str(tmp_path / "old.safetensors"))
+
+
+@pytest.mark.parametrize("stage", cascade_config.STAGES)
+def test_small_weights_in_the_package_fit_the_demo_configs(stage):
+    assert trained.check(cascade_config.STAGES[stage].get_config("demo"), None)
+
+
+def test_small_weights_of_the_base_do_not_start_a_stage_with_conditioning(tmp_path):
+    config = cascade_config.get_config("small")
+    config.stages.ssr1.train.start = saved(config.stages.base, str(tmp_path / "base.safetensors"))
+    with pytest.raises(UserError, match="base.safetensors is of another (network|model): "):
+        trained.check_start(config.stages.ssr1)
+
+
 def test_small_identity_follows_from_the_values(run, tmp_path):
     config, workdir = run
     a = trained.check(config, saved(config, str(tmp_path / "a.safetensors")))

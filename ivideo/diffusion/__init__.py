@@ -1,1 +1,1 @@
-"""The paper's formulas, on arrays alone: schedules, the process, samplers, guidance, conditioning, distillation."""
+"""The paper's formulas as functions of arrays: schedules, process, samplers, guidance, conditioning, distillation."""

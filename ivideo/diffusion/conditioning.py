@@ -1,7 +1,7 @@
-"""What a super-resolution stage is conditioned on (Sections 2.2 and 2.5): a clip at the resolution of the stage before.
+"""The conditioning of super-resolution stages (Sections 2.2 and 2.5): a clip at the previous stage's resolution.
 
-B batch · T, H, W frames, height, width of what the stage makes · t, h, w of what it is given · C channels
-`space` and `time` are the whole factors between the two: H = space h, T = time t.
+B batch · T, H, W frames, height, width of the stage's output · t, h, w of its low-resolution clip · C channels
+`space` and `time` are the integer factors between the two: H = space h, T = time t.
 """
 
 import jax
@@ -13,7 +13,7 @@ FILLS = ("repeat", "blank")
 
 
 def reduce(video, *, space: int, time: int) -> jax.Array:
-    """The clip as the stage before would have made it: frames skipped, then shrunk with antialiasing.
+    """Reduces a clip to the previous stage's resolution: skips frames, then downsamples with antialiasing.
 
     Args:
       video: [B, T, H, W, C].
@@ -29,22 +29,22 @@ def reduce(video, *, space: int, time: int) -> jax.Array:
     return resize.resize_space(resize.skip_frames(video, time), height // space, width // space)
 
 
-def enlarge(low, *, space: int, time: int, fill: str = "repeat") -> jax.Array:
-    """The given clip at the size of what the stage makes: bilinear in space, repeated or blank frames in time.
+def enlarge(low_res, *, space: int, time: int, fill: str = "repeat") -> jax.Array:
+    """Upsamples a low-resolution clip to the stage's size: bilinear in space, repeated or blank frames in time.
 
     Args:
-      low: [B, t, h, w, C].
+      low_res: [B, t, h, w, C].
       space, time: factors; ValueError below 1.
-      fill: 'repeat', or 'blank' for frames of zeros behind a mask channel that is 1 on the frames given; ValueError
-        for anything else.
+      fill: 'repeat'; or 'blank' for frames of zeros, and one more channel, a mask that is 1 on the clip's own frames
+        and 0 on the blank ones. ValueError for anything else.
 
     Returns:
       float32 [B, t * time, h * space, w * space, C], C + 1 with 'blank'.
     """
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r} is unknown: choose from {', '.join(FILLS)}.")
-    height, width = low.shape[2:4]
-    video = resize.resize_space(low, height * space, width * space)
+    height, width = low_res.shape[2:4]
+    video = resize.resize_space(low_res, height * space, width * space)
     if fill == "repeat":
         return resize.repeat_frames(video, time)
     video, mask = resize.blank_frames(video, time)

@@ -19,8 +19,8 @@ WeightFn = Callable[[jax.Array], jax.Array]
 def guide(v_cond, v_uncond, weight) -> jax.Array:
     """Guided prediction (1 + w) v_cond - w v_uncond. Section 2.6.1.
 
-    The paper writes it for x; x, eps and v are affine in each other at fixed z, so it holds for all three alike. Here
-    w = 0 is no guidance; Imagen (arXiv 2205.11487) counts from 1.
+    The paper writes it for x. At fixed z, x, eps and v are affine functions of each other, so the formula holds for all
+    three. Here w = 0 is no guidance; in Imagen (arXiv 2205.11487) w = 1 is.
 
     Args:
       v_cond: [B, ...].
@@ -40,9 +40,9 @@ def classifier_free(cond_fn: VFn, uncond_fn: VFn, weight: float | jax.Array | We
 
     Args:
       cond_fn: denoiser with the text.
-      uncond_fn: the same without the text.
+      uncond_fn: the same denoiser without the text.
       weight: w, a number, an array [B], or a function logsnr [B] -> w [B] such as `oscillating_weight` makes.
-        The Python number 0 returns `cond_fn`: no second evaluation.
+        The Python number 0 returns `cond_fn`, which saves the second evaluation.
 
     Returns:
       A denoiser, (z [B, ...], logsnr [B]) -> v float32 [B, ...].
@@ -99,9 +99,9 @@ def static_threshold(x) -> jax.Array:
 def magnitude_percentile(x, *, percentile: float) -> jax.Array:
     """Percentile of |x| over each sample: the smallest value that `percentile` % of its elements do not exceed.
 
-    It is an element of |x| (nearest rank, no interpolation), found exactly and without sorting: the bit patterns of
-    non-negative floats are ordered as the floats are, so 31 passes that count settle its 31 bits one by one. A clip of
-    128 x 768 x 1280 has 3.8e8 elements: too many to sort, and too many to count in float32.
+    It is an element of |x| (nearest rank, no interpolation), found exactly and without sorting. The bit patterns of
+    non-negative floats are ordered as the floats are, so each of 31 counting passes determines one of its 31 bits. A
+    clip of 128 x 768 x 1280 has 3.8e8 elements: too many to sort, and too many to count in float32.
 
     Args:
       x: [B, ...].
@@ -114,26 +114,26 @@ def magnitude_percentile(x, *, percentile: float) -> jax.Array:
         raise ValueError(f"percentile={percentile} must be in (0, 100].")
     size = math.prod(x.shape[1:])
     if not 1 <= size < 2**31:
-        raise ValueError(f"A sample has {size} elements (shape {tuple(x.shape[1:])}); 1 to 2^31 - 1 can be counted.")
-    # In exact arithmetic: in floating point 99.9 % of 1000 elements would round up to rank 1000.
+        raise ValueError(f"A sample has {size} elements (shape {tuple(x.shape[1:])}), expected 1 to 2^31 - 1.")
+    # Exact arithmetic: in floating point, 99.9 % of 1000 elements would round up to rank 1000.
     rank = math.ceil(Fraction(str(percentile)) * size / 100)
     x = jnp.asarray(x, jnp.float32)
     axes = tuple(range(1, x.ndim))
 
-    def settle_bit(n, found):
-        candidate = found | (jnp.int32(1) << (30 - n))
+    def determine_bit(n, prefix):
+        candidate = prefix | (jnp.int32(1) << (30 - n))
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)
         below = jnp.sum(bits < candidate.reshape(-1, *(1,) * len(axes)), axis=axes, dtype=jnp.int32)
-        return jnp.where(below < rank, candidate, found)
+        return jnp.where(below < rank, candidate, prefix)
 
-    bits = jax.lax.fori_loop(0, 31, settle_bit, jnp.zeros(x.shape[:1], jnp.int32))
+    bits = jax.lax.fori_loop(0, 31, determine_bit, jnp.zeros(x.shape[:1], jnp.int32))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def dynamic_threshold(x, *, percentile: float = 99.5) -> jax.Array:
     """Clips the predicted x to [-s, s] and divides by s = max(1, percentile of |x|). Section 2.6.1; arXiv 2205.11487.
 
-    One s for a sample, over its whole clip: never one a frame (it would flicker), nor one for the batch.
+    There is one s for each sample, over its whole clip. One per frame would flicker; one per batch would mix samples.
 
     Args:
       x: [B, ...].

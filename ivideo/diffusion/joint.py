@@ -1,8 +1,8 @@
 """Joint training on images and video (Section 2.6): independent images packed behind the frames of a video.
 
 B batch, T frames of the video, K images, H height, W width, C channels, L text tokens, D text width. In a packed
-sequence of T + K frames the first T are the video and the last K are images, each with a text of its own. Temporal
-layers act on frames[:, :T] alone, which is what masking them off for the images comes to (arXiv 2204.03458).
+sequence of T + K frames the first T are the video and the last K are images, each with its own text. Temporal layers
+act on frames[:, :T] alone, which is equivalent to masking them for the images (arXiv 2204.03458).
 """
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def pack(video, images) -> jax.Array:
-    """One sequence of the video's frames and the images behind them.
+    """Appends images to the frames of a video.
 
     Args:
       video: [B, T, H, W, C].
@@ -25,24 +25,8 @@ def pack(video, images) -> jax.Array:
     return jnp.concatenate([video, images], axis=1)
 
 
-def unpack(frames, num_images: int) -> tuple[jax.Array, jax.Array]:
-    """Undoes `pack`.
-
-    Args:
-      frames: [B, T + K, H, W, C].
-      num_images: K, 0 .. T + K; ValueError outside.
-
-    Returns:
-      video [B, T, H, W, C], images [B, K, H, W, C].
-    """
-    if not 0 <= num_images <= frames.shape[1]:
-        raise ValueError(f"num_images={num_images} must be in 0 .. {frames.shape[1]}, the number of frames.")
-    split = frames.shape[1] - num_images
-    return frames[:, :split], frames[:, split:]
-
-
 def pack_text(text, text_mask, image_text, image_text_mask) -> tuple[jax.Array, jax.Array]:
-    """The texts of a packed sequence: the video's first, then one an image.
+    """The texts of a packed sequence: the video's first, then one for each image.
 
     Args:
       text: [B, L, D] of the video.
@@ -67,7 +51,7 @@ def pack_text(text, text_mask, image_text, image_text_mask) -> tuple[jax.Array, 
 
 
 def frame_segments(num_frames: int, num_images: int) -> np.ndarray:
-    """Which text of `pack_text` each frame goes with: 0 for the frames of the video, k + 1 for image k.
+    """The index in `pack_text` of each frame's text: 0 for the frames of the video, k + 1 for image k.
 
     Args:
       num_frames: T.
@@ -80,12 +64,12 @@ def frame_segments(num_frames: int, num_images: int) -> np.ndarray:
 
 
 def frame_weights(num_frames: int, num_images: int, image_weight: float) -> np.ndarray:
-    """Loss weights of the frames of a packed sequence: 1 for the video's, `image_weight` for an image.
+    """Loss weights of the frames of a packed sequence: 1 for a video frame, `image_weight` for an image.
 
     Args:
       num_frames: T.
       num_images: K.
-      image_weight: weight of one image against one frame; ValueError below 0.
+      image_weight: weight of one image relative to one video frame; ValueError below 0.
 
     Returns:
       float32 [T + K].

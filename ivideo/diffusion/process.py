@@ -1,7 +1,7 @@
 """The diffusion process (Sections 2.1 and 2.4): adding noise, x / eps / v conversions, the posterior, the loss.
 
 B batch, T frames, H height, W width, C channels. Everything is float32. Arrays are [B, ...] with logsnr [B]; the
-conversions read nothing but the leading dimension, so they hold for video [B, T, H, W, C] and for any other shape.
+conversions use only the leading dimension, so they work for video [B, T, H, W, C] and for any other shape.
 
 A denoiser is a function `v_fn(z, logsnr) -> v`, closed over its parameters and its conditioning.
 """
@@ -15,9 +15,9 @@ from ivideo.diffusion.schedules import alpha_sigma
 
 VFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# What each loss puts on the mean squared error of v. At fixed z, x = alpha z - sigma v and eps = sigma z + alpha v, so
-# x-MSE = sigma^2 v-MSE and eps-MSE = alpha^2 v-MSE. SNR = alpha^2 / sigma^2, so that max(SNR, 1) x-MSE is
-# max(alpha^2, sigma^2) v-MSE: no form of it divides by sigma.
+# Each loss as a weight on the mean squared error of v. At fixed z, x = alpha z - sigma v and eps = sigma z + alpha v,
+# so x-MSE = sigma^2 v-MSE and eps-MSE = alpha^2 v-MSE. Since SNR = alpha^2 / sigma^2, max(SNR, 1) x-MSE is
+# max(alpha^2, sigma^2) v-MSE. No weight divides by sigma.
 _LOSS_WEIGHTS = {
     "v": lambda alpha, sigma: jnp.ones_like(alpha),
     "eps": lambda alpha, sigma: alpha**2,
@@ -32,10 +32,10 @@ def _f32(*arrays):
 
 
 def expand(logsnr, like) -> jax.Array:
-    """Gives logsnr trailing axes of length 1, to broadcast against `like`.
+    """Appends axes of length 1 to logsnr, so that it broadcasts against `like`.
 
     Args:
-      logsnr: [B], or any leading part of like's shape.
+      logsnr: [B], or a shape that like's shape begins with.
       like: [B, ...].
 
     Returns:
@@ -50,7 +50,7 @@ def _scales(logsnr, like):
 
 
 def add_noise(x, eps, logsnr) -> jax.Array:
-    """Noisy z = alpha x + sigma eps, a draw from q(z_t | x) when eps is standard normal. Section 2.1.
+    """Noisy z = alpha x + sigma eps, a sample of q(z_t | x) when eps is standard normal. Section 2.1.
 
     Args: x, eps: [B, ...]; logsnr: [B]. Returns: float32 [B, ...].
     """
@@ -89,26 +89,6 @@ def eps_from_v(z, v, logsnr) -> jax.Array:
     return sigma * z + alpha * v
 
 
-def v_from_x(z, x, logsnr) -> jax.Array:
-    """v = (alpha z - x) / sigma; loses precision as sigma goes to 0. Section 2.4.
-
-    Args: z, x: [B, ...]; logsnr: [B]. Returns: float32 [B, ...].
-    """
-    z, x = _f32(z, x)
-    alpha, sigma = _scales(logsnr, z)
-    return (alpha * z - x) / sigma
-
-
-def v_from_eps(z, eps, logsnr) -> jax.Array:
-    """v = (eps - sigma z) / alpha; loses precision as alpha goes to 0. Section 2.4.
-
-    Args: z, eps: [B, ...]; logsnr: [B]. Returns: float32 [B, ...].
-    """
-    z, eps = _f32(z, eps)
-    alpha, sigma = _scales(logsnr, z)
-    return (eps - sigma * z) / alpha
-
-
 def eps_from_x(z, x, logsnr) -> jax.Array:
     """Noise eps = (z - alpha x) / sigma; loses precision as sigma goes to 0. Section 2.1.
 
@@ -132,15 +112,15 @@ def posterior(z_t, x, logsnr_t, logsnr_s, *, gamma: float = 0.0) -> tuple[jax.Ar
     """Mean and variance of the step from t back to s < t, given the clean x. Section 2.1; arXiv 2204.03458, Section 2.
 
     With r = exp(logsnr_t - logsnr_s) the mean is r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x, and the variance is
-    [(1 - r) sigma_s^2]^(1 - gamma) [(1 - r) sigma_t^2]^gamma: gamma = 0 is q(z_s | z_t, x) itself, the lower bound on
-    the variance of the reverse process, and gamma = 1 the upper bound.
+    [(1 - r) sigma_s^2]^(1 - gamma) [(1 - r) sigma_t^2]^gamma. gamma = 0 gives q(z_s | z_t, x) itself, the lower bound
+    on the variance of the reverse process; gamma = 1 gives the upper bound.
 
     Args:
       z_t: [B, ...] noisy.
       x: [B, ...] clean.
       logsnr_t: [B] noise level of z_t.
-      logsnr_s: [B] noise level to step to, above logsnr_t.
-      gamma: the interpolation, in [0, 1].
+      logsnr_s: [B] noise level after the step, above logsnr_t.
+      gamma: interpolates between the two bounds, in [0, 1].
 
     Returns:
       mean [B, ...], variance [B, 1, ...]; both float32.
@@ -157,10 +137,10 @@ def posterior(z_t, x, logsnr_t, logsnr_s, *, gamma: float = 0.0) -> tuple[jax.Ar
 
 
 def loss_weight(logsnr, kind: str) -> jax.Array:
-    """What a loss puts on the mean squared error of v: every loss here is one of v, weighted by the noise level.
+    """The weight of a loss on the mean squared error of v: every loss here is v-MSE, weighted by the noise level.
 
-    'v': 1, which is (SNR + 1) x-MSE. 'eps': alpha^2, the mean squared error of eps. 'x': sigma^2, that of x.
-    'truncated_snr': max(SNR, 1) x-MSE (arXiv 2202.00512, Section 4).
+    'v': 1, the loss (SNR + 1) x-MSE. 'eps': alpha^2, the loss eps-MSE. 'x': sigma^2, the loss x-MSE.
+    'truncated_snr': max(alpha^2, sigma^2), the loss max(SNR, 1) x-MSE (arXiv 2202.00512, Section 4).
 
     Args:
       logsnr: any shape.
@@ -175,18 +155,18 @@ def loss_weight(logsnr, kind: str) -> jax.Array:
 
 
 def v_loss(v, target, logsnr, *, kind: str = "v", weights=None) -> jax.Array:
-    """Loss of a prediction of v, one number a sample.
+    """Loss of a prediction of v, one number per sample.
 
     Args:
       v: [B, T, ...] prediction.
       target: [B, T, ...]; ValueError if its shape is not v's.
       logsnr: [B].
       kind: one of LOSS_KINDS, see `loss_weight`.
-      weights: None, or weights of the frames that broadcast to [B, T]: the mean over frames is then the weighted mean,
+      weights: None, or frame weights that broadcast to [B, T]. With weights, the mean over frames is the weighted mean,
         and a sample whose weights are all 0 has loss 0.
 
     Returns:
-      float32 [B], the mean over all but the batch.
+      float32 [B], the mean over all axes but the batch.
     """
     if jnp.shape(v) != jnp.shape(target):
         raise ValueError(f"The prediction has shape {jnp.shape(v)}, but its target has {jnp.shape(target)}.")
@@ -202,10 +182,10 @@ def v_loss(v, target, logsnr, *, kind: str = "v", weights=None) -> jax.Array:
 
 
 def training_loss(v_fn: VFn, x, eps, logsnr, *, kind: str = "v", weights=None) -> jax.Array:
-    """Denoising loss of `v_fn` at the noise levels given. Sections 2.1 and 2.4.
+    """Denoising loss of `v_fn` at noise levels `logsnr`. Sections 2.1 and 2.4.
 
-    'v' is the plain mean squared error of v; 'eps' is that of eps, the form Section 2.1 is written in. Both are
-    minimised by the same function, and differ in what weight a noise level gets.
+    'v' is the unweighted mean squared error of v; 'eps' is that of eps, as Section 2.1 writes it. The same function
+    minimises both; they weight noise levels differently.
 
     Args:
       v_fn: denoiser, (z [B, T, ...], logsnr [B]) -> v [B, T, ...].
@@ -213,11 +193,11 @@ def training_loss(v_fn: VFn, x, eps, logsnr, *, kind: str = "v", weights=None) -
       eps: [B, T, ...] standard normal noise.
       logsnr: [B] noise levels.
       kind: one of LOSS_KINDS, see `loss_weight`; ValueError otherwise.
-      weights: None, or weights of the frames that broadcast to [B, T], see `v_loss`.
+      weights: None, or frame weights that broadcast to [B, T], see `v_loss`.
 
     Returns:
       float32 [B].
     """
-    loss_weight(logsnr, kind)  # An unknown kind fails before the network is traced.
+    loss_weight(logsnr, kind)  # An unknown kind fails here, before the network is traced.
     v = v_fn(add_noise(x, eps, logsnr), jnp.asarray(logsnr, jnp.float32))
     return v_loss(v, v_target(x, eps, logsnr), logsnr, kind=kind, weights=weights)

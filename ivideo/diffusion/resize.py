@@ -1,4 +1,4 @@
-"""Resizing video (Section 2.2): antialiased bilinear in space; skipped, repeated or blank frames in time.
+"""Resizing video (Section 2.2): antialiased bilinear in space; skipping, repeating or blank frames in time.
 
 B batch, T frames, H height, W width, C channels.
 """
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 def resize_space(video, height: int, width: int) -> jax.Array:
-    """Bilinear resizing of every frame, antialiased where it shrinks.
+    """Resizes every frame bilinearly, with antialiasing when it downsamples.
 
-    Pixels are areas (half-pixel centres), weights past the border are renormalised, and a side that keeps its length is
-    left as it is. Growing is plain bilinear interpolation: antialiasing changes nothing there, so this function
-    makes both the training data and the upsampled conditioning video.
+    Pixels are areas (half-pixel centres), weights past the border are renormalised, and an axis that keeps its length
+    does not change. Antialiasing has no effect on upsampling, which is plain bilinear interpolation. So this one
+    function makes the low-resolution training clips and upsamples the conditioning video.
 
     Args:
       video: [..., H, W, C].
@@ -66,14 +66,14 @@ def repeat_frames(video, factor: int) -> jax.Array:
 
 
 def blank_frames(video, factor: int) -> tuple[jax.Array, jax.Array]:
-    """Puts `factor` - 1 blank frames (zeros, mid-grey) behind every frame.
+    """Inserts `factor` - 1 blank frames (zeros, mid-grey) after every frame.
 
     Args:
       video: [B, T, ...].
       factor: ValueError below 1.
 
     Returns:
-      video [B, T * factor, ...], and a float32 mask [B, T * factor] that is 1 at the frames that were given.
+      video [B, T * factor, ...], and a float32 mask [B, T * factor] that is 1 on the frames of `video`.
     """
     _check_factor(factor)
     batch, frames, *rest = video.shape

@@ -1,10 +1,10 @@
 """Samplers (Sections 2.1 and 2.7): DDIM, ancestral, and the stochastic sampler of distilled models.
 
-Each is one `lax.scan` over a uniform grid of times from 1 to 0, and ends at the last prediction of the clean video.
+Each is one `lax.scan` over a uniform grid of times from 1 to 0, and returns the last prediction of the clean video.
 B batch. z is [B, ...], usually video [B, T, H, W, C]. Step i, from 0, goes from t = (N - i) / N to s = t - 1 / N.
 
-Randomness: `keys` is a batch [B] of typed keys (`jax.random.key`), one a sample, and the noise of step i is drawn for
-each sample from `fold_in(key, i)`: a sample does not depend on the batch it is made in.
+Randomness: `keys` is a batch [B] of typed keys (`jax.random.key`), one per sample. The noise of step i is drawn for
+each sample from `fold_in(key, i)`, so a sample does not depend on its batch.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import numpy as np
 from ivideo.diffusion import process
 from ivideo.diffusion.schedules import alpha_sigma, cosine_logsnr
 
-# Folded into a key for the noise a sampler starts from. No step has this number.
+# Folded into a key for the sampler's initial noise. No step has this number.
 _INITIAL = np.uint32(2**32 - 1)
 
 
@@ -39,9 +39,9 @@ def _noise(keys, step, shape):
 
 
 def initial_noise(keys, shape) -> jax.Array:
-    """Standard normal noise to start a sampler from, drawn for each sample from its own key.
+    """The standard normal noise that a sampler starts from, drawn for each sample from its own key.
 
-    The same keys may be given to a sampler afterwards: its steps draw other numbers.
+    The same keys can be passed to the sampler, whose steps draw other numbers from them.
 
     Args:
       keys: [B] typed keys; ValueError for anything else.
@@ -57,9 +57,9 @@ def initial_noise(keys, shape) -> jax.Array:
 def _check_keys(keys, batch=None):
     typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
     if not typed or keys.ndim != 1 or batch not in (None, keys.shape[0]):
-        found = f"{keys.dtype}{list(keys.shape)}" if hasattr(keys, "dtype") else type(keys).__name__
+        actual = f"{keys.dtype}{list(keys.shape)}" if hasattr(keys, "dtype") else type(keys).__name__
         raise ValueError(
-            f"keys must be typed keys of shape [{'B' if batch is None else batch}], one a sample, but is {found}; "
+            f"keys must be typed keys of shape [{'B' if batch is None else batch}], one per sample, but is {actual}; "
             "make them with jax.random.split(jax.random.key(seed), batch)."
         )
 
@@ -76,12 +76,12 @@ def _predict(v_fn, z, logsnr, threshold):
 
 
 def _scan(step_fn, z, num_steps, on_step):
-    """Runs z = step_fn(z, i) for i = 0 .. num_steps - 1, and tells `on_step` on the host after each."""
+    """Runs z = step_fn(z, i) for i = 0 .. num_steps - 1, and calls `on_step` on the host after each step."""
 
     def body(z, i):
         z = step_fn(z, i)
         if on_step is not None:
-            # The callback takes an element of z so that it cannot run before z is there.
+            # The callback takes an element of z, so that it cannot run before z is computed.
             jax.debug.callback(lambda done, _: on_step(int(done)), i + 1, z[(0,) * z.ndim])
         return z, None
 
@@ -97,16 +97,16 @@ def ddim(
     logsnr_fn: Callable = cosine_logsnr,
     on_step: Callable[[int], None] | None = None,
 ) -> jax.Array:
-    """Deterministic sampler: z_s = alpha_s x + sigma_s eps of the predicted x and eps. Section 2.1; arXiv 2010.02502.
+    """Deterministic sampler: z_s = alpha_s x + sigma_s eps, with x and eps predicted. Section 2.1; arXiv 2010.02502.
 
     Args:
       v_fn: denoiser, (z [B, ...], logsnr [B]) -> v [B, ...].
       z: [B, ...] standard normal noise, see `initial_noise`.
       num_steps: evaluations of `v_fn`; ValueError below 1.
-      threshold: None, or a function of the predicted x [B, ...] that returns it changed, such as
-        `guidance.static_threshold`; eps is then recomputed from the changed x (arXiv 2202.00512).
+      threshold: None, or a function that maps the predicted x [B, ...] to the x to use, such as
+        `guidance.static_threshold`. eps is then recomputed from that x (arXiv 2202.00512).
       logsnr_fn: schedule, time in [0, 1] -> log-SNR.
-      on_step: None, or a function called on the host with the number of steps done, 1 .. num_steps.
+      on_step: None, or a function called on the host after each step with the number of completed steps.
 
     Returns:
       float32 [B, ...], the last prediction of x.
@@ -132,15 +132,15 @@ def ancestral(
     logsnr_fn: Callable = cosine_logsnr,
     on_step: Callable[[int], None] | None = None,
 ) -> jax.Array:
-    """Ancestral sampler: each step draws from the posterior of the predicted x. Section 2.1; arXiv 2204.03458.
+    """Ancestral sampler: each step samples the posterior, given the predicted x. Section 2.1; arXiv 2204.03458.
 
     Args:
       v_fn: denoiser, (z [B, ...], logsnr [B]) -> v [B, ...].
       z: [B, ...] standard normal noise, see `initial_noise`.
-      keys: [B] typed keys, one a sample; ValueError for anything else.
+      keys: [B] typed keys, one per sample; ValueError for anything else.
       num_steps: evaluations of `v_fn`; ValueError below 1.
       gamma: in [0, 1], between the smallest (0) and the largest (1) variance of a step, see `process.posterior`.
-        0.3 is what Video Diffusion Models use for text-to-video; Imagen Video does not print its value.
+        Video Diffusion Models use 0.3 for text-to-video; Imagen Video does not print its value.
       threshold, logsnr_fn, on_step: as in `ddim`.
 
     Returns:

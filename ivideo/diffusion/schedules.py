@@ -1,7 +1,7 @@
 """Noise schedules (Section 2.1): the cosine log-SNR schedule in continuous time, its inverse, and alpha and sigma.
 
-Time t runs from 0 (clean) to 1 (noise). The noise level is the log of the signal-to-noise ratio, logsnr =
-log(alpha^2 / sigma^2), and the process preserves variance: alpha^2 + sigma^2 = 1.
+Time t runs from 0 (clean) to 1 (noise). A noise level is the logarithm of the signal-to-noise ratio, logsnr =
+log(alpha^2 / sigma^2). The process preserves variance: alpha^2 + sigma^2 = 1.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def _angles(logsnr_min: float, logsnr_max: float) -> tuple[float, float, float]:
-    """Slope of the angle atan(sigma/alpha) in t, its value at t=0, and what it lacks of pi/2 at t=1; in radians."""
+    """Of the angle atan(sigma/alpha) in radians: its slope in t, its value at t=0, and pi/2 minus its value at t=1."""
     if not logsnr_min < logsnr_max:
         raise ValueError(f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max}.")
     clean = math.atan(math.exp(-logsnr_max / 2))
@@ -35,7 +35,8 @@ def cosine_logsnr(t, *, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> 
     """
     slope, clean, noisy = _angles(logsnr_min, logsnr_max)
     t = jnp.asarray(t, jnp.float32)
-    # Near t=1 the angle is almost pi/2, where float32 is too coarse: measure it from pi/2, tan(pi/2 - u) = 1 / tan(u).
+    # Near t=1 the angle is almost pi/2, where float32 is too coarse. There it is measured from pi/2, since
+    # tan(pi/2 - u) = 1 / tan(u).
     early = t < 0.5
     angle = jnp.where(early, slope * t + clean, slope * (1 - t) + noisy)
     return jnp.where(early, -2.0, 2.0) * jnp.log(jnp.tan(angle))
@@ -65,7 +66,7 @@ def alpha_sigma(logsnr) -> tuple[jax.Array, jax.Array]:
       logsnr: log-SNRs, any shape.
 
     Returns:
-      alpha, sigma: float32 arrays of logsnr's shape, each with full relative precision when it is small.
+      alpha, sigma: float32 arrays of logsnr's shape. Both keep full relative precision when they are small.
     """
     logsnr = jnp.asarray(logsnr, jnp.float32)
     return jnp.exp(0.5 * jax.nn.log_sigmoid(logsnr)), jnp.exp(0.5 * jax.nn.log_sigmoid(-logsnr))

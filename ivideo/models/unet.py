@@ -50,8 +50,7 @@ class VideoUNet(nn.Module):
     head_dim: int = 64
     max_distance: int = 64
     out_channels: int = 3
-    cond_channels: int = 0
-    augmentation: bool = False
+    conditioned: bool = False
     frame_positions: bool = False
     prediction: str = "v"
     data_std: float = 1.0
@@ -93,15 +92,15 @@ class VideoUNet(nn.Module):
 
         z: [B, F, H, W, C] noisy video, its last `num_images` frames independent images. logsnr: [B].
         text: [B, L, Dt], or [B, 1 + num_images, L, Dt]; text_mask: the same without Dt, all False for no text.
-        cond: [B, F, H, W, cond_channels], the conditioning video at this size; aug_logsnr: [B], the noise put on it
-        (Section 2.5). guidance_weight: [B], of a distilled model (Section 2.7).
+        cond: [B, F, H, W, C'], the conditioning video at this size; aug_logsnr: [B], the noise put on it
+        (Section 2.5); a `conditioned` network needs both. guidance_weight: [B], of a distilled model (Section 2.7).
         """
         self.check(*z.shape[2:4])
         text, text_mask = _per_segment(text, text_mask, num_images)
         given = {"cond": cond, "aug_logsnr": aug_logsnr, "guidance_weight": guidance_weight}
         wanted = {
-            "cond": self.cond_channels > 0,
-            "aug_logsnr": self.augmentation,
+            "cond": self.conditioned,
+            "aug_logsnr": self.conditioned,
             "guidance_weight": self.guidance_input,
         }
         for name, value in given.items():
@@ -150,17 +149,19 @@ class VideoUNet(nn.Module):
         """What the stem sees of z; with `data_std` below 1, an estimate of the difference from the given video."""
         if self.data_std == 1:
             return z
-        alpha, _ = alpha_sigma(expand(logsnr, z))
+        alpha, sigma = alpha_sigma(expand(logsnr, z))
         difference = z - alpha * expected(cond[..., : self.out_channels], aug_logsnr)
-        return difference * estimate_scale(logsnr, self.data_std) / self.data_std
+        return difference * estimate_scale(alpha, sigma, self.data_std) / self.data_std
 
     def _as_v(self, x, z, logsnr, cond, aug_logsnr):
         """v from what the last layer stands for: v, eps, or the part of v that `skip_scale` leaves to it."""
-        alpha, sigma = (expand(a, z) for a in alpha_sigma(logsnr))
+        alpha, sigma = alpha_sigma(expand(logsnr, z))
         if self.prediction == "eps":
             return (x - sigma * z) / alpha  # eps = sigma z + alpha v
-        skip, scale = skip_scale(logsnr, self.data_std)
-        if cond is None or self.data_std == 1:
+        if self.data_std == 1:
+            return x
+        skip, scale = skip_scale(alpha, sigma, self.data_std)
+        if cond is None:
             return skip * z + scale * x
         mean = expected(cond[..., : self.out_channels], aug_logsnr)
         return skip * (z - alpha * mean) + scale * x - sigma * mean
@@ -220,33 +221,25 @@ class VideoUNet(nn.Module):
         return scanned(**self._layers(level, num_images), name=name)
 
 
-def skip_scale(logsnr, data_std: float):
+def skip_scale(alpha, sigma, data_std: float):
     """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F need not hold the noise of z.
 
     For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written
     for v): skip z is v of the mean of x given z of Gaussian data, and F has unit variance at every noise level. A
     standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance has to copy the
-    noise of z to its output, pixel by pixel. logsnr [B] -> two of [B, 1, 1, 1, 1].
+    noise of z to its output, pixel by pixel. Arrays have the shape of alpha and sigma.
     """
-    alpha_2, sigma_2 = _squares(logsnr)
-    variance = alpha_2 * data_std**2 + sigma_2
-    return jnp.sqrt(alpha_2 * sigma_2) * (1 - data_std**2) / variance, data_std * variance**-0.5
+    variance = alpha**2 * data_std**2 + sigma**2
+    return alpha * sigma * (1 - data_std**2) / variance, data_std * variance**-0.5
 
 
-def _squares(logsnr):
-    """alpha^2 and sigma^2: [B] -> two of [B, 1, 1, 1, 1]."""
-    logsnr = logsnr.astype(jnp.float32).reshape(-1, 1, 1, 1, 1)
-    return nn.sigmoid(logsnr), nn.sigmoid(-logsnr)
-
-
-def estimate_scale(logsnr, data_std: float):
+def estimate_scale(alpha, sigma, data_std: float):
     """The factor k of the linear estimate k z of data of standard deviation `data_std`, from z of a noise level.
 
     It falls to 0 where the noise drowns the data: a network that sees k z need not learn to look away from noise.
-    logsnr [B] -> [B, 1, 1, 1, 1].
+    The factor has the shape of alpha and sigma.
     """
-    alpha_2, sigma_2 = _squares(logsnr)
-    return jnp.sqrt(alpha_2) * data_std**2 / (alpha_2 * data_std**2 + sigma_2)
+    return alpha * data_std**2 / (alpha**2 * data_std**2 + sigma**2)
 
 
 def expected(cond, aug_logsnr):

@@ -23,7 +23,7 @@ from ivideo.training.average import read_average
 from ivideo.weights import SUFFIX, load_params
 
 SIZE = ("frames", "height", "width", "fps")
-TEXTS = 8  # prompts embedded at a time
+PROMPTS_AT_ONCE = 8  # how many prompts are embedded in one call
 
 
 def is_cascade(config) -> bool:
@@ -75,7 +75,7 @@ def load_weights(config, source: str | None):
     return read_average(source, like)[1]
 
 
-def embedded(config, prompts: Sequence[str], *, size: int = TEXTS) -> tuple[np.ndarray, np.ndarray]:
+def embedded(config, prompts: Sequence[str], *, size: int = PROMPTS_AT_ONCE) -> tuple[np.ndarray, np.ndarray]:
     """What a stage's text encoder makes of prompts: text [N, L, D] float32 and its mask [N, L].
 
     `size` texts are encoded at a time. The encoder, larger than the stages at the paper's size, is split over all
@@ -239,7 +239,7 @@ def run(
         needed = _needed(configs, rows, samplers, wanted)
         if not any(needed.values()):
             continue
-        texts = _texts(configs, [prompts[row] for row in rows], size=min(TEXTS, len(prompts)))
+        texts = _texts(configs, [prompts[row] for row in rows], size=min(PROMPTS_AT_ONCE, len(prompts)))
         given = None if low is None else low[rows.start : rows.stop]
         for number, config in enumerate(configs, 1):
             if not needed[config.stage]:

@@ -31,7 +31,7 @@ from ivideo.weights import load_params
 
 log = logging.getLogger("ivideo")
 
-TEXTS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
+TEXT_KEYS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
 def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> TrainState:
@@ -127,7 +127,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
                     stopping.tell()
                     batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
-                texts = embed_fn(encoder.params, {name: batch[name] for name in TEXTS if name in batch})
+                texts = embed_fn(encoder.params, {name: batch[name] for name in TEXT_KEYS if name in batch})
                 state, metrics = step_fn(state, {**batch, **texts})
                 step += 1
                 pending.append(metrics)
