@@ -47,7 +47,7 @@ def exists(path: str) -> bool:
     return bool(_asked(path, lambda store: store.list(range=ts.KvStore.KeyRange(name, name + "\0"))))
 
 
-def names(folder: str) -> list[str]:
+def list_names(folder: str) -> list[str]:
     """The names in a folder, sorted; none in a bucket's that is not there."""
     if not in_bucket(folder):
         return sorted(os.listdir(folder))
@@ -83,7 +83,7 @@ def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> Non
 
 
 @contextlib.contextmanager
-def whole(path: str):
+def atomic_write(path: str):
     """The name of a file to write, which is at `path` once the block has ended, and not there if it fails."""
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def whole(path: str):
 
 def write_text(path, text: str) -> None:
     """Writes a file that another process sees as the old one or the new one."""
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
 
 

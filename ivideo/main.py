@@ -133,8 +133,8 @@ def run() -> None:
     from ivideo.devices import agreeing, hosts, joining
 
     joining.join(*addressed, run=FLAGS.workdir or "")
-    with hosts.leaving_together():
-        agreeing.agree(lambda: _said() | agreeing.of_config(config) | agreeing.of_program())
+    with hosts.exiting_together():
+        agreeing.agree(lambda: _said() | agreeing.config_values(config) | agreeing.program_values())
         _run_mode(config, several=True)
 
 

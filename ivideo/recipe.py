@@ -80,7 +80,7 @@ def read_run_config(workdir: str) -> dict | None:
     return files.read_json(path) if os.path.exists(path) else None
 
 
-def keep_run_config(config, workdir: str) -> None:
+def save_run_config(config, workdir: str) -> None:
     """Writes a run's resolved config to its folder, and logs each key in which it differs from the last start's.
 
     UserError where the run has checkpoints of another network: no file is changed then. All processes call this; the

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from ivideo.errors import UserError
-from ivideo.files import refuse_existing, whole
+from ivideo.files import atomic_write, refuse_existing
 
 SUFFIX = ".safetensors"
 FLOATS = ("F32", "BF16", "F16", "F64")  # types of number, as safetensors files name them, that parameters may have
@@ -24,7 +24,7 @@ def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat
     refuse_existing([path], overwrite=overwrite)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     data = save({name: jnp.asarray(value, dtype) for name, value in flat.items()}, metadata=metadata)
-    with whole(path) as temporary, open(temporary, "wb") as f:
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.write(data)
 
 

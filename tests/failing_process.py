@@ -132,7 +132,7 @@ def run(address, process, workdir, way, fails):
         loop.make_data = lambda *args, **options: Failing(make_data(*args, **options), globals()[way])
         loop.Checkpoints.save = lambda self, step, state, iterator: save(self, step, state, iterator._iterator)
     joining.join(address, 2, process)
-    with hosts.leaving_together():
+    with hosts.exiting_together():
         loop.train(config, workdir)
 
 

@@ -118,20 +118,20 @@ def test_small_folders_that_are_shared_or_not(in_processes, tmp_path):
 def test_small_what_a_folder_is_told_from_others_by(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "a").write_bytes(b"12345")
-    before = agreeing.of_folder(str(tmp_path))
+    before = agreeing.folder_digest(str(tmp_path))
     assert before.startswith("1 files of 5 bytes (digest ")
     (tmp_path / "part" / "a").rename(tmp_path / "part" / "b")
-    assert before != agreeing.of_folder(str(tmp_path))
-    assert agreeing.of_folder("") == "none"
+    assert before != agreeing.folder_digest(str(tmp_path))
+    assert agreeing.folder_digest("") == "none"
 
 
 def test_small_every_value_of_a_config_has_a_name():
-    found = agreeing.of_config(base.get_config("small"))
+    found = agreeing.config_values(base.get_config("small"))
     assert found["config.seed"] == "0" and found["config.train.mesh.fsdp"] == "1"
     assert found["config.data.source"] == "'shapes'"
 
 
 def test_small_the_program_is_its_code_and_its_libraries():
-    found = agreeing.of_program()
+    found = agreeing.program_values()
     assert {"the version of ivideo", "the version of jax", "the version of jaxlib"} < found.keys()
     assert {"the code of ivideo/devices/agreeing.py", "the code of ivideo/models/unet.py"} < found.keys()

@@ -258,8 +258,8 @@ def shape(sizes, where):
 
 video = shape((8, 64, 24, 40, 512), None)
 params = {"kernel": shape((3, 3, 512, 512), None), "bias": shape((512,), None)}
-params = jax.tree.map(lambda s, where: shape(s.shape, where), params, sharding.of_params(mesh, params))
-video = shape(video.shape, sharding.logical(mesh, video.shape, sharding.VIDEO))
+params = jax.tree.map(lambda s, where: shape(s.shape, where), params, sharding.param_shardings(mesh, params))
+video = shape(video.shape, sharding.logical_sharding(mesh, video.shape, sharding.VIDEO))
 options = {"exec_time_optimization_effort": compile.EFFORT}
 found = hlo.Program(jax.jit(convolved).lower(params, video).compile(options).as_text()).collectives(params)
 print({name: (entry["runs"], entry["largest"]) for name, entry in found.items()})

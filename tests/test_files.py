@@ -20,11 +20,11 @@ def folder(request, tmp_path):
 
 def test_small_what_is_written_is_read(folder):
     path = f"{folder}/some file.txt"
-    assert not files.exists(path) and files.names(folder) == []
+    assert not files.exists(path) and files.list_names(folder) == []
     files.write_text(path, "0123456789")
     files.write_text(f"{folder}/some file.txt2", "")
     assert files.exists(path) and not files.exists(path[:-1])
-    assert files.names(folder) == ["some file.txt", "some file.txt2"]
+    assert files.list_names(folder) == ["some file.txt", "some file.txt2"]
     assert files.read_bytes(path) == b"0123456789"
     assert files.read_bytes(path, 2, 5) == b"234" and files.read_bytes(path, 7) == b"789"
     assert files.read_bytes(f"{folder}/some file.txt2") == b""
@@ -48,13 +48,13 @@ def test_small_what_fails_leaves_what_was_there(folder):
     files.write_text(path, "old")
 
     def fail():
-        with files.whole(path) as temporary, open(temporary, "w") as f:
+        with files.atomic_write(path) as temporary, open(temporary, "w") as f:
             f.write("new")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert files.read_bytes(path) == b"old" and files.names(folder) == ["kept"]
+    assert files.read_bytes(path) == b"old" and files.list_names(folder) == ["kept"]
 
 
 def test_small_a_file_that_is_not_there(folder):
@@ -65,8 +65,8 @@ def test_small_a_file_that_is_not_there(folder):
 def test_small_folders_of_a_bucket_are_told_apart():
     with fake_bucket.bucket() as objects:
         objects.update({"ab/c": b"1", "a/b/c": b"2", "a.txt": b"3"})
-        assert files.names("gs://bucket/a") == files.names("gs://bucket/a/") == ["b"]
-        assert files.names("gs://bucket") == ["a", "a.txt", "ab"]
+        assert files.list_names("gs://bucket/a") == files.list_names("gs://bucket/a/") == ["b"]
+        assert files.list_names("gs://bucket") == ["a", "a.txt", "ab"]
         assert not files.exists("gs://bucket/a") and files.exists("gs://bucket/a.txt")
 
 

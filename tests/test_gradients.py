@@ -28,7 +28,7 @@ MESHES = (
 @pytest.fixture(autouse=True)
 def split_all(monkeypatch):
     """Networks this small are split too, and norms have groups of several channels: else biases have no gradient."""
-    monkeypatch.setattr(sharding, "WHOLE", 1)
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1)
     few = functools.partial(attention.FrameNorm, max_groups=4)
     for module in (attention, blocks, unet):
         monkeypatch.setattr(module, "FrameNorm", few)
@@ -43,13 +43,13 @@ def awake(shapes):
 def gradient(loss, params, *args, **sizes):
     """The gradient of loss(params, *args) on a mesh of these sizes, laid out as training does."""
     mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    where = sharding.of_params(mesh, params)
+    where = sharding.param_shardings(mesh, params)
 
     def in_layout(params, *args):
         with sharding.layout(mesh):
             return jax.grad(loss)(params, *args)
 
-    placed = jax.device_put(params, where), *jax.device_put(args, sharding.of_batch(mesh, args))
+    placed = jax.device_put(params, where), *jax.device_put(args, sharding.batch_shardings(mesh, args))
     return jax.tree.map(np.asarray, jax.jit(in_layout, out_shardings=where)(*placed))
 
 

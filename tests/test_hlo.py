@@ -125,7 +125,7 @@ ENTRY %main (x: f32[64,32], part: f32[8,32], at: s32[]) -> f32[64,32] {
 
 def test_small_a_split_product_communicates():
     mesh = sharding.make_mesh({"fsdp": 8})
-    whole, rows = sharding.replicated(mesh), sharding.logical(mesh, (64, 32), ("batch",))
+    whole, rows = sharding.replicated(mesh), sharding.logical_sharding(mesh, (64, 32), ("batch",))
     args = (
         jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows),
         jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=whole),

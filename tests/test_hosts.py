@@ -142,7 +142,7 @@ address, process, workdir, options = sys.argv[1], int(sys.argv[2]), sys.argv[3],
 joining.join(address, 2, process)
 config = base.get_config("small")
 config.update_from_flattened_dict({name: eval(value) for name, _, value in (o.partition("=") for o in options)})
-with hosts.leaving_together():
+with hosts.exiting_together():
     loop.train(config, workdir, devices=[jax.devices()[i] for i in (3, 0, 2, 1)])
 """
 
@@ -268,4 +268,4 @@ def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails,
     for i, text in enumerate(logs(workdir, 2)):
         assert said in text, text
         assert (f"process {fails} (" in text) == (i != fails and code != 75), text
-    assert hosts.final(code) == (code in (1, 2))
+    assert hosts.is_final(code) == (code in (1, 2))

@@ -378,7 +378,7 @@ def test_small_codes_that_are_started_again_are_those_of_the_program():
 
     wanted = {guards.PREEMPTED, guards.HUNG, hosts.LOST, 128 + signal.SIGABRT}
     assert codes("can_go_on") == wanted
-    assert codes("is_final") == {code for code in range(256) if hosts.final(code)}
+    assert codes("is_final") == {code for code in range(256) if hosts.is_final(code)}
     (command,) = printed("gke.sh", "xpk", "a", "--image=i", *XPK, *RUN)
     assert f"--restart-on-exit-codes={','.join(str(code) for code in sorted(wanted))}" in command
 

@@ -39,11 +39,11 @@ def caused_by(error, cause):
 )
 def test_small_exit_codes_say_whether_to_start_again(error, code):
     assert hosts.exit_code(error) == code
-    assert hosts.final(code) == (code != 77)
+    assert hosts.is_final(code) == (code != 77)
 
 
 def test_small_in_one_process_errors_pass():
-    with pytest.raises(KeyError), hosts.leaving_together():
+    with pytest.raises(KeyError), hosts.exiting_together():
         raise KeyError
 
 
@@ -69,9 +69,9 @@ class Store:
 
 logging.basicConfig(format="%(message)s")
 store = Store(json.loads(sys.argv[1]))
-hosts.several, hosts.store, hosts.process = lambda: True, lambda: store, lambda: (1, 2)
+hosts.is_distributed, hosts.store, hosts.process = lambda: True, lambda: store, lambda: (1, 2)
 hosts.watch()
-with hosts.leaving_together():
+with hosts.exiting_together():
     exec(sys.argv[2])
 """
 TOLD = {"process": 0, "host": "there", "code": 2, "message": "no caption"}

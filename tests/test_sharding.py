@@ -55,7 +55,7 @@ def spec_of(shape, name="down_0/residual/conv_0/kernel", **sizes):
     tree = leaf
     for part in reversed(name.split("/")):
         tree = {part: tree}
-    (found,) = jax.tree.leaves(sharding.of_params(mesh_of(**sizes), tree))
+    (found,) = jax.tree.leaves(sharding.param_shardings(mesh_of(**sizes), tree))
     return tuple(found.spec)
 
 
@@ -80,7 +80,7 @@ def test_small_state_of_a_paper_sized_stage_is_fully_sharded():
     """Parameters, their average and both moments: less than 1% of the bytes are on every device."""
     config = tsr1.get_config()
     state = step.state_shapes(config)
-    where = sharding.of_params(mesh_of(fsdp=8), state)
+    where = sharding.param_shardings(mesh_of(fsdp=8), state)
     size = {"whole": 0, "split": 0}
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         size["whole" if place.is_fully_replicated else "split"] += 4 * math.prod(leaf.shape)
@@ -90,11 +90,11 @@ def test_small_state_of_a_paper_sized_stage_is_fully_sharded():
 
 def test_small_compiled_step_keeps_the_layouts(monkeypatch):
     """What the compiled program itself says of its arguments and results, and its communication."""
-    monkeypatch.setattr(sharding, "WHOLE", 1)
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1)
     config = base.get_config("small")
     mesh = mesh_of(fsdp=2, frames=2, height=2)
     state, batch = step.state_shapes(config), step.batch_shapes(config)
-    where, split = sharding.of_params(mesh, state), sharding.of_batch(mesh, batch)
+    where, split = sharding.param_shardings(mesh, state), sharding.batch_shardings(mesh, batch)
     update = jax.jit(step.make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
     placed = jax.tree.map(
         lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), (state, batch), (where, split)

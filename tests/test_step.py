@@ -52,10 +52,10 @@ def state_of(config, params, step=0):
 
 def run_step(config, batch, state, **sizes):
     mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    where = sharding.of_params(mesh, state)
+    where = sharding.param_shardings(mesh, state)
     step = jax.jit(make_train_step(config, mesh), out_shardings=(where, sharding.replicated(mesh)))
     names = step_inputs(batch)
-    return step(jax.device_put(state, where), jax.device_put(names, sharding.of_batch(mesh, names)))
+    return step(jax.device_put(state, where), jax.device_put(names, sharding.batch_shardings(mesh, names)))
 
 
 def step_inputs(batch):
@@ -74,7 +74,7 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp"
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_small_one_device_and_eight_agree(parts, one_device, sizes, monkeypatch):
     """The same loss and gradient norm to 1e-5 on any mesh: the noise does not depend on it."""
-    monkeypatch.setattr(sharding, "WHOLE", 1)  # else nothing of a network this small is split
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1)  # else nothing of a network this small is split
     (one, metrics_one), (eight, metrics_eight) = one_device, run_step(*parts, **sizes)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics_eight[name], metrics_one[name], rtol=1e-5)

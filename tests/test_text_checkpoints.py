@@ -131,7 +131,7 @@ def jax_leaves(tree):
 def test_small_parameters_are_split_over_the_devices(tmp_path, weights, wanted, monkeypatch):
     from ivideo.devices import sharding
 
-    monkeypatch.setattr(sharding, "WHOLE", 1)
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1)
     path = str(files.write_huggingface(tmp_path / "hf", weights, files.TINY))
     encoder = text.load_encoder(path, length=TOKENS.shape[1], mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
     layer = encoder.params["encoder"]["layers_1"]

@@ -174,19 +174,19 @@ def test_small_run_keeps_its_config(run, tmp_path, caplog):
     assert recipe.differences(recipe.read_run_config(workdir), config) == []
     other = config.copy_and_resolve_references()
     other.train.learning_rate, other.model.dtype = 0.5, "bfloat16"
-    recipe.keep_run_config(other, workdir)
+    recipe.save_run_config(other, workdir)
     assert "config.train.learning_rate is 0.5 now, and was 0.0008 when this run started last" in caplog.text
     assert "config.model.dtype is 'bfloat16' now" in caplog.text
     assert recipe.read_run_config(workdir)["train"]["learning_rate"] == 0.5
     other.model.data_std = 0.5  # no shape tells
     message = "is of another network: config.model.data_std is 0.1 there and 0.5 in this config"
     with pytest.raises(UserError, match=message):
-        recipe.keep_run_config(other, workdir)
+        recipe.save_run_config(other, workdir)
     with pytest.raises(UserError, match=message):
         trained.check(other, workdir)
     with pytest.raises(UserError, match=message):
         train(other, workdir, devices=jax.devices()[:1])
     assert recipe.read_run_config(workdir)["model"]["data_std"] == 0.1
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # nothing trained is left that could be of another network
-    recipe.keep_run_config(other, workdir)
+    recipe.save_run_config(other, workdir)
     assert recipe.read_run_config(workdir)["model"]["data_std"] == 0.5

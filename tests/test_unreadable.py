@@ -179,7 +179,7 @@ if __name__ == "__main__":
                 next(data)
             print("whole", flush=True)
         except Exception as e:
-            print(hosts.is_worker(e), data.get_state()["global_next_index"] % 4, flush=True)
+            print(hosts.is_killed_worker(e), data.get_state()["global_next_index"] % 4, flush=True)
 """
 
 

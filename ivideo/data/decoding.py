@@ -65,7 +65,7 @@ class Decoded(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(source: Path | bytes, expected: str):
+def open_video(source: Path | bytes, expected: str):
     """A `Video`, of a path or of a file's bytes; any failure in the block becomes a VideoError naming the source."""
     name = f"a clip of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not os.path.isfile(source):
@@ -112,7 +112,7 @@ def length(video: Video) -> Fraction:
     return (max(stamps) - min(stamps)) * stream.time_base + video.usual
 
 
-def on_show(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[np.ndarray] | None:
+def frames_at(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[np.ndarray] | None:
     """The picture on show at each target, in seconds after the first frame, until the video ends.
 
     None where it was asked to seek to the first target and that failed. Pictures are uint8 [H,W,3].

@@ -106,7 +106,7 @@ class _Tokenize(grain.transforms.Map):
         return out
 
 
-class _DealtInParts(grain.MapDataset):
+class _PartOrder(grain.MapDataset):
     """The order in which every n-th example, from the i-th, makes the i-th of n readers' parts of each batch.
 
     Grain deals the examples of a batch out to its readers one by one; a device's part of an array is in one piece, and
@@ -212,7 +212,7 @@ def make_iterator(
         max_unreadable=max_unreadable,
     )  # fmt: skip
     if len(readers) > 1:
-        dataset = _DealtInParts(dataset, batch_size, readers)
+        dataset = _PartOrder(dataset, batch_size, readers)
     # Grain keeps 500 elements ready unless told, here whole batches of video.
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     processes = None
@@ -221,7 +221,7 @@ def make_iterator(
     elastic = grain.experimental.ElasticIterator(
         dataset, batch_size, shard, read_options=read_options, multiprocessing_options=processes
     )
-    return unreadable.Named(iter(elastic), source, max_unreadable)
+    return unreadable.WarnUnreadable(iter(elastic), source, max_unreadable)
 
 
 def load_state(iterator: grain.DatasetIterator, directory: str | pathlib.Path) -> None:

@@ -35,7 +35,7 @@ def first_readable(read: Callable[[int], Any], index: int, length: int, limit: i
     raise UserError(f"none of the {length} clips can be read: {ADVICE}")
 
 
-class Named(grain.DatasetIterator):
+class WarnUnreadable(grain.DatasetIterator):
     """An iterator over batches without `KEY`, that warns of each clip that was left out, once.
 
     UserError where they are more than `limit`.

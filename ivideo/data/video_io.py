@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from ivideo.data import encoders
-from ivideo.data.decoding import Path, decoded, length, on_show, opened
+from ivideo.data.decoding import Path, decoded, frames_at, length, open_video
 from ivideo.data.pictures import VideoError, resized
 from ivideo.errors import UserError
 
@@ -116,7 +116,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     VideoError where the file cannot be opened as a video.
     """
-    with opened(path, "a video file") as video:
+    with open_video(path, "a video file") as video:
         comments = [text for key, text in video.container.metadata.items() if key.lower() == "comment"]
         if video.container.format.name == "gif":
             comments = encoders.gif_comments(pathlib.Path(path).read_bytes())
@@ -130,13 +130,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def count_frames(path: Path) -> int:
     """How many frames of a file decode. VideoError where one is an error, or the file cannot be opened as a video."""
-    with opened(path, "a video file") as video:
+    with open_video(path, "a video file") as video:
         return sum(found.frame is not None for found in decoded(video))
 
 
 def read_rate(source: Path | bytes) -> Fraction:
     """The frames a second that a file states, 0 where it states none. VideoError where it cannot be opened."""
-    with opened(source, "a video") as video:
+    with open_video(source, "a video") as video:
         return video.rate
 
 
@@ -147,7 +147,7 @@ def read_video(source: Path | bytes, *, min_frames: int = 2) -> tuple[np.ndarray
     that the file states, as after a cut without coding, is a warning. VideoError where the file is missing, empty,
     corrupt, no video, or has fewer than `min_frames` frames.
     """
-    with opened(source, f"a video of {min_frames} frames or more") as video:
+    with open_video(source, f"a video of {min_frames} frames or more") as video:
         frames: list[np.ndarray] = []
         for found in decoded(video):
             image = video.picture(found)
@@ -198,7 +198,7 @@ def iter_frames(
         )
     start = Fraction(start)
     expected = f"a video of {frames} frames from {float(start):.3f} seconds on"
-    with opened(source, expected) as video:
+    with open_video(source, expected) as video:
         name = video.name
         if fps is not None:
             step = 1 / _rate(fps)
@@ -212,8 +212,8 @@ def iter_frames(
     found = 0
     # Far from the beginning a seek saves decoding; where it cannot be used, all from the beginning is decoded.
     for seek in (True, False) if targets[0] > 1 else (False,):
-        with opened(source, expected) as video:
-            pictures = on_show(video, targets, seek=seek)
+        with open_video(source, expected) as video:
+            pictures = frames_at(video, targets, seek=seek)
             if pictures is None:
                 continue
             for image in pictures:

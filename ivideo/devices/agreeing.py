@@ -26,10 +26,10 @@ _turns = itertools.count()  # every process compares the same things in the same
 def agree(find_values: Callable[[], dict]) -> None:
     """UserError in a process whose values, by name, are not those of the first one; returns when all have compared.
 
-    It names the first value that differs, and on which host: `hosts.leaving_together` tells that to all processes. In a
+    It names the first value that differs, and on which host: `hosts.exiting_together` tells that to all processes. In a
     program of one process `find_values` is not called.
     """
-    if not hosts.several():
+    if not hosts.is_distributed():
         return
     values = {name: str(value) for name, value in find_values().items()}
     (number, _), key = hosts.process(), f"ivideo/agree/{next(_turns)}"
@@ -49,9 +49,9 @@ def agree(find_values: Callable[[], dict]) -> None:
     _wait(key)
 
 
-def of_first(function: Callable):
+def from_first_process(function: Callable):
     """What `function` returns in the first process, which alone calls it, in all of them. It goes through JSON."""
-    if not hosts.several():
+    if not hosts.is_distributed():
         return function()
     (number, _), key = hosts.process(), f"ivideo/first/{next(_turns)}"
     if number == 0:
@@ -71,7 +71,7 @@ def _wait(key):
     hosts.store().wait_at_barrier(f"{key}/all", WAIT_SECONDS * 1000)
 
 
-def of_config(config) -> dict:
+def config_values(config) -> dict:
     """Every value of a resolved config, by its name as a flag."""
 
     def leaves(value, name):
@@ -84,7 +84,7 @@ def of_config(config) -> dict:
     return dict(leaves(config, "config"))
 
 
-def of_program() -> dict:
+def program_values() -> dict:
     """Versions of what computes, and the digest of every file of this package's code."""
     folder = pathlib.Path(__file__).parents[1]
     versions = {f"the version of {name}": metadata.version(name) for name in LIBRARIES}
@@ -96,7 +96,7 @@ def of_program() -> dict:
     return versions | code
 
 
-def of_folder(folder: str) -> str:
+def folder_digest(folder: str) -> str:
     """What tells a folder's files from others, by their names and sizes; nothing is read. The folder may be none."""
     if not folder:
         return "none"
@@ -114,7 +114,7 @@ def check_shared(folder: str, seconds: float = 30.0) -> None:
 
     They would wait for one another without end as soon as they look at different files.
     """
-    if not hosts.several():
+    if not hosts.is_distributed():
         return
     (number, count), key = hosts.process(), f"ivideo/shared/{next(_turns)}"
     if number == 0:

@@ -36,7 +36,7 @@ _CLOSE_SECONDS = 60.0  # for a checkpoint that is being saved when a process fai
 _leaving = threading.Lock()  # held by the thread that ends the process
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several (`ivideo.devices.joining.join`)."""
     return distributed.global_state.client is not None
 
@@ -77,7 +77,7 @@ def _watch():
 
 
 def _leave_as_told(reason):
-    again = "" if final(reason["code"]) else "; the same command goes on from what was saved"
+    again = "" if is_final(reason["code"]) else "; the same command goes on from what was saved"
     log.error(
         "process %d (%s) failed, so all processes stop%s (exit code %d): %s",
         reason["process"], reason["host"], again, reason["code"], reason["message"],
@@ -85,7 +85,7 @@ def _leave_as_told(reason):
     _exit(reason["code"])
 
 
-def final(code: int) -> bool:
+def is_final(code: int) -> bool:
     """Whether the same command would fail again after this exit code, or is not wanted: launchers do not repeat it."""
     return code in (MISTAKE, BUG, INTERRUPTED)
 
@@ -108,16 +108,16 @@ def exit_code(error: BaseException) -> int:
         return MISTAKE
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return LOST if is_lost(error) or is_worker(error) else BUG
+    return LOST if is_lost(error) or is_killed_worker(error) else BUG
 
 
-def is_worker(error):
+def is_killed_worker(error):
     """Whether Grain says that one of its data workers was killed."""
     return isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
 
 
 @contextlib.contextmanager
-def leaving_together():
+def exiting_together():
     """Of several processes, ends this one and all others at once after any error of the block, with the same exit code.
 
     It is 2 after an error that the user can mend, 1 and a traceback after a bug: launchers repeat neither. It is `LOST`
@@ -126,7 +126,7 @@ def leaving_together():
     try:
         yield
     except (Exception, KeyboardInterrupt) as e:
-        if not several():
+        if not is_distributed():
             raise
         _fail(e)
 
@@ -147,7 +147,7 @@ def _fail(error):
     elif code == MISTAKE:
         log.error("ivideo: %s", text)
     else:
-        again = "" if final(code) else "; the same command goes on from what was saved"
+        again = "" if is_final(code) else "; the same command goes on from what was saved"
         log.error("%s: all processes stop%s (exit code %d)", message, again, code)
     _exit(code)
 
@@ -163,11 +163,11 @@ def _tell(code, message):
         except jax.errors.JaxRuntimeError:  # there is one already, or the first process is gone
             first.append(json.loads(store().key_value_try_get(_REASON)))
 
-    within(10, write)
+    call_with_timeout(10, write)
     return first[-1]
 
 
-def within(seconds: float, call) -> None:
+def call_with_timeout(seconds: float, call) -> None:
     """Calls a function that may wait for a process that is gone, and returns after `seconds` at the latest."""
 
     def run():
@@ -181,23 +181,23 @@ def within(seconds: float, call) -> None:
     thread.join(seconds)
 
 
-def close(checkpoints, error: BaseException) -> None:
+def close_checkpoints(checkpoints, error: BaseException) -> None:
     """Waits for the checkpoint that is being saved when an error ends a run; of several processes for a minute.
 
     The other processes do not know of the error yet, and finish their parts of it. Where one is gone, none can.
     """
-    if not several():
+    if not is_distributed():
         checkpoints.close()
     elif not is_lost(error):
-        within(_CLOSE_SECONDS, checkpoints.close)
+        call_with_timeout(_CLOSE_SECONDS, checkpoints.close)
 
 
-def leave(code: int, message: str):
+def exit_at_once(code: int, message: str):
     """Ends the process at once, without the exit handlers, which could wait for what never comes.
 
     The other processes are told where the code is final; else each of them finds out by itself.
     """
-    if several() and final(code):
+    if is_distributed() and is_final(code):
         _tell(code, message)
     log.error("%sthe same command goes on from what was saved (exit code %d)", message, code)
     _exit(code)
@@ -208,6 +208,6 @@ def _exit(code):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):  # a terminal that is gone, or that there never was
             stream.flush()
-    if several() and process()[0] == 0:
+    if is_distributed() and process()[0] == 0:
         time.sleep(_READ_SECONDS)
     os._exit(code)

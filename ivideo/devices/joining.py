@@ -62,7 +62,7 @@ def join(
             "--num_processes, or on a pod with --distributed"
         ) from e
     except jax.errors.JaxRuntimeError as e:
-        hosts.leave(hosts.LOST, f"the processes cannot connect to each other ({_line(e)}): ")
+        hosts.exit_at_once(hosts.LOST, f"the processes cannot connect to each other ({_line(e)}): ")
     hosts.watch()
     log.info("process %d of %d, with %d of %d devices", jax.process_index(), jax.process_count(),
              jax.local_device_count(), jax.device_count())  # fmt: skip

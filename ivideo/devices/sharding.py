@@ -47,7 +47,7 @@ TENSOR = (
     (re.compile(r"layers_\d+/(attention/(query|key|value)|mlp/(wi_0|wi_1))/kernel$"), -1),
     (re.compile(r"layers_\d+/(attention/out|mlp/wo)/kernel$"), -2),
 )
-WHOLE = 2**14  # parameters of fewer elements are on every device: to gather them would cost more than it saves
+MIN_SHARDED = 2**14  # parameters of fewer elements are on every device: to gather them would cost more than it saves
 
 _mesh = contextvars.ContextVar("mesh", default=None)
 
@@ -106,7 +106,7 @@ def constrain(x, *axes: str | None):
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, logical(mesh, x.shape, axes))
+    return jax.lax.with_sharding_constraint(x, logical_sharding(mesh, x.shape, axes))
 
 
 def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int], over: int, unit: int = 1):
@@ -155,7 +155,7 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
     )(x, weights)
 
 
-def whole_kernel(x, kernel, dimensions, **options):
+def dot_with_gathered_kernel(x, kernel, dimensions, **options):
     """`lax.dot_general` for which every device gathers the kernel.
 
     For layers of one vector a sample: the partitioner would gather the whole batch's vectors, as fewer bytes.
@@ -172,7 +172,7 @@ def gathered(kernel):
     return constrain(jax.lax.with_sharding_constraint(kernel, parts))
 
 
-def logical(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
+def logical_sharding(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
     """The sharding of an array of this shape whose dimensions have these logical axes; missing ones are whole."""
     spec = []
     for size, axis in zip(shape, axes, strict=False):
@@ -188,7 +188,7 @@ def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_params(mesh, shapes):
+def param_shardings(mesh, shapes):
     """Shardings of a tree of parameters, or of any state made of such trees (averages, an optimizer's moments).
 
     Where `TENSOR` names a dimension it is split over tensor; of the others the largest that can be is split over fsdp.
@@ -203,7 +203,7 @@ def of_params(mesh, shapes):
 
 def _param_spec(mesh, name, shape):
     spec = [None] * len(shape)
-    if math.prod(shape) < WHOLE:
+    if math.prod(shape) < MIN_SHARDED:
         return spec
     for pattern, dimension in TENSOR if mesh.shape["tensor"] > 1 else ():
         # An optimizer's factored moments have a parameter's name but fewer dimensions
@@ -216,11 +216,11 @@ def _param_spec(mesh, name, shape):
     return spec
 
 
-def of_batch(mesh, shapes):
+def batch_shardings(mesh, shapes):
     """Shardings of a tree of arrays [B, ...] that are split by the batch alone; of videos [B, T, H, W, C] by all."""
 
     def sharding(leaf):
-        return logical(mesh, leaf.shape, VIDEO if len(leaf.shape) == 5 else VIDEO[:1])
+        return logical_sharding(mesh, leaf.shape, VIDEO if len(leaf.shape) == 5 else VIDEO[:1])
 
     return jax.tree.map(sharding, shapes)
 
@@ -265,7 +265,7 @@ def to_devices(batch, mesh):
             first = np.searchsorted(rows, start)
             return x[(slice(first, first + stop - start), *indices[1:])]
 
-        sharding = of_batch(mesh, jax.ShapeDtypeStruct(shape, x.dtype))
+        sharding = batch_shardings(mesh, jax.ShapeDtypeStruct(shape, x.dtype))
         return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(place, batch)
@@ -281,14 +281,14 @@ def from_host(tree, shardings):
     return jax.tree.map(place, tree, shardings)
 
 
-def of_input(mesh, shape: tuple[int, ...]) -> NamedSharding:
+def input_sharding(mesh, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of what a sampler is given: clips [B, T, H, W, C] by batch and frames, all else by the batch."""
-    return logical(mesh, shape, VIDEO[:2] if len(shape) == 5 else VIDEO[:1])
+    return logical_sharding(mesh, shape, VIDEO[:2] if len(shape) == 5 else VIDEO[:1])
 
 
-def on_mesh(tree, mesh):
-    """As `from_host`, laid out as a sampler's inputs (`of_input`)."""
-    return jax.tree.map(lambda x: from_host(x, of_input(mesh, np.shape(x))), tree)
+def inputs_to_mesh(tree, mesh):
+    """As `from_host`, laid out as a sampler's inputs (`input_sharding`)."""
+    return jax.tree.map(lambda x: from_host(x, input_sharding(mesh, np.shape(x))), tree)
 
 
 def to_host(x) -> np.ndarray:

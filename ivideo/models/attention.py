@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivideo.devices.sharding import VIDEO, constrain, whole_kernel
+from ivideo.devices.sharding import VIDEO, constrain, dot_with_gathered_kernel
 
 Dtype = jnp.dtype
 
@@ -139,8 +139,8 @@ class TextPooling(nn.Module):
         weights = _softmax(jnp.where(text_mask, logits, -1e9), self.dtype)
         pooled = jnp.einsum("bsl,bsld->bsd", weights, text)
         pooled = jnp.where(text_mask.any(-1, keepdims=True), pooled, null)
-        pooled = nn.swish(of_vectors(self.features, self.dtype, "dense_0")(pooled))
-        return of_vectors(self.features, self.dtype, "dense_1")(pooled)
+        pooled = nn.swish(vector_dense(self.features, self.dtype, "dense_0")(pooled))
+        return vector_dense(self.features, self.dtype, "dense_1")(pooled)
 
 
 class FrameNorm(nn.Module):
@@ -158,9 +158,9 @@ class FrameNorm(nn.Module):
         return nn.GroupNorm(groups, reduction_axes=(-3, -2, -1), dtype=self.dtype, name="groups")(x)
 
 
-def of_vectors(features: int, dtype: Dtype, name: str):
+def vector_dense(features: int, dtype: Dtype, name: str):
     """A dense layer of what has no pixels: one vector a sample or frame."""
-    return nn.Dense(features, dtype=dtype, dot_general=whole_kernel, name=name)
+    return nn.Dense(features, dtype=dtype, dot_general=dot_with_gathered_kernel, name=name)
 
 
 def _split_heads(heads: tuple[int, int], dtype: Dtype, name: str):

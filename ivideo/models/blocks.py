@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from ivideo.devices.sharding import VIDEO, constrain, with_halo
-from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention, of_vectors
+from ivideo.models.attention import CrossAttention, Dtype, FrameNorm, SpatialAttention, TemporalAttention, vector_dense
 
 TEMPORAL = ("attention", "convolution", "none")
 
@@ -71,7 +71,7 @@ class ResBlock(nn.Module):
         y = nn.swish(FrameNorm(self.dtype, name="norm_0")(x))
         y = convolution(self.channels, self.dtype, "conv_0")(y)
         y = constrain(y, *VIDEO[:4], "inner")
-        modulation = of_vectors(2 * self.channels, self.dtype, "modulation")(nn.swish(embedding))
+        modulation = vector_dense(2 * self.channels, self.dtype, "modulation")(nn.swish(embedding))
         scale, shift = jnp.split(constrain(modulation, "batch")[:, :, None, None], 2, axis=-1)
         y = nn.swish(FrameNorm(self.dtype, name="norm_1")(y) * (1 + scale) + shift)
         y = convolution(self.channels, self.dtype, "conv_1", kernel_init=nn.initializers.zeros)(y)
@@ -203,8 +203,8 @@ class ScalarEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, u):
-        y = of_vectors(self.features, self.dtype, "dense_0")(sinusoid(1000.0 * u, self.width))
-        return of_vectors(self.features, self.dtype, "dense_1")(nn.swish(y))
+        y = vector_dense(self.features, self.dtype, "dense_0")(sinusoid(1000.0 * u, self.width))
+        return vector_dense(self.features, self.dtype, "dense_1")(nn.swish(y))
 
 
 class FrameEmbedding(nn.Module):

@@ -120,8 +120,8 @@ def topology_devices(topology: str):
 def training_program(config, mesh):
     """The training step, its arguments' shapes with shardings, its results' shardings, and what is donated."""
     state, batch = step.state_shapes(config), step.batch_shapes(config)
-    state = _placed(state, sharding.of_params(mesh, state))
-    batch = _placed(batch, sharding.of_batch(mesh, batch))
+    state = _placed(state, sharding.param_shardings(mesh, state))
+    batch = _placed(batch, sharding.batch_shardings(mesh, batch))
     results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     return step.make_train_step(config, mesh), (state, batch), results, (0,)
 
@@ -135,23 +135,23 @@ def sampling_program(config, mesh):
         with sharding.layout(mesh):
             return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), **given)
 
-    params = _placed(args[0], sharding.of_params(mesh, args[0]))
-    rest = jax.tree.map(lambda s: _place(s, sharding.of_input(mesh, s.shape)), (*args[1:], shapes))
-    video = sharding.logical(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
+    params = _placed(args[0], sharding.param_shardings(mesh, args[0]))
+    rest = jax.tree.map(lambda s: _place(s, sharding.input_sharding(mesh, s.shape)), (*args[1:], shapes))
+    video = sharding.logical_sharding(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
     return step, (params, *rest), video, ()
 
 
 def text_program(config, mesh):
     """The text encoder on a batch of texts of the greatest length."""
     fn, (params, *texts) = _text_encoder(config)
-    params = _placed(params, sharding.of_params(mesh, params))
-    texts = _placed(texts, sharding.of_batch(mesh, texts))
+    params = _placed(params, sharding.param_shardings(mesh, params))
+    texts = _placed(texts, sharding.batch_shardings(mesh, texts))
 
     def encoded(*args):
         with sharding.layout(mesh):
             return fn(*args)
 
-    out = sharding.logical(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
+    out = sharding.logical_sharding(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
     return encoded, (params, *texts), out, ()
 
 

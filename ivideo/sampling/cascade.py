@@ -70,7 +70,7 @@ def load_weights(config, source: str | None):
     shapes = stages.param_shapes(config)
     if source is None or source.endswith(SUFFIX):
         return load_params(trained.packaged(config) if source is None else source, shapes)
-    where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
+    where = sharding.param_shardings(sharding.make_mesh({"fsdp": -1}), shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return read_average(source, like)[1]
 
@@ -97,7 +97,7 @@ class Sampler:
     def __init__(self, config, size: int):
         self.config, self.size, self._mesh = config, size, sampling_mesh(config, size)
         self._model, self._bar = stages.build_model(config), None
-        video = sharding.logical(self._mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
+        video = sharding.logical_sharding(self._mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
 
     def _sample(self, params, text, mask, keys, low):
@@ -112,7 +112,7 @@ class Sampler:
 
     def placed(self, params):
         """Parameters on the mesh, in the type that the network computes in: half the memory in bfloat16."""
-        where = sharding.of_params(self._mesh, params)
+        where = sharding.param_shardings(self._mesh, params)
         dtype = jnp.dtype(self.config.model.dtype)
         cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
         if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
@@ -133,7 +133,7 @@ class Sampler:
                 rows = [*batch, *[batch[-1]] * (self.size - len(batch))]
                 keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
                 given = None if low is None else np.stack([low[row] for row in rows])
-                given = sharding.on_mesh((text[rows], mask[rows], np.asarray(keys), given), self._mesh)
+                given = sharding.inputs_to_mesh((text[rows], mask[rows], np.asarray(keys), given), self._mesh)
                 yield batch, wait_for(lambda: sharding.to_host(self._run(params, *given)))[: len(batch)]  # noqa: B023
             jax.effects_barrier()
 

@@ -102,7 +102,7 @@ def generate(
         outputs.prepare([files[name][row] for name, some in found.items() for row in some])
         return found
 
-    wanted = {name: set(some) for name, some in agreeing.of_first(missing).items()}
+    wanted = {name: set(some) for name, some in agreeing.from_first_process(missing).items()}
     count = left = len(wanted[configs[-1].stage])
     if resume:
         log.info("%d of %d videos are there already", len(rows) - count, len(rows))

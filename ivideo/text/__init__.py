@@ -99,7 +99,7 @@ def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer
     machine or in a bucket, gs://…; so may `tokenizer`, a sentencepiece model, or empty for spiece.model in the
     directory, or bytes where the vocabulary is ByT5's. Where a path has none of them, its encoder still encodes tokens,
     and misses its tokenizer when that is asked for; a config's is missed at once. `length` is in tokens; `dtype`, of
-    parameters and arithmetic, is float32 or bfloat16. `mesh`: where parameters are split (`sharding.of_params`), none
+    parameters and arithmetic, is float32 or bfloat16. `mesh`: where parameters are split, none
     for one device. A config's `checkpoint` is empty for the encoder in the package.
 
     Raises UserError where files are missing, damaged, or of another size than the config's.
@@ -163,7 +163,7 @@ def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
 
     shapes = {name: jax.ShapeDtypeStruct(array.shape, module.dtype) for name, array in checkpoint.params.items()}
     tree = flax.traverse_util.unflatten_dict(shapes, sep="/")
-    where = None if mesh is None else flax.traverse_util.flatten_dict(sharding.of_params(mesh, tree), sep="/")
+    where = None if mesh is None else flax.traverse_util.flatten_dict(sharding.param_shardings(mesh, tree), sep="/")
 
     def place(name):
         value = np.ascontiguousarray(read_array(checkpoint, name).astype(module.dtype))
@@ -178,7 +178,9 @@ def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
     described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for name in sorted(checkpoint.params):
-        whole = len(checkpoint.params[name].shape) == 1 or math.prod(checkpoint.params[name].shape) < sharding.WHOLE
+        whole = (
+            len(checkpoint.params[name].shape) == 1 or math.prod(checkpoint.params[name].shape) < sharding.MIN_SHARDED
+        )
         value = read_array(checkpoint, name, () if whole else (0,))
         digest.update(np.ascontiguousarray(value.astype(jnp.dtype(dtype))).tobytes())
     return digest.hexdigest()

@@ -130,7 +130,7 @@ def begin(out: str, text_config, fingerprint: str, *, shards: int, of: str) -> N
                 f"--out={out} is a cache of other {' and '.join(_WORDS.get(name, name) for name in different)}: choose "
                 "another folder"
             )
-    elif (files.in_bucket(out) or os.path.isdir(out)) and files.names(out):
+    elif (files.in_bucket(out) or os.path.isdir(out)) and files.list_names(out):
         raise UserError(f"--out={out} is a folder with other files: choose another, or an empty one")
     _wait("looked")  # what is wrong, all have seen
     if there is None and jax.process_index() == 0:
@@ -155,12 +155,12 @@ def write_shard(out: str, i: int, shards: int, captions: list[str], encoder: Tex
     captions, keys = sorted(captions, key=key_of), keys_of(captions)
     path = shard_path(out, i, shards)
     found = embeddings(captions, encoder, batch=batch) if captions else []
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
         for key, embedding in zip(keys, found, strict=True):
             writer.write(key.tobytes() + embedding.tobytes())
         writer.close()
-        with files.whole(_keys(path)) as other, open(other, "wb") as f:
+        with files.atomic_write(_keys(path)) as other, open(other, "wb") as f:
             np.save(f, keys)
 
 
@@ -238,7 +238,7 @@ def finish(out: str) -> tuple[int, int | None]:
     """
     plan = files.read_json(os.path.join(out, PLAN))
     paths = [shard_path(out, i, plan["shards"]) for i in range(plan["shards"])]
-    there = set(files.names(out))
+    there = set(files.list_names(out))
     missing = [path for path in paths if os.path.basename(path) not in there]
     if missing:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: run the same command again")

@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from ivideo.errors import UserError
-from ivideo.files import exists, in_bucket, names
+from ivideo.files import exists, in_bucket, list_names
 from ivideo.text import huggingface, t5x
 from ivideo.text.arrays import EXPECTED, StoredArray, read_values
 
@@ -74,7 +74,7 @@ def _stored_arrays(path: str) -> dict[str, StoredArray]:
                 return t5x.read_directory(path, index)
         if os.path.isfile(path):
             raise UserError(f"{path} is not a text encoder: {EXPECTED}")
-        files = names(path) if in_bucket(path) or exists(path) else []
+        files = list_names(path) if in_bucket(path) or exists(path) else []
         if "config.json" in files or any(name.endswith((".safetensors", *huggingface.PICKLES)) for name in files):
             return huggingface.read_directory(path, files)
     except OSError as e:

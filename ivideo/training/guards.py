@@ -61,7 +61,7 @@ class Stopping:
                     continue
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
-                    hosts.leave(
+                    hosts.exit_at_once(
                         hosts.INTERRUPTED, "interrupted again: what the run did since its newest checkpoint is lost; "
                     )
                 if self._several:
@@ -110,7 +110,7 @@ class Watchdog:
         while not self._over.wait(min(self._seconds / 10, 1.0)):
             if self._last is not None and time.monotonic() - self._last > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
-                hosts.leave(HUNG, f"no step ended for {self._seconds:g} s (config.train.hang_seconds): ")
+                hosts.exit_at_once(HUNG, f"no step ended for {self._seconds:g} s (config.train.hang_seconds): ")
 
     def __exit__(self, *_):
         self._over.set()

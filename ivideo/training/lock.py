@@ -160,5 +160,5 @@ def _beat(path: str, me: dict, over: threading.Event) -> None:
                 write_json(path, me)
             elif found and found != me:
                 reason = f"was taken over by {_who(found)}, since this run gave no sign of life: it stops"
-                hosts.leave(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
+                hosts.exit_at_once(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
             os.utime(path)

@@ -19,7 +19,7 @@ from ivideo import checks, stages
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.devices import agreeing, hosts, sharding
-from ivideo.recipe import keep_run_config
+from ivideo.recipe import save_run_config
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
 from ivideo.training import lock, trained
@@ -56,7 +56,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
     check_batch(config, mesh)
     if config.train.start:
         trained.check_start(config)
-    with Stopping() as stopping, hosts.leaving_together():
+    with Stopping() as stopping, hosts.exiting_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
             encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
@@ -64,7 +64,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         iterator = make_process_data(config, encoder, mesh)
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
-            keep_run_config(config, workdir)
+            save_run_config(config, workdir)
             state = _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps)
     if (step := int(state.step)) < config.train.steps:
         log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
@@ -79,7 +79,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
     try:
         shapes = state_shapes(config)
-        where = sharding.of_params(mesh, shapes)
+        where = sharding.param_shardings(mesh, shapes)
         like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
         began = time.perf_counter()
         restored = checkpoints.restore(like, iterator)
@@ -115,7 +115,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
                 except Exception as e:
                     if stopping.told:  # so have been the iterator's own processes, where all of a group are
                         break
-                    if not hosts.is_worker(e):
+                    if not hosts.is_killed_worker(e):
                         raise
                     log.warning("%s The run saves and stops", e)
                     if jax.process_count() == 1:
@@ -166,7 +166,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
             checkpoints.close()
     except BaseException as e:
         reporter.event("end", step=step, reason=f"failed: {type(e).__name__}")
-        hosts.close(checkpoints, e)
+        hosts.close_checkpoints(checkpoints, e)
         raise
     finally:
         reporter.close()
@@ -176,7 +176,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
 
 def _inputs(config, encoder) -> dict:
     """What all processes have to read alike, beside the config."""
-    return {"the text encoder": encoder.fingerprint, "the data set": agreeing.of_folder(config.data.dir)}
+    return {"the text encoder": encoder.fingerprint, "the data set": agreeing.folder_digest(config.data.dir)}
 
 
 def load_texts(config, mesh):
