@@ -20,7 +20,7 @@ from absl import flags
 
 from configs import ssr2
 from ivideo.evaluation import evaluate
-from ivideo.training.step import train
+from ivideo.training.loop import train
 
 PREDICTIONS = ("v", "eps")
 
