@@ -41,7 +41,7 @@ def test_small_unknown_slices_are_named(topology):
         ("v5p:4x4", "the chips of v5p are connected in 3 dimensions; choose one of v5p:2x2x1, .*, or multiples of 4"),
         ("v4:1x1x1", "Google offers no such slice of v4"),
         ("v5p:6x6x6", "Google offers no such slice of v5p; .* up to 6,144 chips, such as v5p:4x4x8"),
-        ("v5p:8x4x4", "Google offers no such slice of v5p; the smaller sizes come first: v5p:4x4x8$"),
+        ("v5p:8x4x4", "Google offers no such slice of v5p; give the sizes in ascending order: v5p:4x4x8$"),
         ("v4:16x16x20", "Google offers no such slice of v4; .* up to 4,096 chips"),
         ("tpu7x:2x2", "the chips of tpu7x are connected in 3 dimensions"),
     ],

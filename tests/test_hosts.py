@@ -173,7 +173,7 @@ def test_small_folders_that_are_not_shared_are_refused(tmp_path):
     assert wait(start_shuffled(workdirs), 100) == [2, 2]
     for i, workdir in enumerate(workdirs):
         said = pathlib.Path(f"{workdir}.{i}.log").read_text()
-        assert "is not the same folder for all processes: 1 of 2 do not see the first one's files, process 1" in said
+        assert "is not the same folder for all processes: 1 of 2 do not see the files of process 0, the first" in said
     assert not any(workdir.exists() for workdir in workdirs)
 
 

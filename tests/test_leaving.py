@@ -123,7 +123,7 @@ def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
     store, left = Store(), []
     monkeypatch.setattr(hosts, "store", lambda: store)
     monkeypatch.setattr(hosts, "process", lambda: (0, 2))
-    monkeypatch.setattr(hosts, "_leaving", threading.Lock())
+    monkeypatch.setattr(hosts, "_exiting", threading.Lock())
     monkeypatch.setattr(hosts, "_leave_as_told", left.append)
     hosts._watch()
     assert (store.waits, left) == (3, [told])

@@ -1,6 +1,6 @@
-"""Several processes compare what they are going to do, before anything is compiled.
+"""Checks that all processes of a program run the same code, config and data, before anything is compiled.
 
-All of it goes through jax's key-value store and its barriers, which end with an error where a process is missing.
+Everything goes through jax's key-value store and its barriers, which raise an error if a process is missing.
 """
 
 import hashlib
@@ -18,30 +18,30 @@ from ivideo import __version__
 from ivideo.devices import hosts
 from ivideo.errors import UserError
 
-WAIT_SECONDS = 600  # for the slowest process to come to the same place
+WAIT_SECONDS = 600  # for the slowest process to reach the same call
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint")
-_turns = itertools.count()  # every process compares the same things in the same order
+_calls = itertools.count()  # makes keys unique: every process makes the same calls in the same order
 
 
 def agree(find_values: Callable[[], dict]) -> None:
-    """UserError in a process whose values, by name, are not those of the first one; returns when all have compared.
+    """Compares every process's values, by name, with those of process 0; returns when all processes have compared.
 
-    It names the first value that differs, and on which host: `hosts.exiting_together` tells that to all processes. In a
-    program of one process `find_values` is not called.
+    UserError in a process whose values differ. It names the first value that differs and the host, and
+    `hosts.exiting_together` passes it on to all processes. A program of one process does not call `find_values`.
     """
     if not hosts.is_distributed():
         return
     values = {name: str(value) for name, value in find_values().items()}
-    (number, _), key = hosts.process(), f"ivideo/agree/{next(_turns)}"
+    (number, _), key = hosts.process(), f"ivideo/agree/{next(_calls)}"
     host = socket.gethostname()
     if number == 0:
         hosts.store().key_value_set(key, json.dumps({"host": host, "values": values}))
     else:
         first = json.loads(_get(key))
-        wanted = first["values"]
-        for name in [*wanted, *(values.keys() - wanted.keys())]:
-            mine, theirs = (_short(there.get(name, "missing")) for there in (values, wanted))
-            if values.get(name) != wanted.get(name):
+        expected = first["values"]
+        for name in [*expected, *(values.keys() - expected.keys())]:
+            mine, theirs = (_short(side.get(name, "missing")) for side in (values, expected))
+            if values.get(name) != expected.get(name):
                 raise UserError(
                     f"the processes differ: {name} is {mine} on process {number} ({host}) and {theirs} on process 0 "
                     f"({first['host']}); start all of them with the same command, code and data"
@@ -50,10 +50,10 @@ def agree(find_values: Callable[[], dict]) -> None:
 
 
 def from_first_process(function: Callable):
-    """What `function` returns in the first process, which alone calls it, in all of them. It goes through JSON."""
+    """Calls `function` in process 0 alone, and returns its result, sent as JSON, in all processes."""
     if not hosts.is_distributed():
         return function()
-    (number, _), key = hosts.process(), f"ivideo/first/{next(_turns)}"
+    (number, _), key = hosts.process(), f"ivideo/first/{next(_calls)}"
     if number == 0:
         hosts.store().key_value_set(key, json.dumps(function()))
     return json.loads(_get(key))
@@ -72,7 +72,7 @@ def _wait(key):
 
 
 def config_values(config) -> dict:
-    """Every value of a resolved config, by its name as a flag."""
+    """Every value of a resolved config, by the name of its flag."""
 
     def leaves(value, name):
         if hasattr(value, "items"):
@@ -85,7 +85,7 @@ def config_values(config) -> dict:
 
 
 def program_values() -> dict:
-    """Versions of what computes, and the digest of every file of this package's code."""
+    """The versions of the libraries that compute, and a digest of every source file of this package."""
     folder = pathlib.Path(__file__).parents[1]
     versions = {f"the version of {name}": metadata.version(name) for name in LIBRARIES}
     versions["the version of ivideo"] = __version__
@@ -97,12 +97,12 @@ def program_values() -> dict:
 
 
 def folder_digest(folder: str) -> str:
-    """What tells a folder's files from others, by their names and sizes; nothing is read. The folder may be none."""
+    """Identifies a folder's files by their names and sizes, without reading them; 'none' for no folder."""
     if not folder:
         return "none"
-    found = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in _files(folder))
-    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
-    return f"{len(found)} files of {sum(size for _, size in found):,} bytes (digest {digest} of names and sizes)"
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in _files(folder))
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    return f"{len(files)} files of {sum(size for _, size in files):,} bytes (digest {digest} of names and sizes)"
 
 
 def _files(folder):
@@ -110,33 +110,33 @@ def _files(folder):
 
 
 def check_shared(folder: str, seconds: float = 30.0) -> None:
-    """UserError where not all of several processes see the first one's files in a folder.
+    """UserError where some process does not see the files that process 0 writes to a folder.
 
-    They would wait for one another without end as soon as they look at different files.
+    Processes that look at different files would wait for each other forever.
     """
     if not hosts.is_distributed():
         return
-    (number, count), key = hosts.process(), f"ivideo/shared/{next(_turns)}"
+    (number, count), key = hosts.process(), f"ivideo/shared/{next(_calls)}"
     if number == 0:
-        new = not os.path.isdir(folder)
+        created = not os.path.isdir(folder)
         os.makedirs(folder, exist_ok=True)
         name = f".seen-{secrets.token_hex(4)}"
         open(os.path.join(folder, name), "w").close()
         hosts.store().key_value_set(key, name)
-    seen = os.path.join(folder, _get(key))
-    deadline = time.monotonic() + seconds  # shared storage may be late
-    while not (there := os.path.exists(seen)) and time.monotonic() < deadline:
+    probe = os.path.join(folder, _get(key))
+    deadline = time.monotonic() + seconds  # shared storage may show new files late
+    while not (visible := os.path.exists(probe)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    said = "" if there else f"process {number} ({socket.gethostname()})"
-    hosts.store().key_value_set(f"{key}/{number}", said)
+    answer = "" if visible else f"process {number} ({socket.gethostname()})"
+    hosts.store().key_value_set(f"{key}/{number}", answer)
     if number == 0:
         blind = [process for i in range(count) if (process := _get(f"{key}/{i}"))]
-        os.remove(seen)
-        if new:
+        os.remove(probe)
+        if created:
             os.rmdir(folder)
         if blind:
             raise UserError(
-                f"{folder} is not the same folder for all processes: {len(blind)} of {count} do not see the first "
-                f"one's files, {blind[0]} first; give one that they share (docs/tpu.md)"
+                f"{folder} is not the same folder for all processes: {len(blind)} of {count} do not see the files of "
+                f"process 0, the first of them {blind[0]}; give a folder on shared storage (docs/tpu.md)"
             )
     _wait(key)

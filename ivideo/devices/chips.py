@@ -1,4 +1,4 @@
-"""What TPU chips can do, for utilisation and for the roofline of a compiled program, and which slices of them exist."""
+"""Peak rates and memory of TPU chips, for utilisation and rooflines, and the slices that Google offers."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from ivideo.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak FLOP/s in bfloat16, bytes a second of HBM, and its bytes; Google's published figures.
+    """Google's published figures: peak FLOP/s in bfloat16, HBM bandwidth in bytes per second, HBM bytes.
 
-    Memory is published in GB and means GiB: the compiler offers programs 31.25 GiB of a v6e's 32. `devices` is how many
-    jax devices a chip is: each has an equal part of the chip. `dimensions` are those of the network between chips, and
-    `largest` is the number of chips of the largest slice.
+    Google writes GB for memory and means GiB: programs get 31.25 GiB of a v6e's 32. `devices` is the number of jax
+    devices per chip, each with an equal share of it. `dimensions` is that of the network between chips, and `largest`
+    the number of chips of the largest slice.
     """
 
     flops: float
@@ -24,12 +24,10 @@ class Chip:
     largest: int = 0
 
     def device(self) -> "Chip":
-        """What one jax device has of the chip."""
-        if self.devices == 1:
-            return self
-        parts = self.devices
+        """One jax device's share of the chip."""
+        n = self.devices
         return dataclasses.replace(
-            self, flops=self.flops / parts, bandwidth=self.bandwidth / parts, memory=self.memory // parts, devices=1
+            self, flops=self.flops / n, bandwidth=self.bandwidth / n, memory=self.memory // n, devices=1
         )
 
 
@@ -50,14 +48,14 @@ KINDS = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
-# The slices that Google offers, from https://docs.cloud.google.com/tpu/docs/ and there v4, v5e, v5p, v6e and tpu7x. Of
-# chips in three dimensions all multiples of 4 are offered besides, the smaller sizes first
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# The slices that Google offers (https://docs.cloud.google.com/tpu/docs/, pages v4, v5e, v5p, v6e and tpu7x). Chips in
+# three dimensions also come in all grids whose sizes are multiples of 4, in ascending order
+GRIDS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SMALL_GRIDS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
 def of_device(device) -> Chip | None:
-    """What a jax device has of its chip, or None where its peaks are not known here."""
+    """A jax device's share of its chip, or None for a device whose peaks are not listed here."""
     chip = CHIPS.get(KINDS.get(device.device_kind, ""))
     return chip and chip.device()
 
@@ -78,9 +76,9 @@ def slice_of(topology: str) -> tuple[str, tuple[int, ...]]:
 def _offered(name: str, sizes: tuple[int, ...]) -> bool:
     chip, grid = CHIPS[name], "x".join(map(str, sizes))
     if chip.dimensions == 2 or len(sizes) != 3:
-        return chip.dimensions == 2 and grid in FLAT
+        return chip.dimensions == 2 and grid in GRIDS_2D
     cubes = all(size % 4 == 0 for size in sizes) and list(sizes) == sorted(sizes) and math.prod(sizes) <= chip.largest
-    return cubes or grid in BELOW_A_CUBE or (name == "tpu7x" and grid == "1x1x1")
+    return cubes or grid in SMALL_GRIDS_3D or (name == "tpu7x" and grid == "1x1x1")
 
 
 def _why_not(name: str, chip: Chip, sizes: tuple[int, ...]) -> str:
@@ -89,11 +87,11 @@ def _why_not(name: str, chip: Chip, sizes: tuple[int, ...]) -> str:
     else:
         why = f"Google offers no such slice of {name}"
     if chip.dimensions == 2:
-        return f"{why}; choose one of {', '.join(f'{name}:{grid}' for grid in FLAT)}"
+        return f"{why}; choose one of {', '.join(f'{name}:{grid}' for grid in GRIDS_2D)}"
     ordered = tuple(sorted(sizes))
     if ordered != sizes and _offered(name, ordered):
-        return f"{why}; the smaller sizes come first: {name}:{'x'.join(map(str, ordered))}"
+        return f"{why}; give the sizes in ascending order: {name}:{'x'.join(map(str, ordered))}"
     return (
-        f"{why}; choose one of {', '.join(f'{name}:{grid}' for grid in BELOW_A_CUBE)}, or multiples of 4, the smaller "
-        f"sizes first and up to {chip.largest:,} chips, such as {name}:4x4x8"
+        f"{why}; choose one of {', '.join(f'{name}:{grid}' for grid in SMALL_GRIDS_3D)}, or multiples of 4 in "
+        f"ascending order, up to {chip.largest:,} chips, such as {name}:4x4x8"
     )

@@ -1,7 +1,8 @@
-"""How many floating-point operations a function asks for, counted on its jaxpr: nothing is allocated or compiled.
+"""Counts the floating-point operations of a function on its jaxpr, without allocating or compiling anything.
 
-Model FLOPs, as a utilisation is reckoned in: products and convolutions alone, a multiply and an add being two. What the
-compiler adds, fuses or leaves out does not show; what a rematerialised backward pass computes again does.
+These are model FLOPs, as utilisation is defined by: matrix products and convolutions alone, where a multiply and an add
+are two. Operations that the compiler adds, fuses or removes do not show. Those that a rematerialised backward pass
+repeats do.
 """
 
 import math
@@ -13,9 +14,9 @@ from jax.extend.core import jaxprs_in_params
 def count(fn, *args, **kwargs) -> int:
     """FLOPs of `fn(*args, **kwargs)`; the arguments may be `jax.ShapeDtypeStruct`s.
 
-    A scan counts as often as it runs, a conditional (`lax.cond`, `switch`, `platform_dependent`) as its dearest branch.
-    ValueError for products in a `while_loop`, whose trips nobody knows, and in a `shard_map` or a kernel, whose sizes
-    are a part's.
+    The body of a scan counts once per iteration; a conditional (`lax.cond`, `switch`, `platform_dependent`) counts as
+    its most expensive branch. ValueError for products in a `while_loop`, whose number of iterations is unknown, and in
+    a `shard_map` or a kernel, whose shapes are those of one device or block.
     """
     return _of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
 
@@ -47,7 +48,7 @@ def _dot(eqn) -> int:
 
 
 def _convolution(eqn) -> int:
-    """Zeros of the padding count, as is the custom; holes of a dilated input, from a strided one's gradient, do not."""
+    """Products with padding count, by convention; those with the zeros of a dilated input (a gradient's) do not."""
     kernel = eqn.invars[1].aval
     per_output = kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * eqn.outvars[0].aval.size * per_output // math.prod(eqn.params["lhs_dilation"])

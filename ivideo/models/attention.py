@@ -1,7 +1,7 @@
 """Attention over the pixels of a frame, over the frames of a pixel, and over the text. Section 2.3.
 
 B batch · T video frames · F frames (T video frames, then K packed images) · H, W height, width · C channels
-N heads · D channels a head · S texts (the video's, then one a packed image) · L text tokens
+N heads · D channels per head · S texts (the video's, then one per packed image) · L text tokens
 """
 
 import flax.linen as nn
@@ -16,19 +16,19 @@ Dtype = jnp.dtype
 
 def _heads(channels: int, head_dim: int) -> int:
     if channels % head_dim:
-        raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}: choose a divisor as head_dim")
+        raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}: head_dim must divide them")
     return channels // head_dim
 
 
 def _softmax(logits, dtype):
-    """Softmax in float32 whatever the activations are: bfloat16 sums over thousands of keys lose whole tokens."""
+    """Softmax in float32, whatever the dtype of the activations: a bfloat16 sum over thousands of keys loses tokens."""
     return jax.nn.softmax(logits.astype(jnp.float32)).astype(dtype)
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention within each frame: [B, F, H, W, C] -> the same, residual, the identity at initialisation.
+    """Residual self-attention within each frame, the identity at initialisation: [B, F, H, W, C] -> the same.
 
-    Where rows are split over devices, these take whole frames for it instead: a frame's pixels all see each other.
+    All pixels of a frame attend to each other, so devices that hold rows of every frame exchange them for whole frames.
     """
 
     head_dim: int
@@ -50,11 +50,11 @@ class SpatialAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention of each pixel over the frames: [B, T, H, W, C] -> the same, the identity at initialisation.
+    """Residual self-attention of each pixel over the frames, the identity at initialisation: [B, T, H, W, C] -> same.
 
-    Positions are relative, as in VDM (arXiv 2204.03458): a learned logit and a learned value for every distance between
-    two frames (Shaw et al., arXiv 1803.02155). The values are what tells the first frame from the last where the
-    frames hold nothing but noise; logits alone cannot, since a softmax over equal values returns that value.
+    Positions are relative, as in VDM (arXiv 2204.03458): every distance between two frames has a learned logit and a
+    learned value (Shaw et al., arXiv 1803.02155). The values distinguish the first frame from the last when all frames
+    are noise. Logits alone cannot, since a softmax over equal values returns that value.
     """
 
     head_dim: int
@@ -72,8 +72,8 @@ class TemporalAttention(nn.Module):
         offset = np.arange(frames)[None, :] - np.arange(frames)[:, None]
         index = np.clip(offset, -reach, reach) + reach
 
-        pixels = ("batch", None, "height", "columns")  # where frames are split over devices, these take columns instead
-        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *VIDEO)  # or each frame's statistics would travel
+        pixels = ("batch", None, "height", "columns")  # devices that hold some frames exchange them for columns
+        y = constrain(FrameNorm(dtype=self.dtype, name="norm")(x), *VIDEO)  # before that, so statistics stay local
         y = constrain(y, *pixels, None)
         q, k, v = (constrain(_split_heads(heads, self.dtype, name)(y), *pixels, "heads", None) for name in "qkv")
         logits = jnp.einsum("bthwnd,bshwnd->bhwnts", q * self.head_dim**-0.5, k)
@@ -84,10 +84,10 @@ class TemporalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of every pixel to its frame's text: [B, F, H, W, C], text [B, S, L, Dt] -> [B, F, H, W, C].
+    """Residual attention of every pixel to its frame's text: [B, F, H, W, C], text [B, S, L, Dt] -> [B, F, H, W, C].
 
-    A layer of its own. A learned null token stands beside the text's, and is all there is to see where the mask is
-    empty.
+    It is a separate layer, not joined with self-attention. A learned null token precedes the text tokens; where the
+    mask is empty, it is the only token.
     """
 
     head_dim: int
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         k, v = (constrain(a, "batch", None, None, "heads", None) for a in (k, v))
 
         def attend(q, k, v, mask, frame):
-            # `frame` is f where every frame has a text of its own, absent where all frames share one
+            # `frame` is "f" where every frame has its own text, and "" where all frames share one
             logits = jnp.einsum(f"bfhwnd,b{frame}lnd->bfhwnl", q * self.head_dim**-0.5, k)
             mask = mask[:, :, None, None, None] if frame else mask[:, None, None, None, None]
             weights = _softmax(jnp.where(mask, logits, -1e9), self.dtype)
@@ -126,7 +126,7 @@ class CrossAttention(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """One vector a text, by attention of a learned query: [B, S, L, Dt], mask [B, S, L] -> [B, S, features]."""
+    """One vector per text, by attention of a learned query: [B, S, L, Dt], mask [B, S, L] -> [B, S, features]."""
 
     features: int
     dtype: Dtype
@@ -144,9 +144,9 @@ class TextPooling(nn.Module):
 
 
 class FrameNorm(nn.Module):
-    """GroupNorm whose statistics are one frame's own: [B, F, H, W, C] -> the same.
+    """GroupNorm with separate statistics for each frame: [B, F, H, W, C] -> the same.
 
-    Statistics over several frames would mix packed images with one another and with the video.
+    Statistics over several frames would mix packed images with each other and with the video.
     """
 
     dtype: Dtype
@@ -159,7 +159,7 @@ class FrameNorm(nn.Module):
 
 
 def vector_dense(features: int, dtype: Dtype, name: str):
-    """A dense layer of what has no pixels: one vector a sample or frame."""
+    """A dense layer for inputs without pixels: one vector per sample or frame."""
     return nn.Dense(features, dtype=dtype, dot_general=dot_with_gathered_kernel, name=name)
 
 

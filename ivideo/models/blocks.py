@@ -1,7 +1,7 @@
 """The block that every level of every stage repeats. Section 2.3.
 
 B batch · T video frames · F frames (T video frames, then K packed images) · H, W height, width · C channels
-E width of the embedding · S texts (the video's, then one a packed image) · L text tokens
+E width of the embedding · S texts (the video's, then one per packed image) · L text tokens
 """
 
 import functools
@@ -19,11 +19,11 @@ TEMPORAL = ("attention", "convolution", "none")
 
 
 class Block(nn.Module):
-    """A residual block, then the layers its level asks for: temporal convolution, attention to pixels, text and frames.
+    """A residual block, then the layers of its level: temporal convolution, attention to pixels, text and frames.
 
-    x [B, F, H, W, C] (with `skip` of the same shape concatenated first, on the way up), embedding [B, 1 or F, E],
-    text [B, S, L, Dt], text_mask [B, S, L] -> (x, x), both [B, F, H, W, channels], as `nn.scan` wants them.
-    The last `num_images` frames are independent images: temporal layers do not see them.
+    x [B, F, H, W, C] (on the way up, `skip` of the same shape is concatenated first), embedding [B, 1 or F, E],
+    text [B, S, L, Dt], text_mask [B, S, L] -> (x, x), both [B, F, H, W, channels], the pair that `nn.scan` expects.
+    The last `num_images` frames are independent images, which bypass the temporal layers.
     """
 
     channels: int
@@ -53,7 +53,7 @@ class Block(nn.Module):
         return x, x
 
     def _in_time(self, layer, x):
-        """Section 2.6: packed images go round every temporal layer."""
+        """Applies a temporal layer to the video's frames. Packed images bypass it (Section 2.6)."""
         if not self.num_images:
             return layer(x)
         frames = x.shape[1] - self.num_images
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, 3×3 convolution, twice; the embedding scales and shifts the second norm. [B, F, H, W, C]."""
+    """Twice GroupNorm, swish, 3×3 convolution; the embedding scales and shifts the second norm. [B, F, H, W, C]."""
 
     channels: int
     dtype: Dtype
@@ -81,14 +81,14 @@ class ResBlock(nn.Module):
 
 
 class TemporalConvolution(nn.Module):
-    """Residual convolution over three frames: [B, T, H, W, C] -> the same, the identity at initialisation."""
+    """Residual convolution over three frames, the identity at initialisation: [B, T, H, W, C] -> the same."""
 
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        # Drawn at zero: the network starts as an image model (Section 2.6 trains it on images as well)
+        # Zeros at initialisation: the network starts as an image model (Section 2.6 trains it on images as well)
         kernel = self.param("kernel", nn.initializers.zeros, (3, channels, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         y = nn.swish(FrameNorm(self.dtype, name="norm")(x))
@@ -131,7 +131,7 @@ def _product_of_rows(x, kernel, dimensions, **options):
 def convolve_frames(x, kernel):
     """Convolution along the frames, zero-padded: x [B, T, H, W, C], kernel [3, C, C'] -> [B, T, H, W, C'].
 
-    Matrix products on the CPU, a convolution on TPU and GPU: each is the faster one there.
+    It uses matrix products on the CPU and a convolution on TPU and GPU, whichever is faster there.
     """
 
     def convolve(x, kernel, padding):
@@ -152,12 +152,12 @@ def frames_as_convolution(x, kernel, *, padding=(1, 1)):
 
 
 def frames_as_products(x, kernel, *, padding=(1, 1)):
-    """The same as three matrix products, shifted by a frame."""
+    """As `frames_as_convolution`, by three matrix products that are shifted by a frame each."""
     frames = x.shape[1] + sum(padding) - 2
 
-    def shifted(y, by):
-        """y's frames from `by`, counted in the padded clip, as many as there are to be."""
-        first = by - padding[0]
+    def shifted(y, start):
+        """The output's frames of y from frame `start` of the padded clip on."""
+        first = start - padding[0]
         y = y[:, max(first, 0) : max(first + frames, 0)]
         before = max(-first, 0)
         return jnp.pad(y, ((0, 0), (before, frames - before - y.shape[1]), (0, 0), (0, 0), (0, 0)))
@@ -166,7 +166,7 @@ def frames_as_products(x, kernel, *, padding=(1, 1)):
 
 
 def upsample(x, factor: int):
-    """Nearest-neighbour enlargement of every frame, by broadcast: [B, F, H, W, C] -> [B, F, H·factor, W·factor, C]."""
+    """Upsamples every frame by nearest neighbour: [B, F, H, W, C] -> [B, F, H·factor, W·factor, C]."""
     b, f, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, :, None, :, None], (b, f, h, factor, w, factor, c))
     return x.reshape(b, f, h * factor, w * factor, c)
@@ -195,7 +195,7 @@ def sinusoid(position, width: int):
 
 
 class ScalarEmbedding(nn.Module):
-    """A number a sample, in [0, 1], to a vector: [B] -> [B, features]. Sinusoids of 1000·u, two dense layers."""
+    """Embeds one number u per sample, in [0, 1]: [B] -> [B, features]. Sinusoids of 1000·u, then two dense layers."""
 
     width: int
     features: int
@@ -208,15 +208,16 @@ class ScalarEmbedding(nn.Module):
 
 
 class FrameEmbedding(nn.Module):
-    """What a frame's place in its clip adds to its embedding: pooled text [B, E] -> [B, frames, E], zero at first.
+    """Embeds a frame's position in its clip: pooled text [B, E] -> [B, frames, E], zero at initialisation.
 
-    The place is the share of the clip that has passed, so it means the same at any number of frames. It multiplies the
-    text: "moving left" says one thing of the first frame and another of the last, which a sum of the two cannot say.
+    The position is the share of the clip that has passed, so it means the same at any number of frames. It is
+    multiplied with the text: "moving left" puts the object right of the centre in the first frame and left of it in the
+    last, which a sum of position and text cannot express.
     """
 
     features: int
     dtype: Dtype
-    waves: int = 8  # half waves over the clip, 0 to 7: the place of an object is a smooth function of time
+    waves: int = 8  # cosines and sines of 0 to 7 half waves over the clip: an object's position is smooth in time
 
     @nn.compact
     def __call__(self, text, frames: int):
@@ -238,7 +239,10 @@ def noise_fraction(logsnr):
 
 
 def remat_policy(name: str):
-    """What a rematerialised block keeps for its backward pass: `none` is not to rematerialise at all."""
+    """The policy of `jax.checkpoint` for a name: which values of a block are kept for its backward pass.
+
+    'none', no rematerialisation, is not a policy: `VideoUNet` handles it.
+    """
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -1,7 +1,7 @@
 """VideoUNet: the one network of all seven stages. Section 2.3.
 
 B batch · F frames (T video frames, then K packed images) · H, W height, width · C channels · L text tokens
-S texts of a sample: 1, or 1 + K where K images with texts of their own are packed behind the video (Section 2.6)
+S texts per sample: 1, or 1 + K where K images, each with its own text, are packed behind the video (Section 2.6)
 """
 
 import math
@@ -32,13 +32,14 @@ PREDICTIONS = ("v", "eps")
 class VideoUNet(nn.Module):
     """A space-time separable U-Net that predicts v from a noisy video, its noise level and a text.
 
-    Each tuple has one entry a level, from the finest. A level first reduces the frame by its stride and ends by
-    enlarging it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride folds
-    pixels into channels and back, so a stride of 2 there lets the whole network work at half size. With
-    `frame_positions` a video's frames are told their place in the clip, beside what temporal attention knows of it.
-    `prediction` says what the last layer stands for, 'v' or 'eps'; the network returns v either way (Section 2.4).
-    `data_std` is the standard deviation of the data given its conditioning, where far below 1: see `skip_scale` and
-    `expected`.
+    Each tuple has one entry per level, the finest first. A level first downsamples the frame by its stride and last
+    upsamples it again (down-first, up-last, as Imagen's Efficient U-Net, arXiv 2205.11487). The first stride moves
+    pixels into channels and back, so that with a stride of 2 there the whole network works at half size. A
+    `conditioned` network takes a conditioning video and the level of the noise on it. With `frame_positions`, the
+    embedding of a video's frame includes its position in the clip; temporal attention has relative positions either
+    way. `prediction` says what the last layer predicts, 'v' or 'eps'; the network returns v either way (Section 2.4).
+    `data_std` is the standard deviation of the data given its conditioning, set where it is far below 1: see
+    `skip_scale` and `expected`.
     """
 
     channels: tuple[int, ...]
@@ -67,15 +68,15 @@ class VideoUNet(nn.Module):
             if len(getattr(self, name)) != len(self.channels):
                 raise ValueError(
                     f"model.{name} = {tuple(getattr(self, name))} has {len(getattr(self, name))} entries, but "
-                    f"model.channels has {len(self.channels)}: give one a level"
+                    f"model.channels has {len(self.channels)}: give one entry per level"
                 )
         for name in self.temporal:
             if name not in TEMPORAL:
-                raise ValueError(f"model.temporal has {name!r}: choose from {TEMPORAL}")
+                raise ValueError(f"model.temporal has {name!r}: choose from {', '.join(TEMPORAL)}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"model.prediction = {self.prediction!r}: choose one of {', '.join(PREDICTIONS)}")
         if self.prediction == "eps" and self.data_std != 1:
-            raise ValueError(f"model.data_std = {self.data_std} is for the prediction of v: with 'eps' it must be 1")
+            raise ValueError(f"model.data_std = {self.data_std} needs model.prediction = 'v': with 'eps' it must be 1")
         stride = math.prod(self.strides)
         if height % stride or width % stride:
             raise ValueError(
@@ -132,7 +133,7 @@ class VideoUNet(nn.Module):
         x, _ = self._body()(**self._layers(last, num_images), name="middle")(x, None, *context)
 
         for level in reversed(range(len(self.channels))):
-            # On the way up blocks meet skips in reverse; the factor keeps the sum's variance (arXiv 2205.11487)
+            # The way up uses skips in reverse order; the factor keeps the sum's variance (arXiv 2205.11487)
             skip = skips.pop()[::-1] * jnp.asarray(2**-0.5, self.dtype)
             x, _ = self._level(level, f"up_{level}", num_images)(x, skip, *context)
             if level:
@@ -146,7 +147,7 @@ class VideoUNet(nn.Module):
         return self._as_v(x, z, logsnr, cond, aug_logsnr)
 
     def _noisy_input(self, z, logsnr, cond, aug_logsnr):
-        """What the stem sees of z; with `data_std` below 1, an estimate of the difference from the given video."""
+        """The stem's view of z. With `data_std` below 1: an estimate of the difference from the conditioning video."""
         if self.data_std == 1:
             return z
         alpha, sigma = alpha_sigma(expand(logsnr, z))
@@ -154,7 +155,7 @@ class VideoUNet(nn.Module):
         return difference * estimate_scale(alpha, sigma, self.data_std) / self.data_std
 
     def _as_v(self, x, z, logsnr, cond, aug_logsnr):
-        """v from what the last layer stands for: v, eps, or the part of v that `skip_scale` leaves to it."""
+        """v from the last layer's output x: v itself, eps, or the part of v that `skip_scale` leaves to the network."""
         alpha, sigma = alpha_sigma(expand(logsnr, z))
         if self.prediction == "eps":
             return (x - sigma * z) / alpha  # eps = sigma z + alpha v
@@ -167,7 +168,7 @@ class VideoUNet(nn.Module):
         return skip * (z - alpha * mean) + scale * x - sigma * mean
 
     def _embedding(self, logsnr, text, text_mask, aug_logsnr, guidance_weight, num_images, frames):
-        """The sum of what a block is told beside its input: [B, 1, E], or [B, F, E] where frames differ."""
+        """The sum of the embeddings that blocks take: noise levels, text, positions. [B, 1, E], or [B, F, E]."""
         width = self.channels[0]
         features = 4 * width
 
@@ -190,7 +191,7 @@ class VideoUNet(nn.Module):
         return jnp.concatenate([video, embedding[:, 1:]], axis=1)
 
     def _layers(self, level, num_images):
-        """The fields of a level's blocks."""
+        """The fields of `Block` for a level."""
         return {
             "channels": self.channels[level],
             "spatial_attention": self.spatial_attention[level],
@@ -203,13 +204,13 @@ class VideoUNet(nn.Module):
         }
 
     def _body(self):
-        """The block's class, rematerialised as the config asks."""
+        """The class of the block, with the rematerialisation that the config names."""
         if self.remat == "none":
             return Block
         return nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
 
     def _level(self, level, name, num_images):
-        """All blocks of a level as one `nn.scan` body: the compiler sees one block, whatever their number."""
+        """All blocks of a level as one `nn.scan`: the compiler sees one block, however many there are."""
         scanned = nn.scan(
             self._body(),
             variable_axes={"params": 0},
@@ -222,42 +223,42 @@ class VideoUNet(nn.Module):
 
 
 def skip_scale(alpha, sigma, data_std: float):
-    """Factors (skip, scale) of v = skip z + scale F, by which the network's own output F need not hold the noise of z.
+    """Factors (skip, scale) of v = skip z + scale F, so that the network's output F does not contain the noise of z.
 
-    For data of standard deviation `data_std` about what the conditioning tells (arXiv 2206.00364, Section 5, written
-    for v): skip z is v of the mean of x given z of Gaussian data, and F has unit variance at every noise level. A
-    standard deviation of 1 gives v = F. Without it, a network on data that is far from unit variance has to copy the
-    noise of z to its output, pixel by pixel. Arrays have the shape of alpha and sigma.
+    This is arXiv 2206.00364, Section 5, written for v and for Gaussian data of standard deviation `data_std` about its
+    mean given the conditioning. skip z is the v of E[x | z], and F has unit variance at every noise level. A standard
+    deviation of 1 gives v = F. Without the factors, a network for data far from unit variance has to copy the noise
+    of z to its output, pixel by pixel. Arrays have the shape of alpha and sigma.
     """
     variance = alpha**2 * data_std**2 + sigma**2
     return alpha * sigma * (1 - data_std**2) / variance, data_std * variance**-0.5
 
 
 def estimate_scale(alpha, sigma, data_std: float):
-    """The factor k of the linear estimate k z of data of standard deviation `data_std`, from z of a noise level.
+    """The factor k of the best linear estimate k z of data of standard deviation `data_std`.
 
-    It falls to 0 where the noise drowns the data: a network that sees k z need not learn to look away from noise.
-    The factor has the shape of alpha and sigma.
+    It falls to 0 where the noise is much larger than the data, so a network that sees k z need not learn to ignore the
+    noise. The factor has the shape of alpha and sigma.
     """
     return alpha * data_std**2 / (alpha**2 * data_std**2 + sigma**2)
 
 
 def expected(cond, aug_logsnr):
-    """What a conditioning video lets expect of the video: itself, and the less the noisier it is. [B, F, H, W, C].
+    """The expected video given a noisy conditioning video: the noisier it is, the closer to 0. [B, F, H, W, C].
 
-    The mean of unit-variance data given alpha data + sigma noise. With `data_std` below 1 the network works on what
-    differs from it, so that before any training it repeats the video it is given.
+    It is the mean of unit-variance data given alpha data + sigma noise. With `data_std` below 1 the network works on
+    the difference from it, so that before any training it returns the conditioning video.
     """
     return cond if aug_logsnr is None else cond * expand(alpha_sigma(aug_logsnr)[0], cond)
 
 
 def _per_segment(text, text_mask, num_images):
-    """Text with an axis of segments: [B, L, D] -> [B, 1, L, D]; ValueError where packed images lack a text each."""
+    """Text with an axis of segments: [B, L, D] -> [B, 1, L, D]. ValueError unless every packed image has a text."""
     if text.ndim == 3:
         text, text_mask = text[:, None], text_mask[:, None]
     if text.shape[1] != 1 + num_images:
         raise ValueError(
-            f"text of shape {text.shape} has {text.shape[1]} texts a sample, but a video with {num_images} images "
+            f"text of shape {text.shape} has {text.shape[1]} texts per sample, but a video with {num_images} images "
             f"needs {1 + num_images}: see joint.pack_text"
         )
     return text, text_mask.astype(bool)
