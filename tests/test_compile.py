@@ -243,7 +243,8 @@ def test_small_a_convolution_split_by_rows_gathers_its_kernel_once():
     """Else the partitioner takes the kernel in parts, one a device, and reads the video once for every part."""
     program = """
 import jax, jax.numpy as jnp
-from ivideo import compile, hlo, sharding
+from ivideo.devices import sharding
+from ivideo.planning import compile, hlo
 from ivideo.models import blocks
 
 mesh = sharding.make_mesh({"fsdp": 8, "height": 2}, compile.topology_devices("v5e:4x4")[0])

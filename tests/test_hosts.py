@@ -137,7 +137,8 @@ SHUFFLED = """
 import sys
 import jax
 from configs import base
-from ivideo import hosts, joining, loop
+from ivideo.devices import hosts, joining
+from ivideo.training import loop
 address, process, workdir, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 joining.join(address, 2, process)
 config = base.get_config("small")

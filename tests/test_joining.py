@@ -40,7 +40,7 @@ def gather(port, count, run="a"):
 def come(port, number, count, run="a", after=0.0):
     def call():
         time.sleep(after)
-        return joining._come("127.0.0.1", port, joining._hello(number, count, run))
+        return joining._connect("127.0.0.1", port, joining._hello(number, count, run))
 
     return call
 
@@ -94,7 +94,7 @@ def test_small_other_programs_that_come_are_sent_away(port):
 def test_small_processes_that_do_not_come_are_named(port, seconds, caplog):
     first, second = in_threads(gather(port, 4), come(port, 2, 4))
     assert first.code == second.code == hosts.LOST == 77
-    assert f"process 1, 3 of 4 did not come to port {port}" in caplog.text
+    assert f"process 1, 3 of 4 did not connect to port {port}" in caplog.text
 
 
 def test_small_a_first_process_that_does_not_come_is_named(port, seconds, caplog):
@@ -118,14 +118,14 @@ def test_small_a_port_that_stays_busy_is_another_try(port, seconds, caplog):
     with socket.create_server(("127.0.0.1", port)):
         (left,) = in_threads(gather(port, 2))
     assert left.code == 77
-    assert "give another one with --coordinator" in caplog.text
+    assert "give another port with --coordinator" in caplog.text
 
 
 def test_small_a_process_of_another_run_waits_and_harms_nobody(port, seconds, caplog):
     other, *ours = in_threads(come(port, 1, 2, run="b"), gather(port, 2), come(port, 1, 2, after=0.8))
     assert ours == [None, None] and other.code == 77
     assert "process 1 of another run (b)" in caplog.text
-    assert f"--coordinator=127.0.0.1:{port}: another run (a) uses that port: give each its own" in caplog.text
+    assert f"--coordinator=127.0.0.1:{port}: another run (a) uses that port: give each run its own" in caplog.text
 
 
 def test_small_another_working_folder_in_one_process_is_a_mistake(port, monkeypatch):
@@ -158,7 +158,7 @@ def test_small_two_processes_of_one_number(port):
 
 RUNNING = """
 import sys, time
-from ivideo import joining
+from ivideo.devices import joining
 joining.join(sys.argv[1], 1, 0, run="a")
 print("running", flush=True)
 sys.stdin.readline()
@@ -176,7 +176,7 @@ def test_small_a_run_goes_on_when_a_process_of_another_comes(port, seconds, capl
             assert run.poll() is None, line
         (left,) = in_threads(come(port, 0, 1, run="b"))
         assert left.code == 77
-        assert "another program answers there, maybe another run" in caplog.text
+        assert "another program answers there, perhaps another run" in caplog.text
         out, _ = run.communicate("\n", timeout=60)
     assert (run.returncode, out.splitlines()[-1]) == (0, "3.0")
 

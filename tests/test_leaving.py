@@ -50,7 +50,7 @@ def test_small_in_one_process_errors_pass():
 LEAVING = """
 import json, logging, sys, threading, time
 import jax
-from ivideo import hosts
+from ivideo.devices import hosts
 
 class Store:
     def __init__(self, reasons):

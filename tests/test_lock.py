@@ -18,7 +18,7 @@ from ivideo.training import lock
 ROOT = pathlib.Path(__file__).parent.parent
 HOLDER = """
 import sys, time
-from ivideo import lock
+from ivideo.training import lock
 lock.BEAT_SECONDS = 0.05
 with lock.held(sys.argv[1]):
     print("held", flush=True)

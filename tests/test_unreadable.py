@@ -164,7 +164,7 @@ import sys, time
 sys.path.insert(0, "tests")
 from absl import flags
 flags.FLAGS.mark_as_parsed()
-from ivideo import hosts
+from ivideo.devices import hosts
 from test_unreadable import *
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ def test_small_local_function_is_exact_away_from_borders():
 
 
 def test_small_windows_off_the_strides_are_refused():
-    with pytest.raises(ValueError, match="A window of 6 in 12 must be a multiple of 4"):
+    with pytest.raises(ValueError, match="A window of 6 in a clip of 12: both must be multiples of 4"):
         windows.windowed(lambda z, c, l: z, window=(0, 6, 8), overlap=(0, 0, 0), multiple=(1, 4))(*arrays())
-    with pytest.raises(ValueError, match="A window of 3 in 6 must be a multiple of 2"):
+    with pytest.raises(ValueError, match="A window of 3 in a clip of 6: both must be multiples of 2"):
         windows.windowed(lambda z, c, l: z, window=(3, 0, 0), overlap=(0, 0, 0), multiple=(2, 1))(*arrays())
 
 

@@ -1,11 +1,12 @@
-"""Where arrays live on the devices: the mesh, and the rules from logical axes to it. It alone names the mesh's axes.
+"""The placement of arrays on devices: the mesh, and the rules that map logical axes to mesh axes.
 
+Only this module names the axes of the mesh:
 data, fsdp  the batch is split over both; parameters, their average and the optimizer's state are split over fsdp
 tensor      heads of attention and inner channels of residual blocks, and their parameters
 frames      a video's frames
 height      a frame's rows
 
-A dimension that its devices do not divide is left whole, so a small network runs under any mesh.
+A dimension that the number of devices does not divide is not split, so a small network runs under any mesh.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ RULES = {
     "batch": ("data", "fsdp"),
     "frames": ("frames",),
     "height": ("height",),
-    # Attention over a whole frame takes its rows' devices for more frames; over all frames, its frames' for columns
+    # Attention within a frame splits frames over the devices of rows; attention over frames splits columns over the
+    # devices of frames
     "whole_frames": ("frames", "height"),
     "columns": ("frames",),
     "heads": ("tensor",),
@@ -37,26 +39,26 @@ RULES = {
 }
 VIDEO = ("batch", "frames", "height", None, None)  # [B, F, H, W, C]
 
-# Parameters of which a dimension is split over tensor, by the end of their names.
+# Parameters with a dimension that is split over tensor: the end of the name, and the dimension.
 TENSOR = (
     (re.compile(r"residual/(conv_0|norm_1/groups)/(kernel|bias|scale)$"), -1),
     (re.compile(r"residual/conv_1/kernel$"), -2),
     (re.compile(r"attention/(q|k|v)/kernel$"), -2),
     (re.compile(r"attention/out/kernel$"), -3),
-    # The text encoder's, whose heads are joined
+    # The text encoder's; its heads are one dimension with their channels
     (re.compile(r"layers_\d+/(attention/(query|key|value)|mlp/(wi_0|wi_1))/kernel$"), -1),
     (re.compile(r"layers_\d+/(attention/out|mlp/wo)/kernel$"), -2),
 )
-MIN_SHARDED = 2**14  # parameters of fewer elements are on every device: to gather them would cost more than it saves
+MIN_SHARDED = 2**14  # parameters with fewer elements are replicated: gathering them would cost more than it saves
 
 _mesh = contextvars.ContextVar("mesh", default=None)
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
-    """The mesh of the sizes by axis, of which one may be -1 for all the devices that are left.
+    """The mesh with these sizes of axes; one size may be -1, for all remaining devices.
 
-    `devices`: those to use, all unless given. An axis without a size has 1; without sizes all devices are data.
-    UserError where the sizes' product is not the number of devices.
+    `devices` are the devices to use, by default all. An axis without a size has 1; without `sizes`, all devices are on
+    the data axis. UserError where the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": -1} if sizes is None else sizes
@@ -69,16 +71,16 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.shard
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
-    """The sizes of all axes for `count` devices; UserError where they cannot be."""
+    """The sizes of all axes for `count` devices. UserError where the sizes do not fit that number."""
     shape = [sizes.get(axis, 1) for axis in AXES]
     text = ", ".join(f"{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise UserError(f"mesh of {text}: expected sizes of 1 or more, and at most one of -1 for what is left")
-    given = math.prod(size for size in shape if size != -1)
-    filled = [count // given if size == -1 else size for size in shape]
+        raise UserError(f"mesh of {text}: expected sizes of 1 or more, and at most one -1, for all other devices")
+    fixed = math.prod(size for size in shape if size != -1)
+    filled = [count // fixed if size == -1 else size for size in shape]
     if math.prod(filled) != count:
         raise UserError(
-            f"mesh of {text} on {count} devices: the sizes' product must be {count}, or divide it where one is -1; "
+            f"mesh of {text} on {count} devices: the product of the sizes must be {count}, or divide it with one -1; "
             "set the config's train.mesh, sample.mesh or text.mesh"
         )
     return tuple(filled)
@@ -86,7 +88,7 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def layout(mesh):
-    """Within it, `constrain` lays arrays out on this mesh. To be entered inside of the function that is traced."""
+    """A context in which `constrain` places arrays on this mesh. Enter it inside the function that is traced."""
     token = _mesh.set(mesh)
     try:
         yield
@@ -95,13 +97,13 @@ def layout(mesh):
 
 
 def constrain(x, *axes: str | None):
-    """Lays x out by its dimensions' logical axes (`RULES`), in a `layout`; elsewhere returns it as it is.
+    """Constrains the sharding of x by the logical axes of its dimensions (`RULES`); outside a `layout`, returns x.
 
-    What goes into a layer's matrix product and what comes out of it are laid out alike, each by its own call. The
-    gradient of the kernel multiplies the two and sums over samples, frames and rows. Where one of the two is left in
-    another layout, XLA's partitioner may leave out the sum over some mesh axes, and the gradient is wrong while the
-    loss is right. Seen with jax 0.10.2 and 0.12.0, under Shardy and GSPMD, on data = 2, height = 2: rows on one side,
-    frames over the rows' devices on the other, and the sum was over `height` alone (tests/test_gradients.py).
+    The input and the output of a layer's matrix product must have the same sharding, each by its own call. The gradient
+    of the kernel multiplies the two and sums over samples, frames and rows. If one of them has another sharding, XLA's
+    partitioner may omit the sum over some mesh axes: the loss is right and the gradient wrong. This was seen with jax
+    0.10.2 and 0.12.0, under Shardy and GSPMD, on data = 2, height = 2. There one side was split by rows and the other
+    had frames on the devices of rows, and the sum was over `height` alone (tests/test_gradients.py).
     """
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
@@ -110,16 +112,16 @@ def constrain(x, *axes: str | None):
 
 
 def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int], over: int, unit: int = 1):
-    """fn(x, weights, padding) on every device's own part of x, with the rows or frames that it needs of its neighbours.
+    """Calls fn(x, weights, padding) on each device's shard of x, extended by rows or frames of the neighbouring shards.
 
-    `axes`: dimensions of x that are split, with their logical axes; `over` is the one along which `halo` counts the
-    neighbours' elements, before and after. `padding` is what fn has still to put there of zeros: the halo where the
-    dimension is whole, and nothing where it is split, whose parts come with their neighbours' elements, zeros at the
-    ends. A dimension that its devices do not divide, into multiples of `unit`, is whole.
+    `axes` maps the dimensions of x that are split to their logical axes. `over` is the dimension along which fn needs
+    `halo` = (before, after) elements of its neighbours. `padding` is how many zeros fn still has to add there, before
+    and after: the halo where the dimension is not split; (0, 0) where it is, since the shards then contain their
+    neighbours' elements, and zeros at the ends of x. A dimension is split only into multiples of `unit`.
 
-    Written out rather than left to the partitioner, whose gradients of a kernel are too large by a factor where a
-    convolution is split in space and the mesh has other axes besides (seen with jax 0.10). See `constrain` for
-    what it does to matrix products.
+    This is explicit because of the partitioner's gradients: where a convolution is split in space and the mesh has
+    other axes as well, its gradients of a kernel are too large by a factor (seen with jax 0.10). See `constrain` for
+    matrix products.
     """
     mesh = _mesh.get()
     split = {dimension: RULES[axis][0] for dimension, axis in axes.items()} if mesh is not None else {}
@@ -141,13 +143,13 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
             jax.lax.slice_in_dim(x, 0, halo[1], axis=over),
         )
         steps = range(mesh.shape[axis] - 1)
-        # Those at the ends, whom nobody sends anything, have zeros
+        # The devices at the ends receive nothing there, and ppermute gives them zeros
         before = jax.lax.ppermute(last, axis, [(i, i + 1) for i in steps]) if halo[0] else last
         after = jax.lax.ppermute(first, axis, [(i + 1, i) for i in steps]) if halo[1] else first
         return fn(jnp.concatenate([before, x, after], axis=over), weights, (0, 0))
 
     if mesh.shape["tensor"] == 1:
-        # The partitioner would take a kernel from its devices part by part and read the video once for each
+        # Otherwise the partitioner would use the kernel shard by shard, and read the video once for each shard
         weights = gathered(weights)
     spec = PartitionSpec(*(split.get(dimension) for dimension in range(x.ndim)))
     return jax.shard_map(
@@ -158,22 +160,23 @@ def with_halo(fn, x, weights, *, axes: Mapping[int, str], halo: tuple[int, int],
 def dot_with_gathered_kernel(x, kernel, dimensions, **options):
     """`lax.dot_general` for which every device gathers the kernel.
 
-    For layers of one vector a sample: the partitioner would gather the whole batch's vectors, as fewer bytes.
+    It is for layers of one vector per sample, where the partitioner would gather the vectors of the whole batch, since
+    they are fewer bytes.
     """
     return jax.lax.dot_general(x, gathered(kernel), dimensions, **options)
 
 
 def gathered(kernel):
-    """A layer's kernel, whole on every device, sent in its own type: the partitioner would send it as before a cast."""
+    """A layer's kernel, complete on every device. It is sent after its cast; the partitioner would send it before."""
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return kernel
-    parts = NamedSharding(mesh, PartitionSpec(*_param_spec(mesh, "", kernel.shape)))
-    return constrain(jax.lax.with_sharding_constraint(kernel, parts))
+    shards = NamedSharding(mesh, PartitionSpec(*_param_spec(mesh, "", kernel.shape)))
+    return constrain(jax.lax.with_sharding_constraint(kernel, shards))
 
 
 def logical_sharding(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
-    """The sharding of an array of this shape whose dimensions have these logical axes; missing ones are whole."""
+    """The sharding of an array of this shape, by the logical axes of its dimensions; None is not split."""
     spec = []
     for size, axis in zip(shape, axes, strict=False):
         over = RULES[axis] if axis else ()
@@ -184,14 +187,14 @@ def logical_sharding(mesh, shape: tuple[int, ...], axes) -> NamedSharding:
 
 
 def replicated(mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(mesh, shapes):
-    """Shardings of a tree of parameters, or of any state made of such trees (averages, an optimizer's moments).
+    """Shardings of a tree of parameters, or of any state with such trees in it (averages, an optimizer's moments).
 
-    Where `TENSOR` names a dimension it is split over tensor; of the others the largest that can be is split over fsdp.
+    A dimension that `TENSOR` names is split over tensor. Of the others, the largest divisible one is split over fsdp.
     """
 
     def sharding(path, leaf):
@@ -206,18 +209,18 @@ def _param_spec(mesh, name, shape):
     if math.prod(shape) < MIN_SHARDED:
         return spec
     for pattern, dimension in TENSOR if mesh.shape["tensor"] > 1 else ():
-        # An optimizer's factored moments have a parameter's name but fewer dimensions
+        # An optimizer's factored moments have the parameter's name but fewer dimensions
         if pattern.search(name) and len(shape) >= -dimension and shape[dimension] % mesh.shape["tensor"] == 0:
             spec[dimension] = "tensor"
     free = [i for i, taken in enumerate(spec) if taken is None and shape[i] % mesh.shape["fsdp"] == 0]
     if free and mesh.shape["fsdp"] > 1:
-        # Of equal dimensions the last: a layer's output
+        # Of equal dimensions, the last one: a layer's output
         spec[max(free, key=lambda i: (shape[i], i))] = "fsdp"
     return spec
 
 
 def batch_shardings(mesh, shapes):
-    """Shardings of a tree of arrays [B, ...] that are split by the batch alone; of videos [B, T, H, W, C] by all."""
+    """Shardings of a tree of batched arrays: videos [B, T, H, W, C] by all their axes, others [B, ...] by the batch."""
 
     def sharding(leaf):
         return logical_sharding(mesh, leaf.shape, VIDEO if len(leaf.shape) == 5 else VIDEO[:1])
@@ -226,15 +229,16 @@ def batch_shardings(mesh, shapes):
 
 
 def batch_parts(mesh) -> int:
-    """How many parts of a batch are on devices of their own."""
+    """The number of parts that the mesh splits a batch into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def process_parts(mesh) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """Which of a batch's equal parts (`batch_parts`) each reader of data has, and which reader this process is.
+    """(the index of this process's reader, the parts of each reader). A batch has `batch_parts` equal parts.
 
-    A pod's mesh follows the chips' network, so that a host's parts need not be in a row. Processes that split a video
-    are one reader: each reads all of its parts. UserError where processes share some parts and not others.
+    A reader is a process, or the processes that hold shards of the same videos; each of them reads all of the reader's
+    parts. A pod's mesh follows the network between chips, so a host's parts need not be consecutive. UserError where
+    two processes share some parts but not all.
     """
     rows = np.arange(batch_parts(mesh)).reshape([mesh.shape[axis] for axis in RULES["batch"]] + [1, 1, 1])
     rows = np.broadcast_to(rows, mesh.devices.shape)
@@ -250,7 +254,7 @@ def process_parts(mesh) -> tuple[int, tuple[tuple[int, ...], ...]]:
 
 
 def to_devices(batch, mesh):
-    """This process's parts of a batch (`process_parts`), a tree of numpy arrays, as global arrays on the mesh."""
+    """Makes global arrays on the mesh from numpy arrays, this process's parts of a batch (`process_parts`)."""
     index, readers = process_parts(mesh)
     mine, count = readers[index], batch_parts(mesh)
 
@@ -272,7 +276,7 @@ def to_devices(batch, mesh):
 
 
 def from_host(tree, shardings):
-    """Arrays that every process has whole, as global arrays of these shardings."""
+    """Makes global arrays with these shardings from arrays that every process holds completely."""
 
     def place(x, sharding):
         x = np.asarray(x)
@@ -282,17 +286,17 @@ def from_host(tree, shardings):
 
 
 def input_sharding(mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of what a sampler is given: clips [B, T, H, W, C] by batch and frames, all else by the batch."""
+    """The sharding of a sampler's inputs: clips [B, T, H, W, C] by batch and frames, others by the batch."""
     return logical_sharding(mesh, shape, VIDEO[:2] if len(shape) == 5 else VIDEO[:1])
 
 
 def inputs_to_mesh(tree, mesh):
-    """As `from_host`, laid out as a sampler's inputs (`input_sharding`)."""
+    """As `from_host`, with the sharding of a sampler's inputs (`input_sharding`)."""
     return jax.tree.map(lambda x: from_host(x, input_sharding(mesh, np.shape(x))), tree)
 
 
 def to_host(x) -> np.ndarray:
-    """A global array whole, as numpy, in every process."""
+    """A global array as a complete numpy array, in every process."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
