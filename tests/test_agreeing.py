@@ -39,7 +39,7 @@ def in_processes(monkeypatch):
     def call(count, function):
         numbers, turns, found = threading.local(), threading.local(), [None] * count
         store = Store(count)
-        monkeypatch.setattr(hosts, "several", lambda: True)
+        monkeypatch.setattr(hosts, "is_distributed", lambda: True)
         monkeypatch.setattr(hosts, "store", lambda: store)
         monkeypatch.setattr(hosts, "process", lambda: (numbers.own, count))
 
@@ -48,7 +48,7 @@ def in_processes(monkeypatch):
                 turns.next = getattr(turns, "next", -1) + 1
                 return turns.next
 
-        monkeypatch.setattr(agreeing, "_turns", Turns())
+        monkeypatch.setattr(agreeing, "_calls", Turns())
 
         def run(number):
             numbers.own = number

@@ -103,7 +103,7 @@ def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path
     assert time.time() - began < 60
     assert killed == -signal.SIGKILL
     for code, text in zip(codes, logs(workdir, count), strict=False):
-        ours = code == 77 and "another process went away" in text and "same command goes on" in text
+        ours = code == 77 and "another process went away" in text and "same command continues" in text
         # jax may be the first to notice, and ends the process
         assert ours or (code == -signal.SIGABRT and "another task died" in text), (code, text)
 
@@ -249,9 +249,9 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
         (1, "host_memory", 1, "MemoryError: Unable to allocate 1 GiB"),
         (1, "disk", 2, "No space left on device"),
         (1, "non_finite", 2, "loss is nan at step 4"),
-        (1, "worker", 75, "the same command goes on"),
-        (0, "worker", 75, "the same command goes on"),
-        (1, "terminate", 75, "the same command goes on"),
+        (1, "worker", 75, "the same command continues"),
+        (0, "worker", 75, "the same command continues"),
+        (1, "terminate", 75, "the same command continues"),
     ],
 )
 def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails, way, code, said):

@@ -88,7 +88,7 @@ def leave(reasons, code):
     [
         ([], "raise hosts.UserError('no file')", 2, "ivideo: no file\n", "no file"),
         ([], "raise KeyError('bug')", 1, "KeyError: 'bug'", "KeyError: 'bug'"),
-        ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "goes on", "another process went away (UNKNOWN"),
+        ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "continues", "another process went away (UNKNOWN"),
         # an error that comes of another process's: that one has the reason and the code
         ([TOLD], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 2, BY_TOLD, None),
         ([TOLD], "raise hosts.UserError('mine')", 2, "ivideo: mine\n", None),
@@ -124,6 +124,6 @@ def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
     monkeypatch.setattr(hosts, "store", lambda: store)
     monkeypatch.setattr(hosts, "process", lambda: (0, 2))
     monkeypatch.setattr(hosts, "_exiting", threading.Lock())
-    monkeypatch.setattr(hosts, "_leave_as_told", left.append)
+    monkeypatch.setattr(hosts, "_exit_for_reason", left.append)
     hosts._watch()
     assert (store.waits, left) == (3, [told])

@@ -41,7 +41,7 @@ def test_small_one_axis_takes_the_devices_that_are_left(sizes, shape):
     [
         ({"data": 3}, r"data = 3, .* on 8 devices: the product of the sizes must be 8"),
         ({"data": 3, "fsdp": -1}, r"data = 3, fsdp = -1, .* on 8 devices"),
-        ({"data": -1, "fsdp": -1}, "at most one of -1"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 0, "fsdp": 8}, "expected sizes of 1 or more"),
     ],
 )
