@@ -249,9 +249,9 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
         (1, "host_memory", 1, "MemoryError: Unable to allocate 1 GiB"),
         (1, "disk", 2, "No space left on device"),
         (1, "non_finite", 2, "loss is nan at step 4"),
-        (1, "worker", 75, "the same command continues"),
-        (0, "worker", 75, "the same command continues"),
-        (1, "terminate", 75, "the same command continues"),
+        (1, "worker", 75, "the same command"),
+        (0, "worker", 75, "the same command"),
+        (1, "terminate", 75, "the same command"),
     ],
 )
 def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails, way, code, said):

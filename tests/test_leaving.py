@@ -88,7 +88,7 @@ def leave(reasons, code):
     [
         ([], "raise hosts.UserError('no file')", 2, "ivideo: no file\n", "no file"),
         ([], "raise KeyError('bug')", 1, "KeyError: 'bug'", "KeyError: 'bug'"),
-        ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "continues", "another process went away (UNKNOWN"),
+        ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "continues", "another process went away"),
         # an error that comes of another process's: that one has the reason and the code
         ([TOLD], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 2, BY_TOLD, None),
         ([TOLD], "raise hosts.UserError('mine')", 2, "ivideo: mine\n", None),
