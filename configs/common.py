@@ -45,6 +45,9 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.stage = name
     config.variant = variant
+    # What the network is: '' as trained, or the phase of distillation that made it (Section 2.7): 'guidance', '8',
+    # '8_stochastic'. A variant with _distilled sets it, and all that follows from it (ivideo.stages.distilled)
+    config.phase = ""
     config.seed = 0  # of initialisation, noise and data order in training; --seed is the sampler's
 
     config.video = _size(*CASCADE[variant][name])  # what the stage makes
@@ -127,6 +130,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
         "a green triangle moving left on a gray background",
     )
 
+    config.distill = distillation(steps=128 if before else 256)
+
     config.sample = ml_collections.ConfigDict()
     config.sample.mesh = mesh(data=-1)
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
@@ -146,9 +151,37 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.sample.high_weight = 15.0  # w that 'oscillating' guidance starts with, and alternates with the low one
     config.sample.low_weight = 1.0
     config.sample.constant_share = 0.1  # share of steps before the oscillation; the paper prints none
+    config.sample.alternate_every = 1  # steps that each weight then lasts, low first
     config.sample.threshold = "dynamic"  # of the predicted video: 'none', 'static', 'dynamic'
     config.sample.percentile = 99.5  # of 'dynamic', as Imagen
+    config.distill.w_max = 16.0 if oscillating else 8.0
     return config
+
+
+def distillation(steps: int) -> ml_collections.ConfigDict:
+    """The recipe of progressive distillation (Section 2.7), from `steps` sampling steps.
+
+    Batch, meshes, data, crops, noise on the conditioning video and dropped texts are those of `train`. Every phase has
+    a fresh Adam, a learning rate that falls linearly to 0, no warm-up and no average of the parameters (arXiv
+    2202.00512).
+    """
+    distill = ml_collections.ConfigDict()
+    distill.teacher_steps = steps  # of the original: the paper's 256 of the base, 128 of super-resolution
+    distill.end_steps = 8  # of the last student, the paper's 8 of every stage; teacher_steps over a power of 2
+    # Whether a last phase adapts the student to the stochastic sampler, as in the paper. False: it is sampled by 'ddim'
+    distill.stochastic = True
+    # Updates of the first phase, which puts guidance into the network; neither paper prints a number
+    distill.guidance_updates = 50_000
+    distill.round_updates = 50_000  # of a phase that halves the steps, as arXiv 2202.00512
+    distill.late_round_updates = 100_000  # of phases to 2 steps and to 1, as arXiv 2202.00512
+    distill.learning_rate = 1e-4  # at first; arXiv 2202.00512 has 1e-4 with batches of 2048, 5e-5 with 128
+    distill.clip = 1.0  # largest global norm of a gradient, as arXiv 2202.00512
+    distill.loss = "truncated_snr"  # arXiv 2202.00512 has this and 'v' (SNR + 1); 'x' and 'eps' as in training
+    # Guidance weights are drawn from U[w_min, w_max] (arXiv 2210.03142, with [0, 4]). Samples can ask for these alone
+    distill.w_min = 0.0
+    distill.w_max = 8.0
+    distill.teacher_dtype = "bfloat16"  # of the teacher's parameters: 'bfloat16' or 'float32'
+    return distill
 
 
 def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.ConfigDict:
@@ -216,6 +249,11 @@ def on_one_machine(config: ml_collections.ConfigDict) -> None:
     config.train.checkpoint_every = 100
     config.train.keep = 2
     config.train.sample_every = 0
+    config.distill.teacher_steps = 64
+    config.distill.guidance_updates, config.distill.round_updates, config.distill.late_round_updates = 2000, 1000, 2000
+    config.distill.learning_rate = 3e-4
+    config.distill.w_max = 4.0
+    config.distill.teacher_dtype = "float32"
     config.sample.guidance = "constant"
     config.sample.threshold = "static"
 
@@ -225,7 +263,7 @@ def refining_on_one_machine(config: ml_collections.ConfigDict) -> None:
     on_one_machine(config)
     config.diffusion.logsnr_shift = 2.0
     config.diffusion.logsnr_max = 14.0
-    config.diffusion.loss = "x"
+    config.diffusion.loss = config.distill.loss = "x"
     config.sample.sampler = "ddim"
     config.sample.steps = 1
     config.sample.weight = 0.0
@@ -246,6 +284,10 @@ def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.train.warmup = 4
     config.train.log_every = 1
     config.train.checkpoint_every = 4
+    config.distill.teacher_steps, config.distill.end_steps = 16, 2
+    config.distill.guidance_updates = config.distill.round_updates = 6
+    config.distill.late_round_updates = 8
+    config.distill.learning_rate = 1e-3
     config.sample.steps = 4
     for axis in ("frames", "height", "width"):
         if config.train[f"crop_{axis}"]:

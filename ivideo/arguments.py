@@ -20,6 +20,7 @@ from ivideo.errors import UserError
 log = logging.getLogger("ivideo")
 FLAGS = flags.FLAGS
 EXAMPLE = "name a stage's file, such as --config=configs/base.py:demo"
+DISTILLED = re.compile(r"(?:(?P<variant>.+)_)?distilled(?:_(?P<phase>\w+))?(?:=(?P<stages>[\w,]+))?")
 HELP = re.compile(r"--?(h|help|helpshort|helpfull|helpxml|\?)")
 
 
@@ -77,7 +78,7 @@ def parse(argv: list[str]) -> None:
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """The config that FILE or FILE:VARIANT names, such as configs/base.py:demo.
+    """The config that FILE or FILE:VARIANT names, such as configs/base.py:demo, or as demo_distilled its student.
 
     A relative configs/NAME.py that is not there is the package's own. `from configs import NAME` in the file finds its
     neighbours in its folder (a link's, then also in that of its target), and those that are not there in the package.
@@ -85,6 +86,9 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     ConfigDict.
     """
     path, variant = _find(spec)
+    student = DISTILLED.fullmatch(variant[0]) if variant else None
+    if student:
+        variant = [student["variant"]] if student["variant"] else []
     path = os.path.abspath(path)
     folders = [os.path.dirname(path), os.path.dirname(os.path.realpath(path)), packaged()]
     _make_importable("configs", folders)
@@ -101,7 +105,21 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
         raise UserError(f"--config={spec}: get_config() returned {kind}, expected an ml_collections.ConfigDict")
-    return config
+    return _distilled(config, spec, student) if student else config
+
+
+def _distilled(config, spec: str, student: re.Match):
+    """The config of the student that a variant with _distilled names, or of the cascade of such."""
+    from ivideo import stages
+
+    names = student["stages"].split(",") if student["stages"] else []
+    known = list(config.get("stages", {}))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--config={spec}: {unknown[0]!r} is no stage of it, expected some of {', '.join(known)}")
+    try:
+        return stages.distilled(config, student["phase"] or "", only=names)
+    except (UserError, ValueError, AttributeError, KeyError) as e:
+        raise UserError(f"--config={spec}: {_line(e)}") from e
 
 
 def packaged() -> str:

@@ -1,13 +1,8 @@
 """What the values of a stage's config must be, so that a mistake is one line before anything is compiled or written."""
 
-import dataclasses
 import difflib
 import functools
-import math
-import numbers
 import re
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -18,50 +13,7 @@ from ivideo.diffusion.process import LOSS_KINDS
 from ivideo.errors import UserError
 from ivideo.models.blocks import TEMPORAL
 from ivideo.models.unet import PREDICTIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """What a key's value must be: `expected` says it to a reader, `allows` tells whether a value is so."""
-
-    expected: str
-    allows: Callable[[Any], bool]
-
-
-def whole(least: int, most: int | None = None) -> Value:
-    """A whole number from `least` to `most`, or of any size above `least`."""
-
-    def allows(value):
-        integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        return integer and least <= value and (most is None or value <= most)
-
-    return Value(f"a whole number, {least} or more" if most is None else f"a whole number, {least} to {most}", allows)
-
-
-def number(expected: str, allows: Callable[[float], bool] = lambda value: True) -> Value:
-    """A finite number that also satisfies `allows`."""
-
-    def finite(value):
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-    return Value(expected, lambda value: finite(value) and allows(value))
-
-
-def choice(*options: str) -> Value:
-    """One of some words."""
-    return Value(f"one of {', '.join(options)}", lambda value: value in options)
-
-
-def several(item: Value, count: int | None = None) -> Value:
-    """A tuple or list of values of one kind: `count` of them, or one or more."""
-
-    def allows(values):
-        if not isinstance(values, tuple | list) or not values or count not in (None, len(values)):
-            return False
-        return all(map(item.allows, values))
-
-    return Value(f"{count or 'one or more'} values with commas between them, each {item.expected}", allows)
-
+from ivideo.values import Value, choice, number, several, whole
 
 SWITCH = Value("True or False", lambda value: isinstance(value, bool))
 NAME = Value("a name", lambda value: isinstance(value, str) and value.strip() != "")
@@ -84,9 +36,15 @@ DTYPE = choice("float32", "bfloat16")
 MESH = dict.fromkeys(sharding.AXES, DEVICES)
 CLIP = {"frames": SIZE, "height": SIZE, "width": SIZE, "fps": SIZE}
 
+
+def _is_phase(value) -> bool:
+    return isinstance(value, str) and (not value or stages.PHASE.fullmatch(value) is not None)
+
+
 KEYS = {
     "stage": NAME,
     "variant": NAME,
+    "phase": Value("'' of an original, or a phase of distillation such as '8_stochastic'", _is_phase),
     "seed": SEED,
     "video": CLIP,
     "cond": {**dict.fromkeys(CLIP, COUNT), "fill": choice(*conditioning.FILLS)},
@@ -157,6 +115,18 @@ KEYS = {
         "sample_every": COUNT,
         "sample_prompts": several(TEXT),
     },
+    "distill": {
+        **dict.fromkeys(
+            ("teacher_steps", "end_steps", "guidance_updates", "round_updates", "late_round_updates"), SIZE
+        ),
+        "stochastic": SWITCH,
+        "learning_rate": NOT_NEGATIVE,
+        "clip": POSITIVE,
+        "loss": choice(*LOSS_KINDS),
+        "w_min": NOT_NEGATIVE,
+        "w_max": NOT_NEGATIVE,
+        "teacher_dtype": DTYPE,
+    },
     "sample": {
         "mesh": MESH,
         "sampler": choice("ddim", "ancestral", "distilled"),
@@ -173,6 +143,7 @@ KEYS = {
         "high_weight": NOT_NEGATIVE,
         "low_weight": NOT_NEGATIVE,
         "constant_share": SHARE,
+        "alternate_every": SIZE,
         "threshold": choice("none", "static", "dynamic"),
         "percentile": PERCENT,
     },
@@ -200,14 +171,13 @@ def check(config) -> None:
             raise UserError(re.sub(r"\bconfig(?=\.| = )", f"config.stages.{name}", str(e))) from e
 
 
-def check_runs(config) -> None:
-    """UserError where a stage or the cascade can be described and compiled, but neither trained nor sampled yet."""
-    for stage in config.stages.values() if "stages" in config else [config]:
-        if stage.model.guidance_input:
-            raise UserError(
-                f"config.model.guidance_input = True of stage {stage.stage}: nothing trains or samples a network that "
-                "is told its guidance weight yet; expected False"
-            )
+def check_original(config) -> None:
+    """UserError where a stage's config is of a distilled network: only original ones are trained, and distilled."""
+    if config.phase:
+        raise UserError(
+            f"config.phase = {config.phase!r}: the config is of a distilled network, expected the original's; choose "
+            "the variant without _distilled. Mode distill makes the students"
+        )
 
 
 def expand_home(config) -> None:
@@ -236,6 +206,8 @@ def _check_stage(config) -> None:
         _check_without_conditioning(config)
     _check_network(config)
     _check_windows(config)
+    _check_distillation(config)
+    _check_student(config)
 
 
 def _check_keys(node, keys: dict, where: str) -> None:
@@ -264,6 +236,51 @@ def _check_training(config) -> None:
             f"config.train.batch_size = {t.batch_size} cannot be split into config.train.accumulate = {t.accumulate} "
             "equal parts: choose a multiple"
         )
+
+
+def _check_distillation(config) -> None:
+    recipe = config.distill
+    try:
+        stages.phases(config)
+    except ValueError as e:
+        raise UserError(
+            f"config.distill.end_steps = {recipe.end_steps}, config.distill.teacher_steps = {recipe.teacher_steps}: {e}"
+        ) from e
+    if not recipe.w_min <= recipe.w_max <= config.model.max_guidance:
+        raise UserError(
+            f"config.distill.w_min = {recipe.w_min}, config.distill.w_max = {recipe.w_max}: expected w_min up to "
+            f"w_max, and w_max up to config.model.max_guidance = {config.model.max_guidance}"
+        )
+
+
+def _check_student(config) -> None:
+    """Of a network that is distilled, or not: all that follows from `config.phase` agrees with it."""
+    sample, advice = config.sample, "choose a variant, such as --config=FILE:demo or --config=FILE:demo_distilled"
+    if config.model.guidance_input != bool(config.phase):
+        raise UserError(
+            f"config.model.guidance_input = {config.model.guidance_input} of config.phase = {config.phase!r}: "
+            f"distilled networks alone are told the guidance weight; {advice}"
+        )
+    if not config.phase:
+        return
+    kind, steps = stages.student(config, config.phase)
+    if kind == "guidance":  # as the original: in any number of steps, but for jumps over two of them
+        wrong = sample.sampler == stages.SAMPLERS["stochastic"]
+    else:
+        wrong = (sample.sampler, sample.steps) != (stages.SAMPLERS[kind], steps)
+    if wrong:
+        raise UserError(
+            f"config.sample.sampler = {sample.sampler!r}, config.sample.steps = {sample.steps}: the student of phase "
+            f"{config.phase} is for {stages.SAMPLERS[kind]!r} in {steps} steps; for another student choose its "
+            "variant, such as --config=FILE:demo_distilled_16"
+        )
+    keys = ("weight",) if sample.guidance == "constant" else ("high_weight", "low_weight")
+    for key in keys:
+        if not config.distill.w_min <= sample[key] <= config.distill.w_max:
+            raise UserError(
+                f"config.sample.{key} = {sample[key]}: expected a guidance weight that students are trained with, "
+                f"config.distill.w_min = {config.distill.w_min} to config.distill.w_max = {config.distill.w_max}"
+            )
 
 
 def _check_network(config) -> None:

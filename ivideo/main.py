@@ -16,6 +16,8 @@ benchmark  time a stage's forward, training step and guided sampling step on thi
       --prompt="a yellow star moving right on a teal background" --out=star.mp4
 
 A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
+A variant with _distilled is the last student of its distillation (demo_distilled), and with a phase's name the student
+of that phase (demo_distilled_16); of the cascade's stages all, or those named (demo_distilled=base,ssr1).
 """
 
 import contextlib
@@ -47,7 +49,6 @@ MODES = (
 OF_A_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "out", "captions", "prompts_file", "input", "compile_cache",
 )  # fmt: skip
-RUNS = ("train", "sample", "evaluate", "benchmark")  # modes that run the network
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
@@ -158,10 +159,10 @@ def _run_mode(config, several: bool) -> None:
     checks.expand_home(config)
     checks.check(config)
     cascade.select(config)
-    if FLAGS.mode in RUNS:
-        checks.check_runs(config)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
         raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
+    if FLAGS.mode in ("train", "benchmark"):
+        checks.check_original(config)
     if FLAGS.only_check_args:  # one of absl's own flags
         return
     if FLAGS.mode == "train":

@@ -62,16 +62,33 @@ def video_differences(found, config) -> list[tuple]:
 
 
 def check_network(source: str, found, config, *, any_stage: bool = False) -> None:
-    """UserError that names the first key in which the config `found` beside weights is of another network.
+    """UserError that names the first key in which the config `found` beside weights is of another network or student.
 
     `source` says which weights these are. With `any_stage` they may be of another stage with the same network.
     """
+    check_student(source, found, config)
     different = [item for item in network_differences(found, config) if item[0] != "stage" or not any_stage]
     for key, there, here in sorted(different, key=lambda item: item[0] != "stage"):  # it says most
         raise UserError(
             f"{source} is of another network: config.{key} is {there!r} there and {here!r} in this config; use the "
             "config it was trained with, or other weights"
         )
+
+
+def check_student(source: str, found, config) -> None:
+    """UserError where the weights at `source` are of another phase of distillation than the config, or of none.
+
+    `found`: the config beside them, a dict. A student is made for one sampler in one number of steps.
+    """
+    there, here = found.get("phase", ""), config.phase
+    if there == here:
+        return
+    of = [f"phase {phase} of distillation" if phase else "an original network" for phase in (there, here)]
+    suffix = f"_distilled_{there}" if there else ""
+    raise UserError(
+        f"{source} is of {of[0]}, and the config of {of[1]}: choose the variant --config=FILE:"
+        f"{config.variant}{suffix}, or other weights"
+    )
 
 
 def read_run_config(workdir: str) -> dict | None:

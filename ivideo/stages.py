@@ -6,17 +6,24 @@ B batch · T frames · H, W height, width · C channels · L text tokens · D te
 
 import functools
 import math
+import re
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ivideo.devices import sharding
-from ivideo.diffusion import augment, conditioning, guidance, samplers
+from ivideo.diffusion import augment, conditioning, distill, guidance, samplers
 from ivideo.diffusion.schedules import cosine_logsnr, cosine_time
 from ivideo.diffusion.windows import windowed
+from ivideo.errors import UserError
 from ivideo.models.unet import VideoUNet
+
+# The kinds of student that distillation makes, and the sampler that each is for (Section 2.7)
+SAMPLERS = {"guidance": "ddim", "deterministic": "ddim", "stochastic": "distilled"}
+PHASE = re.compile(r"guidance|([1-9]\d*)(_stochastic)?")
 
 # Folded into a video's key for the noise on its conditioning video: a number that no sampler step has
 _AUGMENTATION = np.uint32(2**32 - 2)
@@ -26,6 +33,48 @@ def build_model(config) -> VideoUNet:
     """The stage's network."""
     fields = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.model.items()}
     return VideoUNet(**{**fields, "conditioned": config.cond.frames > 0, "dtype": jnp.dtype(config.model.dtype)})
+
+
+def phases(config) -> list[str]:
+    """The names of the phases of a stage's distillation, in order: guidance, 128, 64, ..., 8, 8_stochastic.
+
+    ValueError where halving `config.distill.teacher_steps` does not lead to `config.distill.end_steps`.
+    """
+    steps = [str(count) for count in distill.rounds(config.distill.teacher_steps, config.distill.end_steps)]
+    return ["guidance", *steps, *([f"{config.distill.end_steps}_stochastic"] if config.distill.stochastic else [])]
+
+
+def student(config, phase: str) -> tuple[str, int]:
+    """The student that a phase of distillation makes: its kind (`SAMPLERS`), and the number of steps that it is for.
+
+    UserError where no phase has this name.
+    """
+    found = PHASE.fullmatch(phase)
+    if not found:
+        raise UserError(
+            f"phase {phase!r} of distillation is unknown: expected guidance, a number of steps such as 8, or "
+            "8_stochastic"
+        )
+    if phase == "guidance":
+        return phase, config.distill.teacher_steps
+    return ("stochastic" if found[2] else "deterministic"), int(found[1])
+
+
+def distilled(config, phase: str = "", *, only: Sequence[str] = ()):
+    """The config of a student that is distilled from the stage, or from the stages of a cascade.
+
+    It sets together all that differs from the original's config: the phase, that the network is told the guidance
+    weight, and the sampler and the number of steps that the student is for. `phase`: the last of `phases` unless given.
+    `only`: the cascade's stages that are distilled, all unless given.
+    """
+    config = config.copy_and_resolve_references()
+    chosen = [config.stages[name] for name in only or config.stages] if "stages" in config else [config]
+    for stage in chosen:
+        stage.phase = phase or phases(stage)[-1]
+        kind, stage.sample.steps = student(stage, stage.phase)
+        stage.sample.sampler = SAMPLERS[kind]
+        stage.model.guidance_input = True
+    return config
 
 
 def video_shape(config) -> tuple[int, int, int, int]:
@@ -111,17 +160,33 @@ def denoiser(model, params, text, text_mask, **conditioning):
     return v_fn
 
 
+def guidance_weight(config):
+    """The config's guidance weight: a number, or of oscillating guidance a function logsnr [B] -> w [B]."""
+    if config.sample.guidance == "constant":
+        return config.sample.weight
+    return guidance.oscillating_weight(
+        num_steps=config.sample.steps,
+        high=config.sample.high_weight,
+        low=config.sample.low_weight,
+        constant_steps=round(config.sample.constant_share * config.sample.steps),
+        every=config.sample.alternate_every,
+        time_fn=time_fn(config),
+    )
+
+
 def guided_denoiser(config, model, params, text, text_mask, **conditioning):
-    """The denoiser with the config's guidance: constant, or oscillating from step to step."""
-    weight = config.sample.weight
-    if config.sample.guidance == "oscillating":
-        weight = guidance.oscillating_weight(
-            num_steps=config.sample.steps,
-            high=config.sample.high_weight,
-            low=config.sample.low_weight,
-            constant_steps=round(config.sample.constant_share * config.sample.steps),
-            time_fn=time_fn(config),
-        )
+    """The denoiser with the config's guidance: constant, or oscillating from step to step.
+
+    A distilled network is told the weight and evaluated once; others are evaluated with and without the text.
+    """
+    weight = guidance_weight(config)
+    if config.model.guidance_input:
+
+        def v_fn(z, logsnr):
+            w = weight(logsnr) if callable(weight) else jnp.full(logsnr.shape, weight, jnp.float32)
+            return denoiser(model, params, text, text_mask, guidance_weight=w, **conditioning)(z, logsnr)
+
+        return v_fn
     with_text = denoiser(model, params, text, text_mask, **conditioning)
     without = denoiser(model, params, text, jnp.zeros_like(text_mask), **conditioning)
     return guidance.classifier_free(with_text, without, weight)

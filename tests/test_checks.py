@@ -30,7 +30,7 @@ ALLOWED = {
         ),
         *("num_images", "max_skipped", "spike", "max_rollbacks", "hang_seconds", "warmup", "ema", "text_dropout"),
         *("augmentation_min", "augmentation_blur", "crop_frames", "crop_height", "crop_width", "image_weight"),
-        *("sample_every", "gamma", "weight", "high_weight", "low_weight", "constant_share"),
+        *("sample_every", "gamma", "weight", "high_weight", "low_weight", "constant_share", "w_min", "w_max"),
     },
     -1: {"logsnr_min", "logsnr_max", "logsnr_shift", "augmentation_min", "mesh.data"},
     None: {"checkpoint"},
@@ -128,13 +128,51 @@ def test_small_a_stage_of_the_cascade_is_named():
             checks.check(change(cascade.get_config("small"), "order", order))
 
 
-def test_small_what_only_can_be_planned_is_not_run():
-    for config in (base.get_config("small"), cascade.get_config("small")):
-        checks.check_runs(config)
-    (config.stages.base if "stages" in config else config).model.guidance_input = True
-    checks.check(config)
-    with pytest.raises(UserError, match=r"config\.model\.guidance_input = True of stage base: nothing trains"):
-        checks.check_runs(config)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.guidance_input", True, "config.model.guidance_input = True of config.phase = '': distilled networks"),
+        ("phase", "8", "config.model.guidance_input = False of config.phase = '8': distilled networks"),
+        ("distill.end_steps", 7, "config.distill.end_steps = 7, config.distill.teacher_steps = 16: Halving 16 steps"),
+        ("distill.end_steps", 32, "config.distill.end_steps = 32, config.distill.teacher_steps = 16: Halving 16"),
+        ("distill.w_min", 5.0, "config.distill.w_min = 5.0, config.distill.w_max = 4.0: expected w_min up to w_max"),
+        ("distill.w_max", 20.0, "w_max up to config.model.max_guidance = 16.0"),
+    ],
+)
+def test_small_wrong_recipes_of_distillation_are_named(key, value, said):
+    with pytest.raises(UserError) as e:
+        checks.check(change(base.get_config("small"), key, value))
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("phase", "key", "value", "said"),
+    [
+        ("4", "sample.sampler", "distilled", "the student of phase 4 is for 'ddim' in 4 steps"),
+        ("4", "sample.steps", 2, "config.sample.steps = 2: the student of phase 4 is for 'ddim' in 4 steps"),
+        ("2_stochastic", "sample.sampler", "ddim", "the student of phase 2_stochastic is for 'distilled' in 2 steps"),
+        ("guidance", "sample.sampler", "distilled", "the student of phase guidance is for 'ddim'"),
+        ("4", "sample.weight", 5.0, "config.sample.weight = 5.0: expected a guidance weight that students are trained"),
+        ("4", "sample.guidance", "oscillating", "config.sample.high_weight = 15.0: expected a guidance weight"),
+    ],
+)
+def test_small_a_student_is_sampled_as_it_was_made_to_be(phase, key, value, said):
+    good = stages.distilled(base.get_config("small"), phase)
+    checks.check(good)
+    with pytest.raises(UserError) as e:
+        checks.check(change(good, key, value))
+    assert said in str(e.value)
+
+
+def test_small_the_student_of_guidance_is_sampled_as_the_original():
+    for key, value in (("sample.sampler", "ancestral"), ("sample.steps", 12)):
+        checks.check(change(stages.distilled(base.get_config("small"), "guidance"), key, value))
+
+
+def test_small_only_originals_are_trained():
+    checks.check_original(base.get_config("small"))
+    with pytest.raises(UserError, match=r"config\.phase = '2_stochastic': .* choose the variant without _distilled"):
+        checks.check_original(stages.distilled(base.get_config("small")))
 
 
 @pytest.mark.parametrize("variant", ["paper", "demo", "small"])

@@ -16,7 +16,7 @@ VARIANTS = ("paper", "demo", "small")
 
 # Folders and the files beside them, lowest first. Each imports from lower levels and from its own folder, nothing else.
 LEVELS = [
-    {"diffusion", "errors", "demo"},
+    {"diffusion", "errors", "demo", "values"},
     {"files"},
     {"devices", "prompts", "recipe"},
     {"data", "models"},

@@ -57,12 +57,13 @@ def classifier_free(cond_fn: VFn, uncond_fn: VFn, weight: float | jax.Array | We
 
 
 def oscillating_weight(
-    *, num_steps: int, high: float, low: float, constant_steps: int, time_fn: Callable = cosine_time
+    *, num_steps: int, high: float, low: float, constant_steps: int, every: int = 1, time_fn: Callable = cosine_time
 ) -> WeightFn:
     """Guidance weight that alternates between high and low from step to step. Section 2.6.2.
 
-    Steps 0 .. constant_steps - 1 have the high weight; then low, high, low, high, ... The step is read off the noise
-    level, t = (N - i) / N on the sampler's grid, so that a denoiser remains a function of z and logsnr alone.
+    Steps 0 .. constant_steps - 1 have the high weight; then low, high, low, high, ..., each for `every` steps. The step
+    is read off the noise level, t = (N - i) / N on the sampler's grid, so that a denoiser remains a function of z and
+    logsnr alone.
 
     Args:
       num_steps: N of the sampler this weight is used with; ValueError below 1.
@@ -79,10 +80,12 @@ def oscillating_weight(
         raise ValueError(f"num_steps={num_steps} must be at least 1.")
     if not 0 <= constant_steps <= num_steps:
         raise ValueError(f"constant_steps={constant_steps} must be in 0 .. num_steps={num_steps}.")
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1.")
 
     def weight(logsnr):
         step = jnp.round(num_steps * (1 - time_fn(logsnr))).astype(jnp.int32)
-        alternating_low = (step - constant_steps) % 2 == 0
+        alternating_low = (step - constant_steps) // every % 2 == 0
         return jnp.where((step >= constant_steps) & alternating_low, jnp.float32(low), jnp.float32(high))
 
     return weight

@@ -158,9 +158,9 @@ class FrameNorm(nn.Module):
         return nn.GroupNorm(groups, reduction_axes=(-3, -2, -1), dtype=self.dtype, name="groups")(x)
 
 
-def vector_dense(features: int, dtype: Dtype, name: str):
+def vector_dense(features: int, dtype: Dtype, name: str, **options):
     """A dense layer for inputs without pixels: one vector per sample or frame."""
-    return nn.Dense(features, dtype=dtype, dot_general=dot_with_gathered_kernel, name=name)
+    return nn.Dense(features, dtype=dtype, dot_general=dot_with_gathered_kernel, name=name, **options)
 
 
 def _split_heads(heads: tuple[int, int], dtype: Dtype, name: str):

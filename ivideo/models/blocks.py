@@ -200,11 +200,12 @@ class ScalarEmbedding(nn.Module):
     width: int
     features: int
     dtype: Dtype
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init  # of the last layer
 
     @nn.compact
     def __call__(self, u):
         y = vector_dense(self.features, self.dtype, "dense_0")(sinusoid(1000.0 * u, self.width))
-        return vector_dense(self.features, self.dtype, "dense_1")(nn.swish(y))
+        return vector_dense(self.features, self.dtype, "dense_1", kernel_init=self.kernel_init)(nn.swish(y))
 
 
 class FrameEmbedding(nn.Module):

@@ -172,14 +172,16 @@ class VideoUNet(nn.Module):
         width = self.channels[0]
         features = 4 * width
 
-        def scalar(name, u):
-            return ScalarEmbedding(width, features, self.dtype, name=name)(u)[:, None]
+        def scalar(name, u, **options):
+            return ScalarEmbedding(width, features, self.dtype, name=name, **options)(u)[:, None]
 
         embedding = scalar("noise_embedding", noise_fraction(logsnr))
         if aug_logsnr is not None:
             embedding += scalar("augmentation_embedding", noise_fraction(aug_logsnr))
         if guidance_weight is not None:
-            embedding += scalar("guidance_embedding", guidance_weight / self.max_guidance)
+            # Zero at first: a student begins as the network whose weights it starts from
+            zero = nn.initializers.zeros
+            embedding += scalar("guidance_embedding", guidance_weight / self.max_guidance, kernel_init=zero)
         pooled = TextPooling(features, self.dtype, name="text_pooling")(text, text_mask)
         embedding += pooled
         if not (num_images or self.frame_positions):

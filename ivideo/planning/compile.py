@@ -129,14 +129,14 @@ def training_program(config, mesh):
 def sampling_program(config, mesh):
     """One step of the distilled sampler for one video: from noise, and what the stage is given, to a video."""
     one = one_step(config)
-    model, (args, shapes) = stages.build_model(one), sampling_shapes(one)
+    model, args = stages.build_model(one), sampling_shapes(one)
 
-    def step(params, text, text_mask, keys, given):
+    def step(params, text, text_mask, keys, low):
         with sharding.layout(mesh):
-            return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), **given)
+            return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), low=low)
 
     params = _placed(args[0], sharding.param_shardings(mesh, args[0]))
-    rest = jax.tree.map(lambda s: _place(s, sharding.input_sharding(mesh, s.shape)), (*args[1:], shapes))
+    rest = jax.tree.map(lambda s: _place(s, sharding.input_sharding(mesh, s.shape)), args[1:])
     video = sharding.logical_sharding(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
     return step, (params, *rest), video, ()
 
@@ -166,25 +166,22 @@ def _text_encoder(config):
 
 def one_step(config):
     """The config of a distilled stage that samples in a single step: one evaluation of the network."""
-    one = config.copy_and_resolve_references()
-    one.sample.sampler, one.sample.steps, one.sample.weight = "distilled", 1, 0.0
+    one = stages.distilled(config, "1_stochastic")
     one.sample.guidance = "constant"
     one.model.remat = "none"
-    one.model.guidance_input = True
     return one
 
 
 def sampling_shapes(config):
-    """Shapes of what `stages.sample` takes for one video: (params, text, mask, key data) and the keyword ones."""
-    (_, _, text, mask), optional = stages.model_inputs(config, 1)
+    """Shapes of what `stages.sample` takes for one video: params, text, mask, key data, and `low` or None."""
+    (_, _, text, mask), _ = stages.model_inputs(config, 1)
     dtype = jnp.dtype(config.model.dtype)
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), stages.param_shapes(config))
-    given = {"guidance_weight": optional["guidance_weight"]}
+    low = None
     if config.cond.frames:
-        size = (1, config.cond.frames, config.cond.height, config.cond.width, 3)
-        given["low"] = jax.ShapeDtypeStruct(size, jnp.float32)
+        low = jax.ShapeDtypeStruct((1, config.cond.frames, config.cond.height, config.cond.width, 3), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), 1)))
-    return (params, text, mask, keys), given
+    return params, text, mask, keys, low
 
 
 def count_flops(config, what: str) -> int:

@@ -3,9 +3,12 @@
 B batch · T video frames · K packed images · H, W height, width · L text tokens · D text channels
 """
 
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ivideo import stages
@@ -17,11 +20,11 @@ from ivideo.text import encode, from_bits
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes. Randomness is not here: it follows from the seed and the step."""
+    """All that training changes, or distillation. Randomness is not here: it follows from the seed and the step."""
 
     step: jax.Array  # updates done, int32 []
     params: dict
-    ema: dict  # the parameters' exponential moving average, what sampling uses
+    ema: dict  # the parameters' exponential moving average, what sampling uses; empty in distillation
     opt_state: optax.OptState
     skipped: jax.Array  # updates left out since their gradient was not finite, int32 []
 
@@ -145,13 +148,24 @@ def draws(key, count: int) -> dict:
     return {"time": time, "key": jax.random.split(key_samples, count)}
 
 
-def batch_loss(config, model, params, batch, drawn):
-    """The mean denoising loss of a batch as the pipeline makes it, its texts embedded (`embed`): a float32 number.
+class Example(NamedTuple):
+    """What a network is trained on: a batch as the pipeline makes it with all that is random of it, but the times."""
 
-    `drawn`: what is random of its samples, see `draws`. Each text is left out with the same chance, a video's and
-    those of the images packed behind it independently of one another (Section 2.6.1).
+    video: jax.Array  # [B, T + K, H, W, 3], packed with its images
+    eps: jax.Array  # noise, the same shape
+    text: jax.Array  # [B, (1 + K,) L, D]
+    mask: jax.Array  # [B, (1 + K,) L], all False for a text that was left out
+    given: dict  # the network's other arguments by name: num_images, and of super-resolution cond, aug_logsnr
+    weights: np.ndarray | None  # of the frames in the loss, [T + K]
+
+
+def example(config, batch, keys) -> Example:
+    """A batch with its texts embedded (`embed`), ready for the network. `keys` [B]: one per sample, see `draws`.
+
+    Each text is left out with the same chance, a video's and those of the images packed behind it independently of one
+    another (Section 2.6.1).
     """
-    key_noise, key_text, key_cond = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(drawn["key"]), 1, 0)
+    key_noise, key_text, key_cond = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     video, text, mask = batch["video"], batch["text"], batch["token_mask"]
     weights = None
     images = batch.get("images")
@@ -163,21 +177,31 @@ def batch_loss(config, model, params, batch, drawn):
 
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - config.train.text_dropout, mask.shape[1:-1]))(key_text)
     mask = mask & keep[..., None]
-    logsnr = stages.logsnr_fn(config)(drawn["time"])
     video = sharding.constrain(video, *sharding.VIDEO)
     eps = jax.vmap(lambda key: jax.random.normal(key, video.shape[1:]))(key_noise)
     eps = sharding.constrain(eps, *sharding.VIDEO)
-
-    given = {}
+    given = {"num_images": num_images}
     if config.cond.frames:
-        given = conditioning_inputs(config, batch, key_cond)
+        given |= conditioning_inputs(config, batch, key_cond)
+    return Example(video, eps, text, mask, given, weights)
 
-    def v_fn(z, logsnr):
-        return model.apply({"params": params}, z, logsnr, text, mask, num_images=num_images, **given)
 
-    loss = process.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights).mean()
-    # That of x in units of the data's spread: else gradients shrink with its square, to below Adam's epsilon
-    return loss / config.model.data_std**2 if config.diffusion.loss == "x" else loss
+def batch_loss(config, model, params, batch, drawn):
+    """The mean denoising loss of a batch (see `example`), a float32 number. `drawn`: what is random of it (`draws`)."""
+    logsnr = stages.logsnr_fn(config)(drawn["time"])
+    video, eps, text, mask, given, weights = example(config, batch, drawn["key"])
+    v_fn = stages.denoiser(model, params, text, mask, **given)
+    loss = process.training_loss(v_fn, video, eps, logsnr, kind=config.diffusion.loss, weights=weights)
+    return mean_loss(config, loss, kind=config.diffusion.loss)
+
+
+def mean_loss(config, losses, *, kind: str):
+    """The mean of losses [B] of one kind, that of x in units of the data's spread.
+
+    Else its gradients shrink with the square of the spread, to below Adam's epsilon.
+    """
+    loss = losses.mean()
+    return loss / config.model.data_std**2 if kind == "x" else loss
 
 
 def conditioning_inputs(config, batch, keys):
@@ -209,46 +233,70 @@ def conditioning_inputs(config, batch, keys):
 def make_train_step(config, mesh=None):
     """The pure step (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `mesh`: where activations are laid out, see `sharding.constrain`. An update whose loss or gradient is not finite is
-    left out and counted in `skipped`; the step counts nonetheless, so that the next one sees other data, and so does
-    the learning rate, which follows the step.
+    `mesh`: where activations are laid out, see `sharding.constrain`. See `updated` for updates that are left out.
     """
     model, optimizer, rate = stages.build_model(config), make_optimizer(config), learning_rate(config)
-    parts = config.train.accumulate
 
     def train_step(state: TrainState, batch):
         with sharding.layout(mesh):
-            key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-            loss, grads = gradients(state.params, batch, key)
-            norm = optax.global_norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
-            params = optax.apply_updates(state.params, updates)
-            # The average of the first steps would be of the initial values alone
-            decay = jnp.minimum(config.train.ema, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-            skipped = state.skipped + ~finite
-            new = TrainState(state.step, params, ema, opt_state, state.skipped)
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step), "skipped": skipped}
-            return new.replace(step=state.step + 1, skipped=skipped), metrics
+            drawn = draws(step_key(config, state.step), batch["video"].shape[0])
+            found = mean_gradient(
+                lambda params, *part: batch_loss(config, model, params, *part),
+                state.params,
+                (batch, drawn),
+                parts=config.train.accumulate,
+            )
 
-    def gradients(params, batch, key):
-        def loss_and_grads(batch, drawn):
-            return jax.value_and_grad(lambda params: batch_loss(config, model, params, batch, drawn))(params)
+            def update(grads, state):
+                updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
+                params = optax.apply_updates(state.params, updates)
+                # The average of the first steps would be of the initial values alone
+                decay = jnp.minimum(config.train.ema, (1.0 + state.step) / (10.0 + state.step))
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+                return state.replace(params=params, ema=ema, opt_state=opt_state)
 
-        whole = (batch, draws(key, batch["video"].shape[0]))
-        if parts == 1:
-            return loss_and_grads(*whole)
-        # A part takes every parts-th sample: each device then keeps the samples that it has, and the times of a part
-        # are spread evenly too
-        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), whole)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, loss_and_grads(*part)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-        total, _ = jax.lax.scan(add, zeros, split)
-        return jax.tree.map(lambda x: x / parts, total)
+            return updated(state, *found, update, rate(state.step))
 
     return train_step
+
+
+def step_key(config, step):
+    """The key of all that is random of a step: it follows from the seed and the step alone."""
+    return jax.random.fold_in(jax.random.key(config.seed + 1), step)
+
+
+def updated(state: TrainState, loss, grads, update, rate):
+    """The state after a step, and the step's metrics. `update`: (gradients, state) -> state with the update applied.
+
+    An update whose loss or gradient is not finite is left out and counted in `skipped`; the step counts nonetheless, so
+    that the next one sees other data, and so does the learning rate `rate`, which follows the step.
+    """
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    skipped = state.skipped + ~finite
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(grads, state), state)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped": skipped}
+    return new.replace(step=state.step + 1, skipped=skipped), metrics
+
+
+def mean_gradient(loss_fn, params, whole, *, parts: int):
+    """The loss of a batch and its gradient, from `parts` equal parts of it one after the other.
+
+    `loss_fn`: (params, *part) -> number. `whole`: a tuple of trees of arrays [B, ...].
+    """
+
+    def loss_and_grads(part):
+        return jax.value_and_grad(lambda params: loss_fn(params, *part))(params)
+
+    if parts == 1:
+        return loss_and_grads(whole)
+    # A part takes every parts-th sample: each device then keeps the samples that it has, and the times of a part
+    # are spread evenly too
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), whole)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, loss_and_grads(part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    total, _ = jax.lax.scan(add, zeros, split)
+    return jax.tree.map(lambda x: x / parts, total)
