@@ -6,16 +6,17 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib import metadata
+
+import quick_compiles
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Before jax starts. Some tests ask for 8 devices, all else runs on the first. The networks are tiny and each is
-# compiled once: to optimise the machine code would cost far more than it saves.
+# Before jax starts. Some tests ask for 8 devices, all else runs on the first
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
+        quick_compiles.flags(metadata.version("jaxlib")),
     ]
 )
 # What one test or one of its processes has compiled, the next takes from here, whichever of pytest's workers it runs in

@@ -15,6 +15,8 @@ import tempfile
 import time
 import venv
 
+import quick_compiles
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = "--config=configs/base.py:small"
 RUN = [SMALL, "--workdir=run", "--config.train.checkpoint_every=2", "--config.train.sample_every=2"]
@@ -60,9 +62,12 @@ def main() -> int:
         home = os.path.join(folder, "home")
         os.mkdir(home)
         pathlib.Path(home, "captions.txt").write_text("a red star moving right on a teal background\n")
+        version = "from importlib import metadata; print(metadata.version('jaxlib'))"
+        found = subprocess.run([python, "-c", version], check=True, capture_output=True, text=True)
+        flags = quick_compiles.flags(found.stdout)
         for name, arguments, code, said in COMMANDS:
             began = time.monotonic()
-            problem = run(python, home, arguments, code, said)
+            problem = run(python, home, flags, arguments, code, said)
             failed += bool(problem)
             print(f"{'failed' if problem else 'ok':7}{time.monotonic() - began:6.1f} s  {name}", flush=True)
             if problem:
@@ -70,11 +75,9 @@ def main() -> int:
     return int(failed > 0)
 
 
-def run(python, home, arguments, code, said) -> str:
+def run(python, home, flags, arguments, code, said) -> str:
     """What is wrong with what a command did, or ''."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    # As tests/conftest.py has it: to optimise the machine code would cost more than it saves
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env |= {"JAX_PLATFORMS": "cpu", "HOME": home, "XLA_FLAGS": flags}
     command = [python, *([] if arguments[0] == "-c" else ["-m", "ivideo.main"]), *arguments]
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=900)
