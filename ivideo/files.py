@@ -1,6 +1,7 @@
 """Files that are whole or not there, on this machine or in a bucket of Google's cloud storage (gs://BUCKET/…)."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import uuid
 from ivideo.errors import UserError
 
 BUCKET = "gs://"  # what a path in a bucket begins with
+PROBE_BYTES = 2**20  # room that an output folder must have
 
 
 def expand_home(path: str) -> str:
@@ -125,6 +127,30 @@ def read_json(path):
 def write_json(path, value) -> None:
     """Writes a value as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def prepare_folders(paths: list[str]) -> None:
+    """Makes the folders of files that will be written, and checks with a temporary file that each has room.
+
+    UserError if a file's name is too long, or if a folder cannot be made or written to.
+    """
+    for path in paths:
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise UserError(f"{path} cannot be written ({e.strerror}): choose another --out") from e
+    for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:  # a link's target folder
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as f:
+                f.write(bytes(PROBE_BYTES))
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            advice = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --out"
+            raise UserError(f"{folder} cannot be written to ({e.strerror}): {advice}") from e
 
 
 def _asked(path: str, question):

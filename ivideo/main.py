@@ -183,8 +183,8 @@ def _run_mode(config, several: bool) -> None:
             generate(
                 config, _prompts(), _needed("out"), workdir=FLAGS.workdir, weights_path=FLAGS.weights, seed=FLAGS.seed,
                 num_videos=FLAGS.num_videos, same_noise=FLAGS.same_noise, in_folder=FLAGS.prompts_file is not None,
-                zoom=FLAGS.zoom, overwrite=FLAGS.overwrite, resume=FLAGS.resume, first=FLAGS.from_stage,
-                last=FLAGS.to_stage, clip=FLAGS.input, save_stages=FLAGS.save_stages,
+                zoom=FLAGS.zoom, overwrite=FLAGS.overwrite, resume=FLAGS.resume, from_stage=FLAGS.from_stage,
+                to_stage=FLAGS.to_stage, input_path=FLAGS.input, save_stages=FLAGS.save_stages,
             )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluation.evaluate import evaluate
@@ -192,10 +192,10 @@ def _run_mode(config, several: bool) -> None:
         with _leaving_at_once(several):
             evaluate(
                 config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=FLAGS.clips, seed=FLAGS.seed,
-                out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, last=FLAGS.to_stage,
+                out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, to_stage=FLAGS.to_stage,
             )  # fmt: skip
     elif FLAGS.mode == "export":
-        from ivideo.sampling.generate import export
+        from ivideo.training.trained import export
 
         export(config, _needed("workdir"), _needed("out"), overwrite=FLAGS.overwrite)
     elif FLAGS.mode == "encode_text":
@@ -289,10 +289,10 @@ def _leaving_at_once(several: bool):
     from ivideo.sampling import interrupts
 
     try:
-        with interrupts.raising():
+        with interrupts.raise_on_signal():
             yield
     except interrupts.Interrupted as e:
-        interrupts.leave(e)
+        interrupts.exit_now(e)
 
 
 def _open_streams() -> None:

@@ -6,11 +6,13 @@ import json
 import os
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
+from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.files import atomic_write, refuse_existing
 
@@ -44,6 +46,15 @@ def load_params(path: str, like=None):
             if not np.isfinite(flat[name]).all():
                 raise UserError(f"{path}: {name} has values that are not finite: export an earlier checkpoint")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def place(params, mesh, dtype):
+    """The parameters, cast to `dtype` and sharded over the mesh. In bfloat16 they take half the memory of float32."""
+    where, dtype = sharding.of_params(mesh, params), jnp.dtype(dtype)
+    cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        return cast(sharding.from_host(params, where))
+    return cast(jax.device_put(params, where))
 
 
 def read_shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,7 @@ def measure(folder: pathlib.Path, prediction: str, milestones: list[int], clips:
             continue
         config = stage_config(prediction, steps, milestones[0])
         train(config, workdir)
-        table = evaluate.super_resolution(config, workdir=workdir, clips=clips, seed=0)["table"]
+        table = evaluate.super_resolution(config, sources={config.stage: workdir}, clips=clips, seed=0)["table"]
         rows.append({"steps": steps, "psnr": table["stage"], "colour_error": table["colour_error"]})
         path.write_text(json.dumps(rows, indent=1))
         print(prediction, rows[-1], flush=True)

@@ -2,8 +2,8 @@
 
   pip install '.[plot]' && python launch/draw_docs.py FOLDER
 
-FOLDER/stages.png: a frame of a held-out caption as each super-resolution stage is given it, enlarged the trivial way,
-enlarged by the stage, and true. FOLDER/star.png: frames of the whole cascade's video of the README's prompt.
+FOLDER/stages.png: a frame of a held-out caption as the input of each super-resolution stage, upsampled plainly,
+upsampled by the stage, and the true frame. FOLDER/star.png: frames of the whole cascade's video of the README's prompt.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 PROMPT = "a yellow star moving right on a teal background"
-COLUMNS = {"given": "given", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "true"}
+COLUMNS = {"low_res": "input", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "true"}
 
 
 def show(panel, frame, title=None) -> None:
@@ -38,10 +38,10 @@ def draw_stages(configs, path: pathlib.Path) -> None:
     figure, panels = pyplot.subplots(len(configs), 6, figsize=(13, 1.45 * len(configs)), layout="constrained")
     for place, (row, config) in enumerate(zip(panels, configs, strict=True)):
         top = place == 0
-        _, videos = evaluate.enlarged_again(config, clips=1, seed=0)
+        _, videos = evaluate.upsample_held_out_clips(config, clips=1, seed=0)
         number = len(videos["truth"][0]) // 2 + 1
         times = config.video.frames // config.cond.frames
-        frames = {name: video[0][number // (times if name == "given" else 1)] for name, video in videos.items()}
+        frames = {name: video[0][number // (times if name == "low_res" else 1)] for name, video in videos.items()}
         for panel, (name, title) in zip(row, COLUMNS.items(), strict=False):
             show(panel, frames[name], title if top else None)
         for panel, name in zip(row[4:], ("trivial", "stage"), strict=True):

@@ -42,7 +42,7 @@ def random_params(config, seed=1):
 @pytest.fixture
 def small(monkeypatch):
     config = cascade_config.get_config("small")
-    monkeypatch.setattr(cascade, "load_weights", lambda config, source: random_params(config))
+    monkeypatch.setattr(trained, "load", lambda config, source, **_: random_params(config))
     monkeypatch.setattr(trained, "check", lambda config, source: "random")
     return config
 
@@ -85,7 +85,7 @@ def test_small_stages_agree_with_their_neighbours(variant):
         checks.check(config)
     config = cascade_config.get_config(variant)
     config.stages.ssr2.cond.height *= 2
-    with pytest.raises(UserError, match=r"ssr1 makes .* but ssr2 is given .* must be config.stages.ssr1.video"):
+    with pytest.raises(UserError, match=r"ssr1 is .* but the input of ssr2 is .* must equal config.stages.ssr1.video"):
         cascade.select(config)
 
 
@@ -119,17 +119,17 @@ def test_small_cascade_goes_a_group_at_a_time(small, tmp_path, monkeypatch):
     """A stage's weights are loaded once for each group; files of a group are there before the next begins."""
     loads = []
 
-    def load(config, source):
+    def load(config, source, **_):
         loads.append((config.stage, len(os.listdir(tmp_path / "out"))))
         return random_params(config)
 
-    monkeypatch.setattr(cascade, "load_weights", load)
+    monkeypatch.setattr(trained, "load", load)
     small.sample.group = 2
     for name in small.order:
         small.stages[name].sample.batch = 2
         small.stages[name].sample.steps = 1
     prompts = [*PROMPTS, "a green star"]
-    options = {"first": "base", "last": "ssr1", "in_folder": True, "save_stages": True}
+    options = {"from_stage": "base", "to_stage": "ssr1", "in_folder": True, "save_stages": True}
     generate.generate(small, prompts, str(tmp_path / "out"), **options)
     assert loads == [("base", 0), ("tsr1", 2), ("ssr1", 4), ("base", 6), ("tsr1", 7), ("ssr1", 8)]
     wanted = {path.name: video_io.read_video(path)[0] for path in (tmp_path / "out").iterdir()}
@@ -148,10 +148,10 @@ def test_small_enlarged_video_does_not_depend_on_its_batch(small):
     config, params = small.stages.ssr1, random_params(small.stages.ssr1)
     low = np.random.default_rng(2).uniform(-1, 1, (2, 8, 8, 8, 3)).astype(np.float32)
     seeds = [(3, 0), (3, 1)]
-    both = cascade.sample_stage(config, params, PROMPTS, seeds=seeds, low=low)
-    alone = cascade.sample_stage(config, params, PROMPTS[1:], seeds=seeds[1:], low=low[1:])
+    both = cascade.sample_stage(config, params, PROMPTS, seeds=seeds, low_res=low)
+    alone = cascade.sample_stage(config, params, PROMPTS[1:], seeds=seeds[1:], low_res=low[1:])
     np.testing.assert_allclose(alone[0], both[1], atol=1e-4)
-    other = cascade.sample_stage(config, params, PROMPTS, seeds=[(3, 1), (4, 1)], low=low)
+    other = cascade.sample_stage(config, params, PROMPTS, seeds=[(3, 1), (4, 1)], low_res=low)
     assert np.abs(other - both).reshape(2, -1).max(1).min() > 0.05
 
 
@@ -160,9 +160,11 @@ def test_small_given_video_is_blurred_as_the_config_says(small):
     config, params = small.stages.ssr1, random_params(small.stages.ssr1)
     low = np.random.default_rng(2).uniform(-1, 1, (1, 8, 8, 8, 3)).astype(np.float32)
     options = {"seeds": [(3, 0)]}
-    before = cascade.sample_stage(config, params, PROMPTS[:1], low=augment.blur(low, jnp.array([1.5])), **options)
+    before = cascade.sample_stage(config, params, PROMPTS[:1], low_res=augment.blur(low, jnp.array([1.5])), **options)
     config.sample.augmentation_blur = 1.5
-    np.testing.assert_allclose(cascade.sample_stage(config, params, PROMPTS[:1], low=low, **options), before, atol=1e-4)
+    np.testing.assert_allclose(
+        cascade.sample_stage(config, params, PROMPTS[:1], low_res=low, **options), before, atol=1e-4
+    )
 
 
 def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
@@ -172,7 +174,7 @@ def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
     video_io.write_video(clip, rng.uniform(-1, 1, (30, 48, 64, 3)).astype(np.float32), fps=20)
     with caplog.at_level("INFO", logger="ivideo"):
         paths = generate.generate(
-            small, PROMPTS[:1], str(tmp_path / "new.mp4"), first="ssr1", last="ssr2", clip=str(clip)
+            small, PROMPTS[:1], str(tmp_path / "new.mp4"), from_stage="ssr1", to_stage="ssr2", input_path=str(clip)
         )
     assert "48×64 at 20 a second; its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 for ssr1" in caplog.text
     frames, fps = video_io.read_video(paths[0])
@@ -181,27 +183,27 @@ def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
 
 def test_small_inputs_that_cannot_be(small, tmp_path):
     def run(clip, **options):
-        generate.generate(small, PROMPTS[:1], str(tmp_path / "new.mp4"), clip=clip, **options)
+        generate.generate(small, PROMPTS[:1], str(tmp_path / "new.mp4"), input_path=clip, **options)
 
     missing = str(tmp_path / "none.mp4")
-    with pytest.raises(UserError, match="stage base makes videos from noise; begin with --from_stage=tsr1"):
+    with pytest.raises(UserError, match="stage base starts from noise; begin with --from_stage=tsr1"):
         run(missing)
     with pytest.raises(UserError, match=r"none.mp4"):
-        run(missing, first="ssr1")
-    with pytest.raises(UserError, match="stage ssr1 enlarges a video of 8×8: give it --input"):
-        run(None, first="ssr1")
+        run(missing, from_stage="ssr1")
+    with pytest.raises(UserError, match="stage ssr1 upsamples a video of 8×8: pass one with --input"):
+        run(None, from_stage="ssr1")
     for name, data in (("corrupt.mp4", b"\0\0\0\x18ftypmp42 not a video"), ("empty.mp4", b"")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=name):
-            run(str(tmp_path / name), first="ssr1")
+            run(str(tmp_path / name), from_stage="ssr1")
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
     with pytest.raises(UserError, match=r"sound.wav has audio streams and no video"):
-        run(str(tmp_path / "sound.wav"), first="ssr1")
+        run(str(tmp_path / "sound.wav"), from_stage="ssr1")
     video_io.write_video(tmp_path / "one.gif", np.zeros((1, 32, 32, 3), np.float32), fps=6)
     with pytest.raises(UserError, match=r"one.gif ends after 1 of these frames, expected a video of 8 frames"):
-        run(str(tmp_path / "one.gif"), first="ssr1")
+        run(str(tmp_path / "one.gif"), from_stage="ssr1")
     assert not (tmp_path / "new.mp4").exists()
 
 
@@ -214,7 +216,7 @@ def test_small_stage_trained_on_crops_works_at_other_sizes():
     assert batch["video"].shape[1:] != stages.video_shape(config)
     for low in ((1, 3, 12, 20, 3), (1, 5, 8, 8, 3)):
         video = cascade.sample_stage(
-            config, random_params(config), PROMPTS[:1], seeds=[(0, 0)], low=np.zeros(low, np.float32)
+            config, random_params(config), PROMPTS[:1], seeds=[(0, 0)], low_res=np.zeros(low, np.float32)
         )
         assert video.shape == (1, low[1], 2 * low[2], 2 * low[3], 3)
 
@@ -283,7 +285,7 @@ def test_small_shipped_weights_fit_their_configs():
     for name in config.order:
         stage = config.stages[name]
         shapes = jax.tree.map(lambda s: s.shape, stages.param_shapes(stage))
-        assert jax.tree.map(jnp.shape, cascade.load_weights(stage, None)) == shapes
+        assert jax.tree.map(jnp.shape, trained.load(stage, None)) == shapes
 
 
 @pytest.mark.parametrize("name, gain", [("tsr1", 3), ("ssr1", 3)])

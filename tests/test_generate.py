@@ -14,6 +14,7 @@ from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import prompt_following
 from ivideo.sampling import cascade, generate
+from ivideo.training import trained
 from ivideo.weights import config_metadata, file_identity, load_params, save_params
 
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
@@ -216,17 +217,17 @@ def test_small_progress_bar_is_for_terminals(stage, capsys):
 
 def test_small_weights_without_a_folder_are_the_demo_alone(tmp_path):
     config = base.get_config("small")
-    with pytest.raises(UserError, match="--workdir is missing: .* demo variant alone, not for base:small"):
-        cascade.load_weights(config, None)
+    with pytest.raises(UserError, match="--workdir is missing: .* demo variant only, not for base:small"):
+        trained.load(config, None)
     with pytest.raises(UserError, match="has no checkpoints: give the folder"):
-        cascade.load_weights(config, str(tmp_path))
+        trained.load(config, str(tmp_path))
 
 
 def test_small_shipped_base_follows_its_captions():
     """Background, colour and motion of a caption from training and of a held-out one, at half the config's steps."""
     config = base.get_config("demo")
     config.sample.steps = 16
-    params = cascade.load_weights(config, None)
+    params = trained.load(config, None)
     attributes = [
         shapes.Attributes("circle", "green", "teal", "right"),
         shapes.Attributes("triangle", "blue", "black", "up"),

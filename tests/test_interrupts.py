@@ -24,14 +24,14 @@ def test_small_signals_raise_and_what_is_ignored_stays_ignored():
     before = {s: signal.getsignal(s) for s in interrupts.SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with interrupts.raising():
+        with interrupts.raise_on_signal():
             os.kill(os.getpid(), signal.SIGHUP)
-            assert interrupts.wait_for(lambda: 5) == 5
+            assert interrupts.run_interruptibly(lambda: 5) == 5
             with pytest.raises(ZeroDivisionError):
-                interrupts.wait_for(lambda: 1 / 0)
+                interrupts.run_interruptibly(lambda: 1 / 0)
             for number in (signal.SIGINT, signal.SIGTERM):
                 with pytest.raises(interrupts.Interrupted) as caught:
-                    interrupts.wait_for(lambda: (os.kill(os.getpid(), number), time.sleep(5)))  # noqa: B023
+                    interrupts.run_interruptibly(lambda: (os.kill(os.getpid(), number), time.sleep(5)))  # noqa: B023
                 assert caught.value.number == number
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

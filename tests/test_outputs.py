@@ -12,15 +12,15 @@ from ivideo.sampling import outputs
 
 
 def test_small_kinds_of_output():
-    assert outputs.paths_of("a.mp4", 1, in_folder=False) == ["a.mp4"]
-    assert outputs.paths_of("A.MP4", 1, in_folder=False) == ["A.MP4"]
-    assert outputs.paths_of("out.v2", 2, in_folder=True) == ["out.v2/000.mp4", "out.v2/001.mp4"]
+    assert outputs.output_paths("a.mp4", 1, in_folder=False) == ["a.mp4"]
+    assert outputs.output_paths("A.MP4", 1, in_folder=False) == ["A.MP4"]
+    assert outputs.output_paths("out.v2", 2, in_folder=True) == ["out.v2/000.mp4", "out.v2/001.mp4"]
     for out in ("a.avi", "a.mkv", "a", "mp4"):
         with pytest.raises(UserError, match=f"{out} ends in .*, expected .mp4, .mov, .webm or .gif: rename the output"):
-            outputs.paths_of(out, 1, in_folder=False)
+            outputs.output_paths(out, 1, in_folder=False)
     for out in ("a.mp4", "a.MP4", "a.Gif", "a.webm", "a.mov"):
         with pytest.raises(UserError, match=f"--out={out} names one file for several videos: give a folder"):
-            outputs.paths_of(out, 2, in_folder=True)
+            outputs.output_paths(out, 2, in_folder=True)
     assert outputs.stage_path("out/000.MP4", "tsr1") == "out/000.tsr1.MP4"
 
 
@@ -37,26 +37,26 @@ def test_small_what_is_there_is_kept(tmp_path):
         files.refuse_existing([path], overwrite=True)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="is a file, but 2 videos need a folder"):
-        outputs.paths_of(str(tmp_path / "file"), 2, in_folder=True)
+        outputs.output_paths(str(tmp_path / "file"), 2, in_folder=True)
 
 
 def test_small_targets_are_tried_first(tmp_path, monkeypatch):
-    outputs.prepare([str(tmp_path / "new" / "deep" / ("é" * 125 + ".mp4"))])  # 254 bytes
+    files.prepare_folders([str(tmp_path / "new" / "deep" / ("é" * 125 + ".mp4"))])  # 254 bytes
     assert os.listdir(tmp_path / "new" / "deep") == []
     with pytest.raises(UserError, match="cannot be written .File name too long.: choose another --out"):
-        outputs.prepare([str(tmp_path / ("é" * 126 + ".mp4"))])
+        files.prepare_folders([str(tmp_path / ("é" * 126 + ".mp4"))])
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be written .*Not a directory.*: choose another --out"):
-        outputs.prepare([str(tmp_path / "file" / "a.mp4")])
+        files.prepare_folders([str(tmp_path / "file" / "a.mp4")])
     with pytest.raises(UserError, match="/proc cannot be written to .*: choose another --out"):
-        outputs.prepare(["/proc/a.mp4"])
+        files.prepare_folders(["/proc/a.mp4"])
 
     def full(dir):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(UserError, match="cannot be written to .No space left on device.: make room"):
-        outputs.prepare([str(tmp_path / "a.mp4")])
+        files.prepare_folders([str(tmp_path / "a.mp4")])
 
 
 def test_small_sizes_that_cannot_be_encoded_are_found_first():

@@ -204,7 +204,7 @@ def test_small_table_of_shares():
         },
     }  # fmt: skip
     assert prompt_following.format_table(table).splitlines() == [
-        "| captions | clips | background | colour | motion | these three | shape | all four |",
+        "| captions | clips | background | colour | motion | first three | shape | all four |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
         "| seen | 4 | 100.0% | 100.0% | 75.0% | 75.0% | 66.7% | 50.0% |",
         "| held-out | 1 | 100.0% | 100.0% | 100.0% | 100.0% | – | 100.0% |",

@@ -39,7 +39,7 @@ def test_small_every_way_in_gives_the_same_text(tmp_path):
         np.testing.assert_array_equal(row, tokens[0])
     assert mask[0].sum() == len(RED) + 1
     assert mask[5:].sum() == 0  # no text at all
-    text, _ = cascade.embedded(base.get_config("small"), UNTIDY)
+    text, _ = cascade.embed_prompts(base.get_config("small"), UNTIDY)
     assert np.ptp(text, axis=0).max() < 1e-6
     assert [row.prompt for row in samples(UNTIDY, seed=0)] == [RED] * 5
 

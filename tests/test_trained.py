@@ -41,7 +41,7 @@ def saved(config, path, dtype=np.float32, change=lambda p: p):
 def test_small_exported_weights_are_sampled_evaluated_and_continued_from(run, tmp_path, capsys):
     config, workdir = run
     file = str(tmp_path / "base.safetensors")
-    generate.export(config, workdir, file)
+    trained.export(config, workdir, file)
     kept = json.loads(load_metadata(file)["config"])
     assert kept["train"]["steps"] == 2
     assert kept == recipe.read_run_config(workdir)
@@ -56,7 +56,7 @@ def test_small_exported_weights_are_sampled_evaluated_and_continued_from(run, tm
     more = config.copy_and_resolve_references()
     more.train.start, more.train.steps, more.train.learning_rate = file, 1, 0.0
     state = train(more, str(tmp_path / "more"), devices=jax.devices()[:1])
-    jax.tree.map(np.testing.assert_array_equal, state.params, cascade.load_weights(config, file))
+    jax.tree.map(np.testing.assert_array_equal, state.params, trained.load(config, file))
 
 
 def test_small_sources_of_a_cascade(tmp_path):
@@ -67,7 +67,7 @@ def test_small_sources_of_a_cascade(tmp_path):
     assert trained.find(some) == {"base": None, "tsr1": None}
     folder = str(tmp_path)
     assert trained.find(some, weights=folder) == {n: f"{folder}/{n}.safetensors" for n in ("base", "tsr1")}
-    with pytest.raises(UserError, match="--weights=x.safetensors is one file, and 2 stages need theirs"):
+    with pytest.raises(UserError, match="--weights=x.safetensors is one file, but 2 stages need weights"):
         trained.find(some, weights="x.safetensors")
     with pytest.raises(UserError, match="--weights=x.ckpt is neither a folder nor a .safetensors file"):
         trained.find(some[:1], weights="x.ckpt")
@@ -82,7 +82,7 @@ def test_small_later_stages_are_looked_at_first(tmp_path, monkeypatch):
     monkeypatch.setattr(cascade, "run", lambda *_, **__: pytest.fail("it was sampled"))
 
     def run():
-        options = {"weights_path": str(tmp_path), "last": "tsr1"}
+        options = {"weights_path": str(tmp_path), "to_stage": "tsr1"}
         generate.generate(config, ["a star"], str(tmp_path / "new.mp4"), **options)
 
     with pytest.raises(UserError, match=r"no weights at .*/tsr1.safetensors: expected a .safetensors file"):
@@ -105,12 +105,12 @@ def test_small_weights_that_no_network_can_use(tmp_path):
     with pytest.raises(UserError, match=r"int8.safetensors: \S+ is of type I8, expected one of F32, BF16, F16, F64"):
         trained.check(config, whole)
     with pytest.raises(UserError, match="is of type I8"):
-        cascade.load_weights(config, whole)
+        trained.load(config, whole)
     broken = saved(
         config, str(tmp_path / "nan.safetensors"), change=lambda tree: jax.tree.map(lambda p: p.astype(float) / 0, tree)
     )
     with pytest.raises(UserError, match=r"nan.safetensors: \S+ has values that are not finite"):
-        cascade.load_weights(config, broken)
+        trained.load(config, broken)
     config.train.start = str(tmp_path)
     with pytest.raises(UserError, match=r"config.train.start = .*: expected a .safetensors file"):
         trained.check_start(config)

@@ -1,1 +1,1 @@
-"""How good a stage or a cascade is: prompt following, fidelity, and the figures made of them."""
+"""Measures the quality of a trained stage or cascade."""

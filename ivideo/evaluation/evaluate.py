@@ -1,4 +1,4 @@
-"""How good a trained stage is. Section 3."""
+"""Evaluates a trained stage or cascade (mode evaluate). Section 3."""
 
 import json
 
@@ -9,23 +9,32 @@ from ivideo.data import shapes
 from ivideo.diffusion import conditioning
 from ivideo.evaluation import fidelity
 from ivideo.evaluation import prompt_following as metric
-from ivideo.sampling import cascade, outputs
+from ivideo.sampling import cascade
 from ivideo.training import trained
 
 
 def evaluate(
-    config, *, workdir=None, weights_path=None, clips=96, seed=0, out=None, as_json=False, overwrite=False, last=None
+    config,
+    *,
+    workdir=None,
+    weights_path=None,
+    clips=96,
+    seed=0,
+    out=None,
+    as_json=False,
+    overwrite=False,
+    to_stage=None,
 ) -> dict:
-    """Measures what makes videos from texts by `prompt_following`, a super-resolution stage by `super_resolution`.
+    """Evaluates the base stage or a cascade with `prompt_following`, a super-resolution stage with `super_resolution`.
 
-    `last` is the last stage of a cascade to run. Prints the result's table (JSON with `as_json`), and writes the result
-    to `out`. UserError, before anything is computed, where that exists or cannot be written, or where the weights of a
-    stage are missing or of another network.
+    `clips`: number of clips to sample. `to_stage`: the last stage of a cascade to run. Prints a table, or JSON with
+    `as_json`, and writes the result to `out` as JSON. UserError before anything is computed if `out` exists or cannot
+    be written, or if a stage's weights are missing or belong to another network.
     """
     if out is not None:
         files.refuse_existing([out], overwrite=overwrite)
-        outputs.prepare([out])
-    configs = cascade.select(config, None, last)
+        files.prepare_folders([out])
+    configs = cascade.select(config, None, to_stage)
     sources = trained.find(configs, workdir=workdir, weights=weights_path)
     for stage in configs:
         trained.check(stage, sources[stage.stage])
@@ -41,75 +50,78 @@ def evaluate(
 
 
 def prompt_following(configs, *, sources=None, group: int = 32, clips: int, seed: int) -> dict:
-    """Samples clips of the captioned shapes, half of seen and half of held-out captions, and scores each attribute.
+    """Samples clips of the captioned shapes and scores whether each one shows its caption.
 
-    `configs` are the stages to run, the first from a text, `group` clips at a time (`cascade.run`). Returns {'table':
-    shares that are right and the largest drift, 'clips': what was found of each}.
+    Half of the captions are from training, half are held out. `configs` are the stages to run, `group` clips at a time
+    (`cascade.run`). Returns {'table': share of correct clips per attribute and the largest drift, 'clips': the scores
+    per clip}.
     """
     attributes = choose_captions(clips, seed)
     seeds = [(seed, n) for n in range(len(attributes))]
-    texts = [shapes.caption(a) for a in attributes]
-    scored, rows = [], []
-    for _, n, video in cascade.run(configs, texts, seeds=seeds, sources=sources, group=group):
-        a, found = attributes[n], metric.score(video, attributes[n])
-        scored.append((a, found))
-        rows.append(
-            {"caption": texts[n], "held_out": shapes.held_out(a), "drift": float(fidelity.drift(video)), **found}
-        )
-        del video
-    return {"table": {**metric.summarize(scored), "largest_drift": max(row["drift"] for row in rows)}, "clips": rows}
+    captions = [shapes.caption(a) for a in attributes]
+    scores, rows = [], []
+    for _, n, video in cascade.run(configs, captions, seeds=seeds, sources=sources, group=group):
+        score = metric.score(video, attributes[n])
+        scores.append((attributes[n], score))
+        held_out, drift = shapes.held_out(attributes[n]), float(fidelity.drift(video))
+        rows.append({"caption": captions[n], "held_out": held_out, "drift": drift, **score})
+        del video  # the next batch needs its memory
+    return {"table": {**metric.summarize(scores), "largest_drift": max(row["drift"] for row in rows)}, "clips": rows}
 
 
 def following_table(table: dict) -> str:
-    """The table of `prompt_following` in Markdown."""
+    """The table of `prompt_following` as Markdown."""
     table = dict(table)
     drift = table.pop("largest_drift")
-    changed = f"largest change of a background's colour from first to last frame: {drift:.1f} of 255"
-    return f"{metric.format_table(table)}\n\n{changed}"
+    drift_line = f"largest change of a background's colour from first to last frame: {drift:.1f} of 255"
+    return f"{metric.format_table(table)}\n\n{drift_line}"
 
 
 def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
-    """PSNR and colour of a super-resolution stage on true clips of held-out captions, shrunk and enlarged again.
+    """PSNR and colour error of a super-resolution stage on held-out clips that were downsampled and upsampled again.
 
-    Beside it the trivial way back: bilinear in space, repeated frames in time. Returns {'table': dB over all clips at
-    once, 'clips': each clip's}, infinite where a clip is the true one, as repeated frames of what stands still are.
+    Next to it, the PSNR of plain upsampling (bilinear in space, repeated frames in time). Returns {'table': PSNR in dB
+    over all clips together, 'clips': PSNR per clip}. PSNR is infinite for a clip that equals the true one: repeated
+    frames of a shape that stands still do.
     """
-    texts, videos = enlarged_again(config, sources=sources, clips=clips, seed=seed)
+    captions, videos = upsample_held_out_clips(config, sources=sources, clips=clips, seed=seed)
     truth = videos["truth"]
     rows = [
         {
-            "caption": text,
+            "caption": caption,
             **{name: fidelity.psnr(videos[name][n], truth[n]) for name in ("stage", "trivial")},
             "colour_error": fidelity.colour_error(videos["stage"][n], truth[n]),
         }
-        for n, text in enumerate(texts)
+        for n, caption in enumerate(captions)
     ]
     overall = {name: fidelity.psnr(videos[name], truth) for name in ("stage", "trivial")}
     overall["colour_error"] = float(np.mean([row["colour_error"] for row in rows]))
     return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
 
 
-def enlarged_again(config, *, sources=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """True clips of held-out captions, what a super-resolution stage is given of them, and two ways back.
+def upsample_held_out_clips(config, *, sources=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Draws clips of held-out captions, downsamples them to a stage's input, and upsamples them in two ways.
 
-    Returns the captions, and clips [N, T, H, W, 3] in [-1, 1]: 'truth', 'given', 'trivial' and 'stage'.
+    Returns the captions and clips [N, T, H, W, 3] in [-1, 1]: 'truth', 'low_res' (smaller), 'trivial' (plain
+    upsampling) and 'stage' (the stage's output).
     """
     attributes = choose_captions(2 * clips, seed)[clips:]
-    texts = [shapes.caption(a) for a in attributes]
+    captions = [shapes.caption(a) for a in attributes]
     frames, height, width, _ = stages.video_shape(config)
     truth = np.stack(
         [shapes.render(a, seed + n, frames=frames, height=height, width=width) for n, a in enumerate(attributes)]
     )
     factors = stages.factors(config)
-    given = np.asarray(conditioning.reduce(truth, **factors))
-    trivial = np.asarray(conditioning.enlarge(given, **factors))
-    params = cascade.load_weights(config, (sources or {}).get(config.stage))
-    made = cascade.sample_stage(config, params, texts, seeds=[(seed, n) for n in range(clips)], low=given)
-    return texts, {"truth": truth, "given": given, "trivial": trivial, "stage": made}
+    low_res = np.asarray(conditioning.reduce(truth, **factors))
+    trivial = np.asarray(conditioning.enlarge(low_res, **factors))
+    params = trained.load(config, (sources or {}).get(config.stage))
+    seeds = [(seed, n) for n in range(clips)]
+    videos = cascade.sample_stage(config, params, captions, seeds=seeds, low_res=low_res)
+    return captions, {"truth": truth, "low_res": low_res, "trivial": trivial, "stage": videos}
 
 
 def psnr_table(table: dict) -> str:
-    """The table of `super_resolution` in Markdown."""
+    """The table of `super_resolution` as Markdown."""
     gain = table["stage"] - table["trivial"]
     return (
         "| stage | clips | PSNR | bilinear, repeated frames | gain | colour error |\n|---|--:|--:|--:|--:|--:|\n"
@@ -119,7 +131,10 @@ def psnr_table(table: dict) -> str:
 
 
 def choose_captions(clips: int, seed: int) -> list[shapes.Attributes]:
-    """Half of the clips' attributes from the training captions, half held out; none twice before all have been used."""
+    """Random captions, as their attributes: the first half from training, the second half held out.
+
+    A caption is repeated only after all others of its half have been used.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(pool, count):

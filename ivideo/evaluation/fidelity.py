@@ -1,32 +1,37 @@
-"""How close a clip is to the true one, and to itself from its first frame to its last.
+"""How close a clip is to the true clip, and how far its background's colour drifts.
 
-T, H, W frames, height, width; clips are [T, H, W, 3] in [-1, 1].
+T frames · H, W height, width · clips are [T, H, W, 3] in [-1, 1]
 """
 
 import numpy as np
 
+# The range [-1, 1] of a clip's values
+PEAK = 2.0
+LEVELS_PER_UNIT = 255 / PEAK
+
 
 def psnr(video: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(2² / mean squared error), of a clip or of several at once.
+    """Peak signal-to-noise ratio in dB, 10 log10(2² / mean squared error), of one clip or of several together.
 
-    ValueError where the shapes differ; infinite where the clips are equal.
+    Infinite if the clips are equal. ValueError if their shapes differ.
     """
     if np.shape(video) != np.shape(truth):
         raise ValueError(f"The clips have shapes {np.shape(video)} and {np.shape(truth)}, expected the same.")
     error = np.mean((np.asarray(video, np.float64) - np.asarray(truth, np.float64)) ** 2)
-    return float(10 * np.log10(4 / error)) if error else float("inf")
+    return float(10 * np.log10(PEAK**2 / error)) if error else float("inf")
 
 
 def colour_error(video: np.ndarray, truth: np.ndarray) -> float:
-    """How far the plain background is from the true clip's, in levels of 255: the largest over frames and channels."""
-    made, wanted = (np.median(np.asarray(x, np.float64).reshape(len(x), -1, 3), axis=1) for x in (video, truth))
-    return float(np.abs(made - wanted).max() * 127.5)
+    """The largest error of the background's colour over frames and channels, in levels from 0 to 255."""
+    return float(np.abs(_background_colour(video) - _background_colour(truth)).max() * LEVELS_PER_UNIT)
 
 
 def drift(video: np.ndarray) -> float:
-    """How far a clip's plain background moves from the first frame to the last, in levels of 255.
+    """The largest change of the background's colour from the first to the last frame, in levels from 0 to 255."""
+    first, last = _background_colour(np.asarray(video)[[0, -1]])
+    return float(np.abs(last - first).max() * LEVELS_PER_UNIT)
 
-    The largest change, over the three channels, of the frame's median: the object covers less than half of a frame.
-    """
-    ends = np.median(np.asarray(video, np.float64)[[0, -1]].reshape(2, -1, 3), axis=1)
-    return float(np.abs(ends[1] - ends[0]).max() * 127.5)
+
+def _background_colour(video):
+    """Per frame, the median of each channel [T, 3]: a shape covers less than half of a frame."""
+    return np.median(np.asarray(video, np.float64).reshape(len(video), -1, 3), axis=1)

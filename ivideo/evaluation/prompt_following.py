@@ -1,11 +1,12 @@
-"""Whether a clip of the captioned shapes shows what its caption says, measured exactly: no learned judge.
+"""Measures whether a clip of the captioned shapes shows its caption. The measure is exact: no learned judge.
 
-Every pixel of a frame is a mixture of the background and one colour, so a clip is read by fitting that mixture: the
-background is the median, the colour the one whose mixtures leave the least unexplained, the motion the straight line
-through the shape's centroids, the shape the drawn template that overlaps most. A clip has to be one object of one
-colour on one background throughout, or its colour, motion and shape count as wrong, whatever was asked for.
+Every pixel of a frame is a mixture of the background and one colour. The clip's attributes come from fitting that
+mixture: the background is the median; the colour is the one whose mixtures leave the smallest residual; the motion is
+the straight line through the shape's centroids; the shape is the drawn template with the largest overlap. The clip must
+show one object of one colour on one background throughout. Otherwise its colour, motion and shape count as wrong,
+whatever the caption is.
 
-Dimension letters: T frames, H height, W width. Colours are in the video's range of [-1, 1].
+T frames · H height · W width. Colours are in the video's range of [-1, 1].
 """
 
 import functools
@@ -18,41 +19,45 @@ import scipy.ndimage
 from ivideo.data import shapes
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
-# What frames too small to tell shapes apart can be judged by.
+# The attributes that are scored in frames too small for shapes.
 COARSE = ("background", "colour", "motion")
 
-# From this height on all of the world's clips are read without an error, with noise of 0.1 too.
+# Rows from which on every clip of the data set is read without an error, also with noise of 0.1.
 MIN_SHAPE_HEIGHT = 12
-# Distances between colours. The closest two backgrounds are 0.63 apart, the closest two colours 0.88, and a colour from
-# a background 0.65; these are about half of that.
+# Largest distance of a measured colour from the named one: about half the smallest distance between two names, which is
+# 0.63 between backgrounds, 0.88 between colours, and 0.65 between a colour and a background.
 _BACKGROUND_DISTANCE = 0.31
 _COLOUR_DISTANCE = 0.43
-# A pixel this far from every mixture of background and colour, and this many of the background's standard deviations,
-# shows something else.
+# A pixel shows something else if its distance from every mixture of background and colour exceeds both: this distance,
+# and this many standard deviations of the background's noise.
 _UNEXPLAINED_DISTANCE = 0.4
 _UNEXPLAINED_DEVIATIONS = 3.5
-# Shares of the object's area: of unexplained pixels, and of the second largest object.
+# Largest area of unexplained pixels, and of a second object, as shares of the object's area.
 _UNEXPLAINED_SHARE = 0.25
 _SECOND_SHARE = 0.35
-# Area of the object, in squares of the frame's shorter side: half the smallest star to one and a half largest circles.
+# Smallest and largest area of an object, in units of the frame's shorter side squared: half the smallest star, and 1.5
+# times the largest circle.
 _AREA = (0.03, 0.42)
-# Share of the frames that must be in order.
+# Smallest share of good frames.
 _GOOD_FRAMES = 0.9
-# The shortest path is 0.35 of the frame's extent.
+# Smallest distance that counts as motion, as a share of the frame's extent; the shortest path in the data set is 0.35.
 _MOTION_THRESHOLD = 0.15
-# Largest root-mean-square distance of the centroids from the straight line, as a share of the frame's extent.
+# Largest RMS distance of the centroids from the straight line, as a share of the frame's extent.
 _WOBBLE = 0.06
-# The overlap of a template with the object, below which the object is none of the shapes.
+# Smallest overlap of the best template with the object; below it the object is none of the shapes.
 _MIN_OVERLAP = 0.6
+_SHAPE_FRAMES = 8  # frames of a clip that are compared with the templates
+_TEMPLATE_SIZE = 400  # pixels
+_STD_PER_MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
 class Measured(NamedTuple):
-    """What a clip shows; None for an attribute that cannot be told, or that is none of the world's.
+    """The attributes of a clip. An attribute is None if it is unclear, or if the data set has no such value.
 
     `centres` [T,2]: the object's centroid (x, y) as shares of the frame's width and height, nan in frames without
-    exactly one object. `travel` (x, y): the way along the fitted line over the clip's 16/3 s, in the same shares.
-    `good_frames`: the share of frames with exactly one object of the clip's colour on its background.
-    `overlap`: of the best template, 0 to 1; nan where shape was not measured.
+    exactly one object. `travel` (x, y): distance along the fitted line over the clip's 16/3 s, in the same shares.
+    `good_frames`: share of frames with exactly one object of the clip's colour on its background.
+    `overlap`: overlap of the best template with the object, 0 to 1; nan if the shape was not measured.
     """
 
     background: str | None
@@ -66,9 +71,9 @@ class Measured(NamedTuple):
 
 
 def measure(video: np.ndarray, *, min_shape_height: int = MIN_SHAPE_HEIGHT) -> Measured:
-    """Reads background, colour, motion and shape off a clip [T,H,W,3] in [-1, 1].
+    """Measures background, colour, motion and shape of a clip [T,H,W,3] in [-1, 1].
 
-    `shape` is not measured in frames lower than `min_shape_height` pixels. ValueError on other shapes of array.
+    The shape is not measured in frames of fewer than `min_shape_height` rows. ValueError for an array of another shape.
     """
     video = np.asarray(video, np.float32)
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
@@ -101,10 +106,10 @@ def measure(video: np.ndarray, *, min_shape_height: int = MIN_SHAPE_HEIGHT) -> M
 def score(
     video: np.ndarray, attrs: shapes.Attributes, *, min_shape_height: int = MIN_SHAPE_HEIGHT
 ) -> dict[str, bool | None]:
-    """Whether each attribute of a clip [T,H,W,3] in [-1, 1] is the one asked for.
+    """Whether each attribute of a clip [T,H,W,3] in [-1, 1] is the one in `attrs`.
 
-    {'background', 'colour', 'motion', 'shape'}; shape is None in frames lower than `min_shape_height` pixels, where it
-    is not measured.
+    Returns {'background', 'colour', 'motion', 'shape'}. Shape is None in frames of fewer than `min_shape_height` rows,
+    because it is not measured there.
     """
     attrs = shapes.check_attributes(attrs)
     measured = measure(video, min_shape_height=min_shape_height)
@@ -115,7 +120,7 @@ def score(
 
 
 def _background(video: np.ndarray) -> tuple[str | None, np.ndarray, np.ndarray]:
-    """(name or None, its measured level [3], whether each frame has it [T])."""
+    """(name of the background or None, its measured colour [3], whether each frame has it [T])."""
     frames = np.median(video.reshape(len(video), -1, 3), axis=1)
     level = np.median(video.reshape(-1, 3), axis=0)
     name, distance = _nearest(level, shapes.BACKGROUNDS)
@@ -126,8 +131,8 @@ def _background(video: np.ndarray) -> tuple[str | None, np.ndarray, np.ndarray]:
 
 
 def _grain(video: np.ndarray, level: np.ndarray) -> float:
-    """The standard deviation of a background pixel's channel, from the median so that the object does not count."""
-    return 1.4826 * float(np.median(np.abs(video - level)))
+    """Standard deviation of the background's channels. The median leaves the object out of the estimate."""
+    return _STD_PER_MAD * float(np.median(np.abs(video - level)))
 
 
 def _nearest(level: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
@@ -141,7 +146,7 @@ def _levels(palette: tuple[tuple[int, int, int], ...]) -> np.ndarray:
 
 
 def _mixture(video: np.ndarray, background: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel's share of the colour, not clipped, and its distance from the closest mixture, both [T,H,W]."""
+    """Per pixel, the share of the colour (not clipped) and the distance from the closest mixture, both [T,H,W]."""
     line = colour - background
     difference = video - background
     share = difference @ line / (line @ line)
@@ -150,11 +155,11 @@ def _mixture(video: np.ndarray, background: np.ndarray, colour: np.ndarray) -> t
 
 
 def _colour(video: np.ndarray, background: np.ndarray) -> tuple[str, np.ndarray]:
-    """(the colour that explains the clip best, whether it explains each frame best [T])."""
+    """(the colour that fits the clip best, whether it also fits each frame best [T])."""
     cost = []
     for level in _levels(tuple(shapes.COLOURS.values())):
         _, rest = _mixture(video, background, level)
-        # Capped, so that pixels of something else count alike for all colours.
+        # Clipped, so that pixels of other objects count the same for all colours.
         cost.append(np.minimum(rest, 2 * _UNEXPLAINED_DISTANCE) ** 2)
     cost = np.sum(cost, axis=(2, 3))
     best = cost.sum(axis=1).argmin()
@@ -162,7 +167,7 @@ def _colour(video: np.ndarray, background: np.ndarray) -> tuple[str, np.ndarray]
 
 
 def _objects(share: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the largest object's pixels with a margin of one [T,H,W], whether it is one whole object alone [T]).
+    """(mask of the largest object with a margin of one pixel [T,H,W], whether the frame shows that object only [T]).
 
     `odd` [T,H,W]: pixels that are no mixture of background and colour.
     """
@@ -187,7 +192,7 @@ def _objects(share: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _centroids(share: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """The centroid (x, y) of each frame's object [T,2], as shares of width and height; nan where there is none."""
+    """Centroid (x, y) of the object per frame [T,2], as shares of width and height; nan without an object."""
     weights = share * objects
     height, width = share.shape[1:]
     area = weights.sum(axis=(1, 2))
@@ -198,7 +203,7 @@ def _centroids(share: np.ndarray, objects: np.ndarray) -> np.ndarray:
 
 
 def _has_colour(video: np.ndarray, share: np.ndarray, objects: np.ndarray, colour: str) -> bool:
-    """Whether the object's middle, the pixels that are most of all the colour, is that colour and no paler."""
+    """Whether the object's core has the colour and not a paler one. The core is the half with most of it."""
     inside = objects & (share > 0.5)
     core = inside & (share >= np.median(share[inside]))
     name, distance = _nearest(np.median(video[core], axis=0), shapes.COLOURS)
@@ -206,7 +211,7 @@ def _has_colour(video: np.ndarray, share: np.ndarray, objects: np.ndarray, colou
 
 
 def _motion(centres: np.ndarray) -> tuple[str | None, tuple[float, float]]:
-    """(the motion, or None where it is none of the world's; the way (x, y) of the line through the centres)."""
+    """(motion, or None if the data set has no such motion; distance (x, y) along the line through the centres)."""
     seen = ~np.isnan(centres[:, 0])
     times = shapes.frame_times(len(centres))[seen]
     if len(times) < 3:
@@ -229,8 +234,8 @@ def _motion(centres: np.ndarray) -> tuple[str | None, tuple[float, float]]:
 
 @functools.cache
 def _template(shape: str) -> tuple[float, float, float]:
-    """(area in squared radii, and the centroid (x, y) in radii from the centre of the bounding box) of a shape."""
-    size = 400
+    """(area in squared radii, centroid (x, y) in radii from the bounding box's centre) of a shape."""
+    size = _TEMPLATE_SIZE
     radius = size / 2 - 1
     share = shapes.coverage(shape, size / 2, size / 2, radius, height=size, width=size)
     x, y = (_centroids(share, np.ones_like(share, bool))[0] * size - size / 2) / radius
@@ -238,9 +243,9 @@ def _template(shape: str) -> tuple[float, float, float]:
 
 
 def _shape(share: np.ndarray, objects: np.ndarray, good: np.ndarray, centres: np.ndarray) -> tuple[str | None, float]:
-    """(the shape whose template overlaps the objects most, or None where none does well; its mean overlap)."""
+    """(the shape whose template overlaps the objects most, or None if no overlap is large enough; its mean overlap)."""
     chosen = np.flatnonzero(good)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(8, len(chosen))).round().astype(int)]
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(_SHAPE_FRAMES, len(chosen))).round().astype(int)]
     height, width = share.shape[1:]
     area = (share * objects)[chosen].sum(axis=(1, 2))
     seen = np.clip(share * objects, 0, 1)[chosen]
@@ -257,11 +262,11 @@ def _shape(share: np.ndarray, objects: np.ndarray, good: np.ndarray, centres: np
 
 
 def summarize(scored: Iterable[tuple[shapes.Attributes, dict[str, bool | None]]]) -> dict[str, dict[str, float | None]]:
-    """The share of clips that are right, by attribute and jointly, of seen and of held-out captions.
+    """The share of correct clips per attribute and jointly, for seen and for held-out captions.
 
-    `scored`: (attributes, their `score`) of each clip. Returns {'seen': {'clips', 'background', 'colour', 'motion',
-    'shape', 'coarse', 'all'}, 'held_out': the same}: 'coarse' is of background, colour and motion together, 'all' of
-    the shape too where it was measured. A share is None where no clip was measured for it.
+    `scored`: per clip (attributes, `score`). Returns {'seen': {'clips', 'background', 'colour', 'motion', 'shape',
+    'coarse', 'all'}, 'held_out': the same keys}. A clip is correct in 'coarse' if background, colour and motion are all
+    correct; in 'all' its shape must be correct too, if it was measured. A share without any measured clip is None.
     """
     rows = {"seen": [], "held_out": []}
     for attrs, right in scored:
@@ -280,8 +285,8 @@ def _shares(row: list[dict[str, bool | None]]) -> dict[str, float | None]:
 
 
 def format_table(table: dict[str, dict[str, float | None]]) -> str:
-    """The result of `summarize` as a Markdown table of percentages, '–' where nothing was measured."""
-    columns = {**{a: a for a in COARSE}, "coarse": "these three", "shape": "shape", "all": "all four"}
+    """The result of `summarize` as a Markdown table of percentages, with '–' for shares that are None."""
+    columns = {**{a: a for a in COARSE}, "coarse": "first three", "shape": "shape", "all": "all four"}
     lines = [f"| captions | clips | {' | '.join(columns.values())} |", "|---|--:|" + "--:|" * len(columns)]
     for name, row in table.items():
         cells = ["–" if row[c] is None else f"{100 * row[c]:.1f}%" for c in columns]

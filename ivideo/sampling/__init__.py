@@ -1,1 +1,1 @@
-"""From a prompt to a video file: the cascade, and the files that it writes."""
+"""Samples videos from text prompts with a stage or the cascade, and writes them to files."""

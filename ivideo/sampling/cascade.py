@@ -1,6 +1,6 @@
-"""From texts to videos through one stage or several. Section 2.2.
+"""Samples videos from text prompts with one stage or with a cascade of stages. Section 2.2.
 
-N videos · T, H, W frames, height, width
+N videos · T frames · H, W height, width · t, h, w size of a low-resolution clip
 """
 
 import itertools
@@ -9,142 +9,128 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from ivideo import stages
 from ivideo.devices import sharding
 from ivideo.errors import UserError
-from ivideo.sampling.interrupts import wait_for
+from ivideo.sampling.interrupts import run_interruptibly
 from ivideo.text import load_encoder
 from ivideo.training import trained
-from ivideo.training.average import read_average
-from ivideo.weights import SUFFIX, load_params
+from ivideo.weights import place
 
-SIZE = ("frames", "height", "width", "fps")
-PROMPTS_AT_ONCE = 8  # how many prompts are embedded in one call
+SIZE_KEYS = ("frames", "height", "width", "fps")
+ENCODER_BATCH = 8  # prompts that the text encoder embeds at a time
 
 
 def is_cascade(config) -> bool:
-    """Whether a config is of several stages (configs/cascade.py) and not of one."""
+    """Whether a config describes a cascade (configs/cascade.py) rather than one stage."""
     return "stages" in config
 
 
-def select(config, first: str | None = None, last: str | None = None) -> list:
-    """The configs of the stages to run, in order: all, or from `first` to `last`; of one stage's config, itself.
+def select(config, from_stage: str | None = None, to_stage: str | None = None) -> list:
+    """The configs of the stages to run, in order. The config of a single stage is returned in a list.
 
-    UserError where a name is unknown, the order is reversed, or a stage is not given what the one before it makes.
+    UserError if a stage's name is unknown, if the two stages are in the wrong order, or if the output size of one stage
+    differs from the input size of the next.
     """
     if not is_cascade(config):
-        if first or last:
+        if from_stage or to_stage:
             raise UserError(
-                f"--from_stage and --to_stage choose among several stages, but the config is of {config.stage} alone: "
+                f"--from_stage and --to_stage select stages of a cascade, but the config has only {config.stage}: "
                 "use --config=configs/cascade.py"
             )
         return [config]
     names = list(config.order)
-    for name in (first, last):
+    for name in (from_stage, to_stage):
         if name and name not in names:
             raise UserError(f"stage {name!r} is unknown: choose from {', '.join(names)}")
-    begin, end = names.index(first or names[0]), names.index(last or names[-1])
+    begin, end = names.index(from_stage or names[0]), names.index(to_stage or names[-1])
     if begin > end:
-        raise UserError(f"--from_stage={first} comes after --to_stage={last}: the order is {', '.join(names)}")
-    chosen = [config.stages[name] for name in names[begin : end + 1]]
-    for before, after in itertools.pairwise(chosen):
-        made, given = ({key: size[key] for key in SIZE} for size in (before.video, after.cond))
-        if made != given:
+        raise UserError(f"--from_stage={from_stage} comes after --to_stage={to_stage}: the order is {', '.join(names)}")
+    selected = [config.stages[name] for name in names[begin : end + 1]]
+    for before, after in itertools.pairwise(selected):
+        output_size, input_size = ({key: size[key] for key in SIZE_KEYS} for size in (before.video, after.cond))
+        if output_size != input_size:
             raise UserError(
-                f"{before.stage} makes {made} but {after.stage} is given {given}: "
-                f"config.stages.{after.stage}.cond must be config.stages.{before.stage}.video"
+                f"the output of {before.stage} is {output_size}, but the input of {after.stage} is {input_size}: "
+                f"config.stages.{after.stage}.cond must equal config.stages.{before.stage}.video"
             )
-    return chosen
+    return selected
 
 
-def load_weights(config, source: str | None):
-    """The stage's averaged parameters.
+def embed_prompts(config, prompts: Sequence[str], *, batch: int = ENCODER_BATCH) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts' embeddings [N, L, D] float32 from a stage's text encoder, and their mask [N, L].
 
-    `source`: the folder of a training run, whose newest checkpoint is read, a safetensors file, or None for the
-    package's (demo). UserError where there is none, or where it is of another model.
-    """
-    shapes = stages.param_shapes(config)
-    if source is None or source.endswith(SUFFIX):
-        return load_params(trained.packaged(config) if source is None else source, shapes)
-    where = sharding.param_shardings(sharding.make_mesh({"fsdp": -1}), shapes)
-    like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    return read_average(source, like)[1]
-
-
-def embedded(config, prompts: Sequence[str], *, size: int = PROMPTS_AT_ONCE) -> tuple[np.ndarray, np.ndarray]:
-    """What a stage's text encoder makes of prompts: text [N, L, D] float32 and its mask [N, L].
-
-    `size` texts are encoded at a time. The encoder, larger than the stages at the paper's size, is split over all
-    devices and let go at the end.
+    The encoder embeds `batch` prompts at a time. It can be larger than the stages (T5-XXL), so its parameters are
+    split over all devices, and freed at the end.
     """
     encoder = load_encoder(config.text, mesh=sharding.make_mesh({"fsdp": -1}))
     tokens, mask = encoder.tokenize(list(prompts))
-    parts = []
-    for begin in range(0, len(prompts), size):
-        # The last part is filled up with the last prompt: one shape, one program
-        rows = np.minimum(np.arange(begin, begin + size), len(prompts) - 1)
-        parts.append(sharding.to_host(encoder.encode(tokens[rows], mask[rows])))
-    return np.concatenate(parts)[: len(prompts)], mask
+    embeddings = []
+    for begin in range(0, len(prompts), batch):
+        # The last batch is padded with the last prompt: every batch has the same shape and needs one compilation
+        rows = np.minimum(np.arange(begin, begin + batch), len(prompts) - 1)
+        embeddings.append(sharding.to_host(encoder.encode(tokens[rows], mask[rows])))
+    return np.concatenate(embeddings)[: len(prompts)], mask
 
 
-class Sampler:
-    """A stage's sampling program, compiled once for batches of `size` videos, split over the devices that divide it."""
+class StageSampler:
+    """The sampling program of one stage, compiled once for batches of `size` videos.
+
+    The batch is split over as many devices as divide it (`sampling_mesh`).
+    """
 
     def __init__(self, config, size: int):
-        self.config, self.size, self._mesh = config, size, sampling_mesh(config, size)
-        self._model, self._bar = stages.build_model(config), None
-        video = sharding.logical_sharding(self._mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
+        self.config, self.size, self.mesh = config, size, sampling_mesh(config, size)
+        self._model, self._progress = stages.build_model(config), None
+        video = sharding.logical(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
 
-    def _sample(self, params, text, mask, keys, low):
-        with sharding.layout(self._mesh):
+    def _sample(self, params, text, mask, keys, low_res):
+        with sharding.layout(self.mesh):
             keys = jax.random.wrap_key_data(keys)
-            tell = self._tell if sys.stderr.isatty() else None
-            return stages.sample(self.config, self._model, params, text, mask, keys, low=low, on_step=tell)
+            on_step = self._advance_progress if sys.stderr.isatty() else None
+            return stages.sample(self.config, self._model, params, text, mask, keys, low=low_res, on_step=on_step)
 
-    def _tell(self, _):
-        if self._bar is not None:
-            self._bar.update()
+    def _advance_progress(self, _):
+        if self._progress is not None:
+            self._progress.update()
 
-    def placed(self, params):
-        """Parameters on the mesh, in the type that the network computes in: half the memory in bfloat16."""
-        where = sharding.param_shardings(self._mesh, params)
-        dtype = jnp.dtype(self.config.model.dtype)
-        cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
-        if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
-            return cast(sharding.from_host(params, where))
-        return cast(jax.device_put(params, where))
+    def place(self, params):
+        """The parameters on the stage's mesh, in the dtype that the network computes in."""
+        return place(params, self.mesh, self.config.model.dtype)
 
-    def batches(self, params, batches, *, texts, seeds, low=None, label: str | None = None):
-        """Yields (rows, their videos [n, T, H, W, 3] in [-1, 1]) for each of `batches`, lists of up to `size` rows.
+    def batches(self, params, batches, *, texts, seeds, low_res=None, label: str | None = None):
+        """Yields (rows, videos [n, T, H, W, 3] in [-1, 1]) per batch; `batches` are lists of up to `size` rows.
 
-        `texts` (text [N, L, D], mask [N, L]), `seeds` (`stages.video_keys`) and `low`, what a super-resolution stage is
-        given, [N, t, h, w, 3] or clips by their rows, are indexed by row. A batch is made when it is asked for.
+        A row is an index into `texts` (text [N, L, D], mask [N, L]), `seeds` (see `stages.video_keys`) and `low_res`,
+        the input of a super-resolution stage: an array [N, t, h, w, 3] or a dict from row to clip.
+        A batch is sampled only when the caller asks for it.
         """
         text, mask = texts
         hidden, total = not sys.stderr.isatty(), self.config.sample.steps * len(batches)
-        with tqdm.tqdm(total=total, desc=label or self.config.stage, unit="step", disable=hidden) as self._bar:
+        with tqdm.tqdm(total=total, desc=label or self.config.stage, unit="step", disable=hidden) as self._progress:
             for batch in batches:
-                # A batch that is not full is filled up with its last row: one shape, one compile
+                # A short batch is padded with its last row: every batch has the same shape and needs one compilation
                 rows = [*batch, *[batch[-1]] * (self.size - len(batch))]
                 keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
-                given = None if low is None else np.stack([low[row] for row in rows])
-                given = sharding.inputs_to_mesh((text[rows], mask[rows], np.asarray(keys), given), self._mesh)
-                yield batch, wait_for(lambda: sharding.to_host(self._run(params, *given)))[: len(batch)]  # noqa: B023
+                clips = None if low_res is None else np.stack([low_res[row] for row in rows])
+                inputs = sharding.on_mesh((text[rows], mask[rows], np.asarray(keys), clips), self.mesh)
+                videos = run_interruptibly(lambda: sharding.to_host(self._run(params, *inputs)))  # noqa: B023
+                yield batch, videos[: len(batch)]
+                del videos  # the next batch needs its memory
             jax.effects_barrier()
 
 
-def check_input(config, *, given: bool) -> None:
-    """UserError where a stage lacks the video that it enlarges, or is given one that it does not take."""
-    if given and not config.cond.frames:
-        raise UserError(f"stage {config.stage} makes videos from noise: it takes no input")
-    if config.cond.frames and not given:
+def check_input(config, *, has_input: bool) -> None:
+    """UserError if a super-resolution stage has no input video, or if the base stage has one."""
+    if has_input and not config.cond.frames:
+        raise UserError(f"stage {config.stage} starts from noise: it takes no --input")
+    if config.cond.frames and not has_input:
         raise UserError(
-            f"stage {config.stage} enlarges a video of {config.cond.height}×{config.cond.width}: give it --input"
+            f"stage {config.stage} upsamples a video of {config.cond.height}×{config.cond.width}: pass one with --input"
         )
 
 
@@ -154,28 +140,29 @@ def sample_stage(
     prompts: Sequence[str],
     *,
     seeds: Sequence[tuple[int, ...]],
-    low=None,
+    low_res=None,
     texts: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """One stage's videos [N, T, H, W, 3] in [-1, 1], one for each prompt.
+    """Samples one video per prompt with one stage: [N, T, H, W, 3] in [-1, 1].
 
-    `texts`: the prompts as the stage's encoder embeds them (`embedded`), where that has been done already.
-    `low` [N, t, h, w, 3]: what a super-resolution stage is given. A video's noise follows from its seed, numbers as
-    `stages.video_keys` takes them, alone. Videos are made `config.sample.batch` at a time, with a progress bar where
-    there is a terminal. UserError where `low` is missing or not wanted; FloatingPointError where a value is not finite.
+    `seeds`: per prompt the numbers for `stages.video_keys`; a video's noise depends on nothing else.
+    `low_res` [N, t, h, w, 3]: the input of a super-resolution stage.
+    `texts`: the prompts' embeddings and mask (`embed_prompts`), if they are computed already.
+    Videos are sampled `config.sample.batch` at a time, with a progress bar in a terminal.
+    UserError if `low_res` is missing or not wanted; FloatingPointError if a video has a value that is not finite.
     """
-    check_input(config, given=low is not None)
-    sampler = Sampler(config, min(config.sample.batch, len(prompts)))
+    check_input(config, has_input=low_res is not None)
+    sampler = StageSampler(config, min(config.sample.batch, len(prompts)))
     batches = _batches(range(len(prompts)), sampler.size)
+    params, texts = sampler.place(params), texts or embed_prompts(config, prompts)
     videos = None
-    params = sampler.placed(params)
-    for rows, made in sampler.batches(params, batches, texts=texts or embedded(config, prompts), seeds=seeds, low=low):
-        for row, video in zip(rows, made, strict=True):
+    for rows, batch in sampler.batches(params, batches, texts=texts, seeds=seeds, low_res=low_res):
+        for row, video in zip(rows, batch, strict=True):
             if not np.isfinite(video).all():
                 raise FloatingPointError(_not_finite(config.stage, [prompts[row]]))
-        if videos is None:  # one array for all: a copy would be gigabytes
-            videos = np.empty((len(prompts), *made.shape[1:]), made.dtype)
-        videos[rows[0] : rows[-1] + 1] = made
+        if videos is None:  # one array for all: concatenating would copy gigabytes
+            videos = np.empty((len(prompts), *batch.shape[1:]), batch.dtype)
+        videos[rows[0] : rows[-1] + 1] = batch
     return videos
 
 
@@ -191,22 +178,24 @@ def _not_finite(stage, prompts):
 
 
 def sampling_mesh(config, size: int):
-    """The mesh of `config.sample.mesh` for `size` videos at a time; fewer devices where data does not divide these.
+    """The mesh of `config.sample.mesh` for batches of `size` videos.
 
-    UserError where the mesh does not fit the devices, or would leave devices of another process without work.
+    If the mesh's batch axes do not divide the batch, fewer devices are used. UserError if the mesh does not fit the
+    devices, or if devices of another process would have no work.
     """
     mesh = sharding.make_mesh(config.sample.mesh)
-    parts = sharding.batch_parts(mesh)
-    if size % parts == 0:
+    batch_parts = sharding.batch_parts(mesh)
+    if size % batch_parts == 0:
         return mesh
-    used = math.gcd(size, parts) * (mesh.size // parts)
+    used = math.gcd(size, batch_parts)
     if jax.process_count() > 1:
         raise UserError(
-            f"{size} videos at a time of stage {config.stage} over {parts} parts of {jax.process_count()} processes' "
-            f"devices: make config.sample.batch a multiple of {parts}, or split frames and rows (config.sample.mesh)"
+            f"config.sample.mesh splits a batch of stage {config.stage} over {batch_parts} groups of devices of "
+            f"{jax.process_count()} processes, but a batch has {size} videos: make config.sample.batch a multiple of "
+            f"{batch_parts}, or split frames and rows instead (config.sample.mesh)"
         )
-    sizes = {**config.sample.mesh, "data": math.gcd(size, parts), "fsdp": 1}
-    return sharding.make_mesh(sizes, jax.devices()[:used])
+    sizes = {**config.sample.mesh, "data": used, "fsdp": 1}
+    return sharding.make_mesh(sizes, jax.devices()[: used * (mesh.size // batch_parts)])
 
 
 def run(
@@ -216,75 +205,68 @@ def run(
     seeds: Sequence[tuple[int, ...]],
     sources: Mapping[str, str | None] | None = None,
     identities: Mapping[str, str] | None = None,
-    low=None,
+    low_res=None,
     group: int = 32,
     wanted: Mapping[str, set[int]] | None = None,
 ) -> Iterator[tuple]:
-    """Yields (stage's config, row, video [T, H, W, 3]) as the stages in `configs` (see `select`) make them.
+    """Runs the stages in `configs` (see `select`) and yields (stage's config, row, video [T, H, W, 3]).
 
-    `group` prompts at a time go through all stages, each of which loads its weights from its source (`trained.find`)
-    for every group, and lets them go: memory holds one stage, one batch of its videos and what it is given for a group.
-    A single stage loads them once. `identities`: what `trained.check` found; UserError where a run has gone on since.
-    `low` [N, t, h, w, 3] is what the first stage is given, where it enlarges. `wanted`: the rows whose videos are
-    yielded, by the stage's name; all of the last stage unless given. Only batches that these need are made. Batches
-    do not depend on `wanted`, so that each video is the same, bit for bit, whatever else is wanted.
-    A video that is not finite is left out, and the others are made; FloatingPointError, at the end, names its prompt.
+    `sources` and `identities`: per stage, where its weights are (`trained.find`) and which they were when the command
+    began (`trained.check`). UserError if they have changed since, because their training run went on.
+    `low_res` [N, t, h, w, 3]: the input of the first stage, if that is a super-resolution stage.
+    `group`: this many prompts go through all stages before the next group starts. Each stage loads its weights once
+    per group and frees them afterwards; a single stage loads them once. Memory thus holds one stage, one batch of its
+    videos, and one group of its input clips.
+    `wanted`: per stage, the rows whose videos are yielded; by default all rows of the last stage. Only the batches that
+    they need are sampled. The rows in a batch do not depend on `wanted`, so a video is the same bit for bit.
+    A video that is not finite is left out and the others are sampled. FloatingPointError at the end names its prompt.
     """
     wanted = wanted if wanted is not None else {configs[-1].stage: set(range(len(prompts)))}
-    check_input(configs[0], given=low is not None)
-    samplers = {config.stage: Sampler(config, min(config.sample.batch, len(prompts))) for config in configs}
+    check_input(configs[0], has_input=low_res is not None)
+    samplers = {config.stage: StageSampler(config, min(config.sample.batch, len(prompts))) for config in configs}
     failed, params = {}, None
     for begin in range(0, len(prompts), group):
         rows = range(begin, min(begin + group, len(prompts)))
-        needed = _needed(configs, rows, samplers, wanted)
+        needed = _needed_batches(configs, rows, samplers, wanted)
         if not any(needed.values()):
             continue
-        texts = _texts(configs, [prompts[row] for row in rows], size=min(PROMPTS_AT_ONCE, len(prompts)))
-        given = None if low is None else low[rows.start : rows.stop]
+        texts = _embed_per_encoder(configs, [prompts[row] for row in rows], batch=min(ENCODER_BATCH, len(prompts)))
+        clips = None if low_res is None else low_res[rows.start : rows.stop]
         for number, config in enumerate(configs, 1):
             if not needed[config.stage]:
                 break
+            # From here on, rows count from the group's first prompt
             batches = [[row - begin for row in batch] for batch in needed[config.stage]]
-            if number > 1:
-                batches = [some for batch in batches if (some := [row for row in batch if row in given])]
+            if number > 1:  # without the rows that an earlier stage failed to make
+                batches = [finite for batch in batches if (finite := [row for row in batch if row in clips])]
             sampler = samplers[config.stage]
             if params is None:
-                params = sampler.placed(_load_the_same(config, sources, identities))
-            made = sampler.batches(
-                params, batches, texts=texts[repr(config.text)], seeds=seeds[rows.start : rows.stop], low=given,
+                source, identity = (sources or {}).get(config.stage), (identities or {}).get(config.stage)
+                params = sampler.place(trained.load(config, source, identity=identity))
+            sampled = sampler.batches(
+                params, batches, texts=texts[repr(config.text)], seeds=seeds[rows.start : rows.stop], low_res=clips,
                 label=_label(configs, number, rows, len(prompts)),
             )  # fmt: skip
-            kept = {}
-            for batch, videos in made:
-                for place, row in enumerate(batch):
-                    if not np.isfinite(videos[place]).all():
+            output_clips = {}
+            for batch, videos in sampled:
+                for position, row in enumerate(batch):
+                    if not np.isfinite(videos[position]).all():
                         failed.setdefault(config.stage, []).append(prompts[begin + row])
                         continue
                     if config is not configs[-1]:
-                        kept[row] = videos[place]
+                        output_clips[row] = videos[position]
                     if begin + row in wanted.get(config.stage, ()):
-                        yield config, begin + row, videos[place]
-                videos = None  # before the next batch is made
-            given = kept
+                        yield config, begin + row, videos[position]
+                del videos  # the next batch needs its memory
+            clips = output_clips
             if len(configs) > 1:
-                params = made = None
-    for stage, lost in failed.items():
-        raise FloatingPointError(_not_finite(stage, lost))
+                params = sampled = None
+    for stage, failed_prompts in failed.items():
+        raise FloatingPointError(_not_finite(stage, failed_prompts))
 
 
-def _load_the_same(config, sources, identities):
-    """A stage's weights; UserError where they are not those that were found when the command began."""
-    source = (sources or {}).get(config.stage)
-    if identities and trained.check(config, source) != identities[config.stage]:
-        raise UserError(
-            f"the weights of stage {config.stage} in {source} have changed since this command began: export them with "
-            "--mode=export, and give the file with --weights"
-        )
-    return load_weights(config, source)
-
-
-def _needed(configs, rows, samplers, wanted):
-    """The batches of each stage that have to be made, for the videos that are wanted of it and of the stages after."""
+def _needed_batches(configs, rows, samplers, wanted):
+    """Per stage, the batches to sample: those with wanted rows of this stage, or with input for a later stage."""
     needed, batches = set(), {}
     for config in reversed(configs):
         needed = needed | (wanted.get(config.stage, set()) & set(rows))
@@ -293,13 +275,13 @@ def _needed(configs, rows, samplers, wanted):
     return batches
 
 
-def _texts(configs, prompts, *, size):
-    """What the stages' encoders make of prompts, by the repr of the stage's text config."""
+def _embed_per_encoder(configs, prompts, *, batch):
+    """The prompts' embeddings per text encoder, by the repr of its config: stages may share an encoder."""
     by_encoder = {repr(config.text): config for config in configs}
-    return {key: embedded(config, prompts, size=size) for key, config in by_encoder.items()}
+    return {key: embed_prompts(config, prompts, batch=batch) for key, config in by_encoder.items()}
 
 
 def _label(configs, number, rows, count):
-    """The progress bar's name."""
+    """The progress bar's label."""
     stage = f"{configs[number - 1].stage} ({number} of {len(configs)})" if len(configs) > 1 else configs[0].stage
     return stage if len(rows) == count else f"{stage}, videos {rows.start + 1} to {rows.stop} of {count}"

@@ -1,4 +1,4 @@
-"""Signals that end a program which has nothing to save: it says one line and leaves at once."""
+"""Handles signals in a program that has nothing to save: it prints one line and exits at once."""
 
 import contextlib
 import logging
@@ -8,14 +8,13 @@ import signal
 import sys
 import threading
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a polite kill, a terminal or ssh that is gone
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a closed terminal or ssh connection
 
-
-_listening = threading.Event()  # set where signals raise
+_raising = threading.Event()  # set while signals raise Interrupted
 
 
 class Interrupted(BaseException):
-    """A signal told the program to stop. The message says what is finished and how to go on."""
+    """A signal told the program to stop. The message says what is finished and how to continue."""
 
     def __init__(self, number: int, message: str = "interrupted"):
         super().__init__(message)
@@ -23,30 +22,30 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def raising():
-    """Within the block each of SIGNALS raises Interrupted in the main thread. What nohup ignores stays ignored."""
+def raise_on_signal():
+    """Inside the block, SIGNALS raise Interrupted in the main thread. Signals that nohup ignores stay ignored."""
 
-    def tell(number, _):
+    def handle(number, _):
         raise Interrupted(number)
 
-    heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-    previous = {s: signal.signal(s, tell) for s in heard}
-    _listening.set()
+    handled = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handle) for s in handled}
+    _raising.set()
     try:
         yield
     finally:
-        _listening.clear()
+        _raising.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def wait_for(function):
-    """What `function` returns or raises; where signals raise, computed in a thread of its own.
+def run_interruptibly(function):
+    """Calls `function` and returns its result or raises its error; inside `raise_on_signal` in a thread of its own.
 
-    The main thread is then free to be interrupted: a signal's handler cannot run while it compiles or waits for a
-    device. The thread goes on until the program leaves (`leave`).
+    The main thread then stays interruptible: Python runs no signal handler while a thread compiles or waits for a
+    device. The other thread keeps running until the program exits (`exit_now`).
     """
-    if not _listening.is_set():
+    if not _raising.is_set():
         return function()
     results = queue.SimpleQueue()
 
@@ -63,8 +62,8 @@ def wait_for(function):
     return value
 
 
-def leave(interrupted: Interrupted):
-    """Ends the program at once with the shell's exit code for the signal: a thread may still wait for a device."""
+def exit_now(interrupted: Interrupted):
+    """Exits at once with the shell's exit code for the signal: a normal exit would wait for the device thread."""
     print(f"ivideo: {interrupted}", file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()

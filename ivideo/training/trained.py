@@ -1,4 +1,8 @@
-"""Where a stage's weights come from, checked before any is read: a training run, a file of mode export, the package."""
+"""Finds, checks, loads and exports a stage's weights.
+
+Weights come from a training run, from a safetensors file of mode export, or from the package (demo variant).
+`find` says where they are, `check` compares them with the config without reading them, and `load` reads them.
+"""
 
 import hashlib
 import importlib.resources
@@ -6,20 +10,34 @@ import json
 import os
 from collections.abc import Sequence
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ivideo import recipe, stages
+from ivideo.devices import sharding
 from ivideo.errors import UserError
+from ivideo.files import prepare_folders, refuse_existing
+from ivideo.training.average import read_average
 from ivideo.training.checkpoint import below, shapes_in, steps_in
-from ivideo.weights import SUFFIX, check_shapes, file_identity, load_metadata, read_shapes, shapes_of
+from ivideo.weights import (
+    SUFFIX,
+    check_shapes,
+    config_metadata,
+    file_identity,
+    load_metadata,
+    load_params,
+    read_shapes,
+    save_params,
+    shapes_of,
+)
 
 
 def find(configs: Sequence, *, workdir: str | None = None, weights: str | None = None) -> dict[str, str | None]:
-    """Each stage's source of weights by the stage's name: a folder of a training run, a file, or None for the package.
+    """Per stage, the source of its weights: the folder of a training run, a file, or None for the package.
 
-    `workdir` is the folder of a stage's run, or of several stages a folder of such folders by the stages' names.
-    `weights` is a safetensors file of one stage, or a folder of STAGE.safetensors. UserError where both are given.
+    `workdir`: the folder of one stage's training run; for several stages, a folder with one such folder per stage.
+    `weights`: a safetensors file for one stage, or a folder of STAGE.safetensors. UserError if both are given.
     """
     if workdir and weights:
         raise UserError(f"--workdir={workdir} and --weights={weights} are both given: weights come from one of them")
@@ -31,7 +49,7 @@ def find(configs: Sequence, *, workdir: str | None = None, weights: str | None =
             raise UserError(f"--weights={weights} is neither a folder nor a {SUFFIX} file: give what mode export wrote")
         if len(names) > 1:
             raise UserError(
-                f"--weights={weights} is one file, and {len(names)} stages need theirs: give a folder of "
+                f"--weights={weights} is one file, but {len(names)} stages need weights: give a folder of "
                 f"{names[0]}{SUFFIX}, {names[1]}{SUFFIX}, …"
             )
         return {names[0]: weights}
@@ -39,28 +57,28 @@ def find(configs: Sequence, *, workdir: str | None = None, weights: str | None =
 
 
 def packaged(config) -> str:
-    """The file with a stage's weights in the package. UserError where there is none."""
+    """The path of a stage's weights in the package. UserError if the package has none for this variant."""
     path = str(importlib.resources.files("ivideo") / "demo" / "weights" / f"{config.stage}{SUFFIX}")
     if config.variant != "demo" or not os.path.exists(path):
         raise UserError(
-            f"--workdir is missing: the package has weights for the demo variant alone, not for {config.stage}:"
+            f"--workdir is missing: the package has weights for the demo variant only, not for {config.stage}:"
             f"{config.variant}; give the folder of a training run, or an exported file with --weights"
         )
     return path
 
 
 def check(config, source: str | None, *, any_stage: bool = False) -> str:
-    """Returns what tells these weights from others, without reading them.
+    """Checks that the weights at `source` fit the config, without reading them. Returns their identity, a short text.
 
-    UserError where there are none at `source` (see `find`), or where they are of another network: the config kept
-    beside them is compared first, then every leaf's shape. `any_stage` as in `recipe.check_network`.
+    UserError if there are no weights at `source` (see `find`), or if they belong to another network: the config saved
+    with them is compared first, then the shape of every leaf. `any_stage` as in `recipe.check_network`.
     """
     source = packaged(config) if source is None else source
     wanted = shapes_of(stages.param_shapes(config))
     if source.endswith(SUFFIX):
-        found, shapes, identity = _config_of(source), read_shapes(source), file_identity(source)
+        found, shapes, identity = _file_config(source), read_shapes(source), file_identity(source)
     else:
-        found, shapes, identity = recipe.read_run_config(source), *_newest(source)
+        found, shapes, identity = recipe.read_run_config(source), *_newest_checkpoint(source)
     if found is not None:
         recipe.check_network(source, found, config, any_stage=any_stage)
     if shapes is not None:
@@ -69,7 +87,10 @@ def check(config, source: str | None, *, any_stage: bool = False) -> str:
 
 
 def check_start(config) -> None:
-    """As `check`, of the file that a training run begins with, which may be of another stage with the same network."""
+    """Checks the file that a new training run starts from, `config.train.start`.
+
+    Like `check`, but the weights may come from another stage with the same network.
+    """
     if not config.train.start.endswith(SUFFIX):
         raise UserError(
             f"config.train.start = {config.train.start}: expected a {SUFFIX} file, such as mode export writes"
@@ -77,22 +98,56 @@ def check_start(config) -> None:
     check(config, config.train.start, any_stage=True)
 
 
-def config_beside(source: str) -> dict | None:
-    """The config kept beside the weights in a folder or a file, or None where there is none."""
-    return _config_of(source) if source.endswith(SUFFIX) else recipe.read_run_config(source)
+def load(config, source: str | None, *, identity: str | None = None):
+    """The stage's averaged parameters, float32.
+
+    From a training run, the newest checkpoint is read, sharded over all devices. UserError if there are no weights at
+    `source` (see `find`), if they belong to another network, or if `check` now returns another `identity`.
+    """
+    if identity and check(config, source) != identity:
+        raise UserError(
+            f"the weights of stage {config.stage} in {source} have changed since this command began: export them with "
+            "--mode=export, and give the file with --weights"
+        )
+    shapes = stages.param_shapes(config)
+    if source is None or source.endswith(SUFFIX):
+        return load_params(packaged(config) if source is None else source, shapes)
+    where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
+    sharded = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    return read_average(source, sharded)[1]
 
 
-def _config_of(path):
+def export(config, workdir: str, out: str, *, overwrite=False) -> None:
+    """Writes the averaged parameters of a training run as a bfloat16 safetensors file, with the run's own config.
+
+    UserError before any weights are read if `out` exists or cannot be written, if the run has no checkpoint, or if its
+    network differs from the config's.
+    """
+    if not out.endswith(SUFFIX):
+        raise UserError(f"--out={out} must end in {SUFFIX}")
+    check(config, workdir)
+    refuse_existing([out], overwrite=overwrite)
+    prepare_folders([out])
+    metadata = config_metadata(config)
+    if (run_config := recipe.read_run_config(workdir)) is not None:
+        metadata["config"] = json.dumps(run_config, sort_keys=True)
+    save_params(out, load(config, workdir), metadata=metadata, overwrite=overwrite)
+    print(out)
+
+
+def _file_config(path):
+    """The config in a safetensors file's metadata, or None."""
     try:
         return json.loads(load_metadata(path)["config"])
     except (KeyError, ValueError):
         return None
 
 
-def _newest(workdir):
-    """(shapes of the newest checkpoint's averaged parameters, what tells it from others).
+def _newest_checkpoint(workdir):
+    """(shapes of the averaged parameters in a run's newest checkpoint, the checkpoint's identity).
 
-    No shapes where its metadata cannot be read: loading says what is wrong with it, or goes back to the one before it.
+    The shapes are None if the checkpoint's metadata cannot be read: `load` then reports the damage, or reads the
+    checkpoint before it.
     """
     folder = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     if not folder.is_dir():
@@ -104,12 +159,12 @@ def _newest(workdir):
         )
     path = folder / str(max(steps))
     try:
-        saved = (path / "_CHECKPOINT_METADATA").read_bytes()  # when it was saved, to the nanosecond
+        saved = (path / "_CHECKPOINT_METADATA").read_bytes()  # has the time of saving in nanoseconds
     except OSError:
         saved = b""
     identity = f"step {max(steps)}, saved {hashlib.sha256(saved).hexdigest()[:16]}"
     try:
         shapes = below(shapes_in(path, ocp.PyTreeCheckpointHandler()), "ema")
-    except Exception:  # whatever Orbax says of damaged metadata
+    except Exception:  # Orbax raises many types for damaged metadata
         return None, identity
     return shapes, identity
