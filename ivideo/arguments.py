@@ -1,4 +1,4 @@
-"""The command line's own grammar: where a config is found and loaded, its overrides, paths, and help."""
+"""Parses the command line: finds and loads the config, applies its overrides, expands paths, prints help."""
 
 import difflib
 import importlib.machinery
@@ -19,13 +19,13 @@ from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
 FLAGS = flags.FLAGS
-EXAMPLE = "name a stage's file, such as --config=configs/base.py:demo"
+EXAMPLE = "give a config file, such as --config=configs/base.py:demo"
 DISTILLED = re.compile(r"(?:(?P<variant>.+)_)?distilled(?:_(?P<phase>\w+))?(?:=(?P<stages>[\w,]+))?")
 HELP = re.compile(r"--?(h|help|helpshort|helpfull|helpxml|\?)")
 
 
-class Path(flags.ArgumentParser):
-    """A flag that is a path: ~ stands for the home folder, as it does where a shell expands it."""
+class PathParser(flags.ArgumentParser):
+    """Parses a path; a ~ at its start is the home folder, as in a shell."""
 
     def parse(self, argument: str) -> str:
         return files.expand_home(argument)
@@ -34,8 +34,8 @@ class Path(flags.ArgumentParser):
         return "path"
 
 
-class Whole(flags.IntegerParser):
-    """A whole number, also as 1e6."""
+class IntegerParser(flags.IntegerParser):
+    """Parses an integer, also written as 1e6."""
 
     def convert(self, argument: str) -> int:
         try:
@@ -46,18 +46,18 @@ class Whole(flags.IntegerParser):
             return int(float(argument))
 
 
-PATH = Path()
-config_flags.register_flag_parser_for_type(int, Whole())
+PATH = PathParser()
+config_flags.register_flag_parser_for_type(int, IntegerParser())
 
 
 def parse(argv: list[str]) -> None:
-    """Reads the flags into absl's FLAGS, `config` as the loaded config with its overrides.
+    """Parses the flags into absl's FLAGS. FLAGS.config is the loaded config with its overrides.
 
-    Every mistake is a UserError of one line. Prints what --help asks for and leaves with 0.
+    Raises a one-line UserError for any mistake. With a help flag, prints the help and exits with 0.
     """
     app.define_help_flags()
-    if wanted := [arg for arg in argv[1:] if HELP.fullmatch(arg)]:
-        _help(argv[0], wanted[0])
+    if help_flags := [arg for arg in argv[1:] if HELP.fullmatch(arg)]:
+        _help(argv[0], help_flags[0])
     try:
         argv, spec = _split_config(FLAGS.read_flags_from_files(argv, force_gnu=False))
         if spec is not None:
@@ -67,33 +67,32 @@ def parse(argv: list[str]) -> None:
         rest = FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
         if e.flagname.startswith("config."):
-            raise UserError(f"--{e.flagname} is set without a config: {EXAMPLE}") from e
-        raise UserError(f"--{e.flagname} is not a flag{_nearest(e.flagname)}: see --helpshort") from e
+            raise UserError(f"--{e.flagname} is set, but there is no --config: {EXAMPLE}") from e
+        raise UserError(f"--{e.flagname} is not a flag{_suggestion(e.flagname)}: see --helpshort") from e
     except UserError:
         raise
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as e:
         raise UserError(_line(e)) from e
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag: values are given as --name=value; see --helpshort")
+        raise UserError(f"{rest[1]!r} is not a flag: write flags as --name=value; see --helpshort")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """The config that FILE or FILE:VARIANT names, such as configs/base.py:demo, or as demo_distilled its student.
+    """Loads the config FILE or FILE:VARIANT, such as configs/base.py:demo, or with _distilled that of its student.
 
-    A relative configs/NAME.py that is not there is the package's own. `from configs import NAME` in the file finds its
-    neighbours in its folder (a link's, then also in that of its target), and those that are not there in the package.
-    UserError where there is no such file, with the reason and the line where it cannot be run, or where it makes no
-    ConfigDict.
+    If a relative configs/NAME.py does not exist, the package's own file is loaded. `from configs import NAME` in the
+    file searches its own folder, for a symbolic link also the folder of its target, and then the package's configs.
+    UserError if there is no such file, if it fails (with the reason and the line), or if it returns no ConfigDict.
     """
-    path, variant = _find(spec)
+    path, variant = _find_config(spec)
     student = DISTILLED.fullmatch(variant[0]) if variant else None
     if student:
         variant = [student["variant"]] if student["variant"] else []
     path = os.path.abspath(path)
-    folders = [os.path.dirname(path), os.path.dirname(os.path.realpath(path)), packaged()]
+    folders = [os.path.dirname(path), os.path.dirname(os.path.realpath(path)), package_configs()]
     _make_importable("configs", folders)
     try:
-        # Not as an import, which may take a compiled copy of a file that was written twice within a second
+        # Not an import: Python would use a stale compiled copy of a file that was written twice within a second
         module = types.ModuleType("config")
         module.__file__ = path
         exec(compile(files.read_bytes(path), path, "exec"), module.__dict__)
@@ -122,41 +121,43 @@ def _distilled(config, spec: str, student: re.Match):
         raise UserError(f"--config={spec}: {_line(e)}") from e
 
 
-def packaged() -> str:
-    """The folder of the configs that belong to this code: inside the installed package, beside it in a clone."""
+def package_configs() -> str:
+    """The folder of the package's own configs: inside an installed package, next to it in a clone."""
     package = os.path.dirname(os.path.abspath(__file__))
     inside = os.path.join(package, "configs")
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
 
 
-def _find(spec: str) -> tuple[str, list[str]]:
-    """The file that a config's name means, and its variant if it names one. A path may have colons of its own."""
+def _find_config(spec: str) -> tuple[str, list[str]]:
+    """Splits a config spec into a file and [variant] or []. The path itself may contain colons."""
     spec = files.expand_home(spec)
     path, colon, variant = spec.rpartition(":")
-    tries = [(spec, [])] + ([(path, [variant])] if colon else [])
-    for path, variant in tries:
+    candidates = [(spec, [])] + ([(path, [variant])] if colon else [])
+    for path, variant in candidates:
         if os.path.isfile(path):
             return path, variant
-    for path, variant in tries:
-        own = os.path.join(packaged(), os.path.basename(path))
+    for path, variant in candidates:
+        own = os.path.join(package_configs(), os.path.basename(path))
         if os.path.normpath(os.path.dirname(path)) == "configs" and os.path.isfile(own):
-            log.info("%s is not in this folder: taking the package's own, %s", path, own)
+            log.info("%s does not exist here: using the package's own file, %s", path, own)
             return own, variant
-    path = tries[-1][0]
+    path = candidates[-1][0]
     what = f"{path} is a folder" if os.path.isdir(path) else f"no config at {path!r}"
-    names = ", ".join(sorted(name for name in os.listdir(packaged()) if re.fullmatch(r"(?!common)[a-z]\w*\.py", name)))
+    names = ", ".join(
+        sorted(name for name in os.listdir(package_configs()) if re.fullmatch(r"(?!common)[a-z]\w*\.py", name))
+    )
     raise UserError(f"{what}: {EXAMPLE}; the package has {names}")
 
 
 def _make_importable(name: str, folders: list[str]) -> None:
-    """Makes `from NAME import …` look in these folders, one after the other, whatever is on Python's path."""
+    """Makes `from NAME import …` search these folders in order, whatever Python's path is."""
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations.extend(folders)
     sys.modules[name] = importlib.util.module_from_spec(spec)
 
 
 def _split_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without --config, and its value: given by = or a space, the last one where there are several."""
+    """Returns the arguments without --config, and the value of the last --config, after = or a space."""
     rest, specs = argv[:1], []
     arguments = iter(argv[1:])
     for arg in arguments:
@@ -173,21 +174,21 @@ def _split_config(argv: list[str]) -> tuple[list[str], str | None]:
     if not specs[-1]:
         raise UserError(f"--config has no value: {EXAMPLE}")
     if len(set(specs)) > 1:
-        log.warning("--config is given %d times: taking the last one, %s", len(specs), specs[-1])
+        log.warning("--config is given %d times: using the last one, %s", len(specs), specs[-1])
     return rest, specs[-1]
 
 
 def _check_overrides(argv: list[str], config) -> None:
-    """UserError for the first --config.KEY whose key the config does not have."""
+    """UserError for the first --config.KEY whose key is not in the config."""
     for arg in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
-        if found and not _has(config, found[1].split(".")):
+        if found and not _has_key(config, found[1].split(".")):
             close = difflib.get_close_matches(found[1], list(_keys(config)), n=3, cutoff=0.4)
-            near = f": near it are {', '.join(close)}" if close else ""
+            near = f": similar keys are {', '.join(close)}" if close else ""
             raise UserError(f"the config has no key {found[1]} (--config.{found[1]}){near}")
 
 
-def _has(node, names: list[str]) -> bool:
+def _has_key(node, names: list[str]) -> bool:
     for name in names:
         if not isinstance(node, ml_collections.ConfigDict) or name not in node:
             return False
@@ -205,12 +206,12 @@ def _keys(config, prefix: str = ""):
 def _help(program: str, flag: str):
     try:
         FLAGS([program, {"-h": "--help", "--h": "--help"}.get(flag, flag)])
-    except SystemExit:  # absl leaves with 1
+    except SystemExit:  # absl exits with 1
         sys.exit(0)
 
 
 def _reason(error: Exception, folders: list[str]) -> str:
-    """Why a config file could not be run: the error as one line, and the last of its lines that is in `folders`."""
+    """Why a config file failed: the error as one line, and the last line of its traceback that is in `folders`."""
     message = _line(error).split(" Other fields present")[0]
     if isinstance(error, SyntaxError):
         return f"{message.split(' (')[0]} ({error.filename}, line {error.lineno})"
@@ -221,10 +222,10 @@ def _reason(error: Exception, folders: list[str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    """An error's message as one line."""
+    """The error's message as one line."""
     return " ".join(str(error).split())[:400]
 
 
-def _nearest(name: str) -> str:
+def _suggestion(name: str) -> str:
     close = difflib.get_close_matches(name, list(FLAGS), n=1)
     return f", did you mean --{close[0]}?" if close else ""

@@ -1,23 +1,26 @@
-r"""ivideo: text to video by the cascade of Imagen Video (arXiv 2210.02303).
+r"""ivideo: text to video with the cascade of diffusion models of Imagen Video (arXiv 2210.02303).
 
-train      train a stage in --workdir; the same command again goes on from its newest checkpoint
-sample     write videos for --prompt or --prompts_file to --out
-evaluate   score prompt-following on the captioned shapes, seen and held-out captions
-export     write the averaged weights of --workdir as a safetensors file to --out
-encode_text embed the texts of --captions once, for training: to the folder --out (config.data.text_cache)
-train_text train the small text encoder that the demo cascade ships; write it to --out
-compile    compile a stage for a TPU slice that is not there (--topology): memory, FLOPs, communication, a roofline
-check_data read every clip of the data set as the stage would, and list those that cannot be read
-goodput    where the time of the training run in --workdir went
-describe   print what a stage is: parameters, sizes, FLOPs, layers; nothing is allocated
-benchmark  time a stage's forward, training step and guided sampling step on this machine
+The modes (--mode):
+
+train        train a stage in --workdir; run the same command again to continue from the newest checkpoint
+sample       make videos for --prompt or --prompts_file and write them to --out
+evaluate     measure how well samples follow their captions, or a super-resolution stage's PSNR
+export       write the averaged weights of the run in --workdir to --out, a safetensors file
+encode_text  embed the captions in --captions once and cache them in the folder --out, for training
+train_text   train the demo's small text encoder and write it to --out
+compile      compile a stage for a TPU slice (--topology) without one; print memory, FLOPs, communication, a roofline
+check_data   read every clip of the data set as training would, and list the unreadable ones
+goodput      print how the training run in --workdir spent its time
+describe     print a stage's parameters, sizes, FLOPs and layers; allocates nothing
+benchmark    time a stage's forward pass, training step and guided sampling step on this machine
 
   python -m ivideo.main --config=configs/base.py:demo --mode=sample \
       --prompt="a yellow star moving right on a teal background" --out=star.mp4
 
-A config is a file, a variant of it after a colon (paper, demo, small), and any of its values as --config.KEY=VALUE.
-A variant with _distilled is the last student of its distillation (demo_distilled), and with a phase's name the student
-of that phase (demo_distilled_16); of the cascade's stages all, or those named (demo_distilled=base,ssr1).
+--config names a config file, and after a colon its variant: paper (the default), demo or small. --config.KEY=VALUE sets
+any value in it. A variant with _distilled is the last student of its distillation (demo_distilled), and with a phase's
+name the student of that phase (demo_distilled_16). Of a cascade it is the students of all stages, or of the named ones
+(demo_distilled=base,ssr1).
 """
 
 import contextlib
@@ -45,109 +48,130 @@ MODES = (
     "goodput",
     "check_data",
 )
-# Flags that may differ between the processes of one run: the config is compared by its values
-OF_A_PROCESS = (
+# Flags that may differ between the processes of one run. The config is compared by its values
+PER_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "out", "captions", "prompts_file", "input", "compile_cache",
 )  # fmt: skip
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
-    "config", None, "A stage's config file, as configs/base.py or configs/base.py:demo, of yours or of the package.",
+    "config", None, "Config file, with an optional variant: configs/base.py or configs/base.py:demo. If a relative "
+    "path does not exist, the package's own file is used.",
     allow_override=True,
 )  # fmt: skip
-flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
+flags.DEFINE_enum("mode", "train", MODES, "What to do; the modes are listed above.")
 flags.DEFINE(
-    PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard. Sampling without it "
-    "takes the weights in the package (variant demo).",
+    PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard logs. Without it, "
+    "sampling uses the weights in the package (variant demo).",
 )  # fmt: skip
 flags.DEFINE(
-    PATH, "weights", None, "Weights from mode export, in place of --workdir: a .safetensors file of one stage, or "
-    "a folder of STAGE.safetensors. In mode train a new run begins with them.",
+    PATH, "weights", None, "Weights written by mode export, instead of --workdir: a .safetensors file for one stage, "
+    "or a folder of STAGE.safetensors. In mode train, a new run starts from them.",
 )  # fmt: skip
-flags.DEFINE_string("prompt", None, 'What the video shows. An empty one, --prompt="", samples without text.')
+flags.DEFINE_string("prompt", None, 'The text prompt. --prompt="" samples without text.')
 flags.DEFINE(
-    PATH, "prompts_file", None, "A UTF-8 file with one prompt per line; --out is then a folder of 000.mp4, 001.mp4, …"
+    PATH, "prompts_file", None, "A UTF-8 file with one prompt per line. --out is then a folder of 000.mp4, 001.mp4, …"
 )
 flags.DEFINE(
     PATH,
     "out",
     None,
-    "The file to write: .mp4 or .gif in mode sample, .safetensors in export, .json in evaluate and compile.",
+    "The file to write: .mp4, .mov, .webm or .gif in mode sample, .safetensors in export and train_text, .json in "
+    "evaluate and compile. For several videos, and in encode_text, a folder.",
 )
-flags.DEFINE(PATH, "captions", None, "A text file with a caption a line, for mode encode_text.")
+flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
 flags.DEFINE_multi_string(
     "beam",
     None,
-    "Makes mode encode_text run by Apache Beam, with its options, one a flag: --beam=--runner=DirectRunner.",
+    "Run mode encode_text with Apache Beam. One flag per Beam option, such as --beam=--runner=DirectRunner.",
 )
-flags.DEFINE_integer("shards", 256, "Files of the cache that --beam makes.", lower_bound=1)
+flags.DEFINE_integer("shards", 256, "Number of files in the cache that --beam writes.", lower_bound=1)
 flags.DEFINE_integer(
     "seed", 0, "Seed of the sampling noise. The same seed and prompt give the same video.", lower_bound=0,
     upper_bound=2**64 - 1,
 )  # fmt: skip
-flags.DEFINE_integer("num_videos", 1, "Videos per prompt; more than one makes --out a folder.", lower_bound=1)
-flags.DEFINE_bool("same_noise", False, "Start the videos of all prompts from the same noise, to compare prompts.")
+flags.DEFINE_integer("num_videos", 1, "Videos per prompt. With more than one, --out is a folder.", lower_bound=1)
+flags.DEFINE_bool("same_noise", False, "Start all prompts from the same noise, to compare them.")
 flags.DEFINE_bool(
-    "resume", False, "Mode sample: keep the videos that an earlier run of the same command has written, and make those "
-    "that are missing.",
+    "resume", False, "Mode sample: keep the videos that an earlier run of the same command wrote, and make the missing "
+    "ones.",
 )  # fmt: skip
-flags.DEFINE(PATH, "input", None, "A video file that the first stage, one of super-resolution, enlarges.")
-flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run; it needs --input.")
+flags.DEFINE(PATH, "input", None, "A video file for the first stage to upsample; needs a super-resolution stage.")
+flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run. After base it needs --input.")
 flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")
-flags.DEFINE_bool("save_stages", False, "Write what every stage makes beside --out, as out.base.mp4, out.tsr1.mp4, …")
-flags.DEFINE_integer("zoom", 1, "Enlarge every pixel of a written video, to look at small stages.", lower_bound=1)
-flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
-flags.DEFINE_bool("json", False, "Print JSON (modes describe, benchmark, evaluate).")
-flags.DEFINE_string("topology", None, "The TPU slice that mode compile compiles for, such as v5e:4x4 or v5p:4x4x4.")
+flags.DEFINE_bool("save_stages", False, "Also write each stage's output, next to --out: out.base.mp4, out.tsr1.mp4, …")
+flags.DEFINE_integer(
+    "zoom", 1, "Enlarge each pixel of a video this many times, to look at small stages.", lower_bound=1
+)
+flags.DEFINE_bool("overwrite", False, "Replace the file at --out.")
+flags.DEFINE_bool(
+    "json", False, "Print JSON instead of a table (modes describe, benchmark, evaluate, compile, goodput)."
+)
+flags.DEFINE_string("topology", None, "TPU slice for mode compile, such as v5e:4x4 or v5p:4x4x4.")
 flags.DEFINE_enum(
     "what",
     "train",
     ("train", "sample", "text"),
-    "What mode compile compiles: a step of either, or the text encoder.",
+    "Program for mode compile: a training step, a sampling step, or the text encoder.",
 )
 flags.DEFINE_float(
-    "effort", -1.0, "How hard mode compile's compiler tries for speed: -1 takes minutes, 0 is what runs on TPUs take."
+    "effort",
+    -1.0,
+    "Optimization effort of mode compile: -1 takes minutes, 0 is the default of programs that run on TPUs.",
 )
-flags.DEFINE_string("profile_steps", None, "Steps of mode train to profile for xprof, as 10,15: to WORKDIR/profile.")
+flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "First and last step to profile in mode train, such as 10,15; read WORKDIR/profile with xprof.",
+)
 flags.DEFINE(
-    PATH, "compile_cache", None, "Folder where compiled programs are kept for the next run, ~/.cache/ivideo unless "
-    "given; empty: none. JAX_COMPILATION_CACHE_DIR goes before it.",
+    PATH, "compile_cache", None, "Folder that keeps compiled programs for the next run; default ~/.cache/ivideo, empty "
+    "for none. The environment variable JAX_COMPILATION_CACHE_DIR overrides it.",
 )  # fmt: skip
 flags.DEFINE_bool(
-    "distributed", False, "One of several processes of a TPU pod, GKE or Slurm, which tell where they are."
+    "distributed", False, "Run as one of several processes on a TPU slice, GKE or Slurm, which supply the addresses."
 )
-flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes elsewhere; with the next two.")
-flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
-flags.DEFINE_integer("clips", 96, "Clips that mode evaluate samples, half of them of held-out captions.", lower_bound=2)
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of the first of several processes on other machines; with --num_processes and --process_id.",
+)
+flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+flags.DEFINE_integer(
+    "clips",
+    96,
+    "Number of clips that mode evaluate samples; of the base and the cascade, half have held-out captions.",
+    lower_bound=2,
+)
 
 
 def run() -> None:
-    """Does what the flags say, with other processes where they say so."""
+    """Runs the mode that the flags ask for, alone or as one of several processes."""
     config = FLAGS.config
     if config is None:
         raise UserError(f"--config is missing: {EXAMPLE}")
-    addressed = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    if not FLAGS.distributed and all(value is None for value in addressed):
+    address = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if not FLAGS.distributed and all(value is None for value in address):
         _run_mode(config, several=False)
         return
     from ivideo.devices import agreeing, hosts, joining
 
-    joining.join(*addressed, run=FLAGS.workdir or "")
-    with hosts.exiting_together():
-        agreeing.agree(lambda: _said() | agreeing.config_values(config) | agreeing.program_values())
+    joining.join(*address, run=FLAGS.workdir or "")
+    with hosts.leaving_together():
+        agreeing.agree(lambda: _shared_flags() | agreeing.of_config(config) | agreeing.of_program())
         _run_mode(config, several=True)
 
 
-def _said() -> dict:
-    """The flags that have to be the same in several processes."""
-    flags_here = FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    return {f"--{flag.name}": flag.value for flag in flags_here if flag.name not in OF_A_PROCESS}
+def _shared_flags() -> dict:
+    """The flags that must be the same in all processes."""
+    own_flags = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {f"--{flag.name}": flag.value for flag in own_flags if flag.name not in PER_PROCESS}
 
 
 def _run_mode(config, several: bool) -> None:
-    """Does what --mode says. Imports follow the mode, so that --help answers at once."""
-    _keep_compiled(several)
+    """Runs --mode. Each mode imports its own modules, so that --help answers at once."""
+    _set_compilation_cache(several)
     if FLAGS.mode == "goodput":
         from ivideo.training.goodput import report
 
@@ -160,16 +184,18 @@ def _run_mode(config, several: bool) -> None:
     checks.check(config)
     cascade.select(config)
     if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
-        raise UserError(f"mode {FLAGS.mode} is of one stage: use its own config, such as --config=configs/ssr2.py")
+        raise UserError(
+            f"mode {FLAGS.mode} needs one stage, not a cascade: use its own config, such as --config=configs/ssr2.py"
+        )
     if FLAGS.mode in ("train", "benchmark"):
         checks.check_original(config)
-    if FLAGS.only_check_args:  # one of absl's own flags
+    if FLAGS.only_check_args:  # a flag of absl
         return
     if FLAGS.mode == "train":
         from ivideo.training.loop import train
 
         if FLAGS.weights:
-            _start_with(FLAGS.weights, config)
+            _set_start(FLAGS.weights, config)
         train(config, _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
@@ -179,7 +205,7 @@ def _run_mode(config, several: bool) -> None:
     elif FLAGS.mode == "sample":
         from ivideo.sampling.generate import generate
 
-        with _leaving_at_once(several):
+        with _exit_on_signal(several):
             generate(
                 config, _prompts(), _needed("out"), workdir=FLAGS.workdir, weights_path=FLAGS.weights, seed=FLAGS.seed,
                 num_videos=FLAGS.num_videos, same_noise=FLAGS.same_noise, in_folder=FLAGS.prompts_file is not None,
@@ -189,7 +215,7 @@ def _run_mode(config, several: bool) -> None:
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluation.evaluate import evaluate
 
-        with _leaving_at_once(several):
+        with _exit_on_signal(several):
             evaluate(
                 config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=FLAGS.clips, seed=FLAGS.seed,
                 out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, to_stage=FLAGS.to_stage,
@@ -228,16 +254,16 @@ def _run_mode(config, several: bool) -> None:
         benchmark(config, as_json=FLAGS.json)
 
 
-def _keep_compiled(several: bool) -> None:
-    """Compiled programs are kept on disk, by jax, for the next run of the same program."""
+def _set_compilation_cache(several: bool) -> None:
+    """Makes jax keep compiled programs on disk for the next run of the same program."""
     import jax
 
     folder = os.path.expanduser("~/.cache/ivideo") if FLAGS.compile_cache is None else FLAGS.compile_cache
-    homeless = folder.startswith("~")  # the user of a container, without an entry in its list of users
-    if not folder or homeless or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
+    no_home = folder.startswith("~")  # a container's user may have no entry in /etc/passwd
+    if not folder or no_home or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
         return
-    # jax lets the first of several processes alone write. On CPUs one that finds its program there does not wait long
-    # enough for the others to compile theirs; chips wait
+    # Only the first of several processes writes to the cache, so only it finds its program there and starts early. On
+    # CPUs it then times out waiting for the others to compile; accelerators wait longer
     if not (several and jax.default_backend() == "cpu"):
         jax.config.update("jax_compilation_cache_dir", folder)
 
@@ -259,7 +285,7 @@ def _needed(name: str) -> str:
 
 
 def _prompts() -> list[str]:
-    """The prompts of the command line. An empty prompt is a wish, no prompt a mistake."""
+    """The prompts from the flags. An empty --prompt is valid (no text); no prompt at all is an error."""
     if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
         raise UserError(
             'mode sample needs one of --prompt="…" and --prompts_file=FILE; --prompt="" samples without text'
@@ -271,8 +297,8 @@ def _prompts() -> list[str]:
     return list(read_lines(FLAGS.prompts_file, "--prompts_file"))
 
 
-def _start_with(path: str, config) -> None:
-    """Makes a new training run begin with the weights that --weights names."""
+def _set_start(path: str, config) -> None:
+    """Sets config.train.start, the weights that a new training run starts from, to --weights."""
     from ivideo.training import trained
 
     if config.train.start:
@@ -281,8 +307,8 @@ def _start_with(path: str, config) -> None:
 
 
 @contextlib.contextmanager
-def _leaving_at_once(several: bool):
-    """Within it Ctrl-C and other signals to stop end the program at once. Of several processes jax has the signals."""
+def _exit_on_signal(several: bool):
+    """Inside the block, Ctrl-C and similar signals end the program at once. Of several processes jax handles them."""
     if several:
         yield
         return
@@ -296,9 +322,10 @@ def _leaving_at_once(several: bool):
 
 
 def _open_streams() -> None:
-    """Opens the standard streams that the shell closed, as `2>&-` does, to nowhere.
+    """Redirects standard streams that the shell closed, as `2>&-` does, to /dev/null.
 
-    Else the next file that is opened, a checkpoint's perhaps, has their number, and what libraries print goes into it.
+    Otherwise the next file that is opened, perhaps a checkpoint, gets the stream's number, and the libraries' output is
+    written into it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
@@ -309,22 +336,22 @@ def _open_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after an error that the user can mend, printed as one line."""
+    """Runs the command line. Returns the exit code: 0, or 2 after an error that the user can fix (one line)."""
     _open_streams()
-    # A file name, or a sign in a table, that the terminal's encoding lacks is no reason to fail
+    # Do not fail on a character, as in a file name or a table, that the terminal's encoding lacks
     sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ivideo").setLevel(logging.INFO)
-    for name in ("absl", "asyncio"):  # Orbax writes pages there, also of errors that it raises
+    for name in ("absl", "asyncio"):  # Orbax logs pages, even for errors that it raises too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         parse(sys.argv if argv is None else argv)
         run()
-    except BrokenPipeError:  # whoever reads the output has read enough, such as `head`
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (UserError, FloatingPointError, OSError) as e:
-        with contextlib.suppress(OSError):  # the terminal is gone: the code tells
+        with contextlib.suppress(OSError):  # the terminal is gone; the exit code remains
             print(f"ivideo: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

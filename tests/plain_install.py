@@ -86,7 +86,7 @@ def run(python, home, flags, arguments, code, said) -> str:
     problems += [f"it does not say {said!r}"] if said not in output else []
     # A report that cannot be written is a warning, and a traceback may be one of a thread
     problems += [f"it says {text!r}" for text in ("cannot be written", "Traceback") if text in output]
-    lines = [line for line in done.stderr.splitlines() if "taking the package's own" not in line]
+    lines = [line for line in done.stderr.splitlines() if "using the package's own file" not in line]
     problems += ["it says more than a line"] if code and len(lines) > 1 else []
     return "\n".join([*problems, output]) if problems else ""
 

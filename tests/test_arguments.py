@@ -56,13 +56,13 @@ def parsed(*args):
 def test_small_every_way_to_name_a_config(folder, args, caplog):
     config = parsed(*args)
     assert (config.stage, config.variant, config.train.steps) == ("base", "small", 1000)
-    assert ("taking the last one, configs/base.py:small" in caplog.text) == ("ssr1" in args[0])
+    assert ("using the last one, configs/base.py:small" in caplog.text) == ("ssr1" in args[0])
 
 
 def test_small_the_packages_own_config_where_there_is_none(folder, caplog):
     with caplog.at_level(logging.INFO, "ivideo"):
         assert arguments.load_config("configs/tsr1.py:small").stage == "tsr1"
-    assert f"configs/tsr1.py is not in this folder: taking the package's own, {ROOT}/configs/tsr1.py" in caplog.text
+    assert f"configs/tsr1.py does not exist here: using the package's own file, {ROOT}/configs/tsr1.py" in caplog.text
     (folder / "configs").mkdir()
     (folder / "configs" / "tsr1.py").write_text((ROOT / "configs" / "tsr1.py").read_text().replace("2000", "7"))
     caplog.clear()
@@ -129,20 +129,20 @@ def test_small_an_error_inside_of_a_config_is_its_reason(folder, name):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--config"], "--config has no value: name a stage's file"),
+        (["--config"], "--config has no value: give a config file"),
         (["--config="], "--config has no value"),
-        (["--config=configs/none.py"], "no config at 'configs/none.py': name a stage's file, .* has base.py"),
-        (["--config=."], r"\. is a folder: name a stage's file"),
+        (["--config=configs/none.py"], "no config at 'configs/none.py': give a config file, .* has base.py"),
+        (["--config=."], r"\. is a folder: give a config file"),
         (["--config=~nobody-1/x.py"], "~nobody-1 has no home folder; write ./~nobody-1/x.py"),
         (["--config=configs/common.py"], r"it has no get_config\(\)"),
         (["--config=configs/base.py:huge"], "variant 'huge' is unknown: choose from paper, demo, small"),
         (["--config=dict.py"], r"get_config\(\) returned dict, expected an ml_collections.ConfigDict"),
         (["--config=dict.py:x"], r"get_config\(\) takes 0 positional arguments but 1 was given"),
-        (["--config.train.steps=3"], "--config.train.steps is set without a config"),
-        ([f"--config={SMALL}", "--config.train.step=3"], r"no key train.step \(--config.train.step\): near it are t"),
+        (["--config.train.steps=3"], "--config.train.steps is set, but there is no --config"),
+        ([f"--config={SMALL}", "--config.train.step=3"], r"no key train.step \(--config.train.step\): similar keys"),
         ([f"--config={SMALL}", "--noconfig.train.cosine"], r"no key train.cosine"),
         ([f"--config={SMALL}", "--config.sample.guidance.weight=3"], "no key sample.guidance.weight .* sample.weight"),
-        (["--config=configs/cascade.py:small", "--config.stages.ssr1.sample.step=3"], "near it are stages.ssr1.sample"),
+        (["--config=configs/cascade.py:small", "--config.stages.ssr1.sample.step=3"], "keys are stages.ssr1.sample"),
         ([f"--config={SMALL}", "--config.train.steps=2.5e0"], "--config.train.steps=2.5e0: expected a whole number"),
         ([f"--config={SMALL}", "--config.train.steps=many"], "--config.train.steps=many: expected a whole number"),
         ([f"--config={SMALL}", "--config.sample=3"], "--config.sample=3: .* not a dict"),
@@ -191,7 +191,7 @@ def test_small_help_is_not_an_error(folder, flag, capsys):
 
 def test_small_arguments_alone_are_checked(folder, monkeypatch, capsys):
     """absl's --only_check_args is in --helpfull: a run must not begin."""
-    monkeypatch.setattr(main, "_keep_compiled", lambda several: None)
+    monkeypatch.setattr(main, "_set_compilation_cache", lambda several: None)
     monkeypatch.setattr("ivideo.training.loop.train", lambda *_, **__: pytest.fail("a run began"))
     args = ["ivideo", f"--config={SMALL}", "--only_check_args", f"--workdir={folder / 'w'}"]
     assert main.main(args) == 0
@@ -208,10 +208,10 @@ def test_small_a_user_without_a_home_gets_no_folder_of_that_name(folder, monkeyp
     try:
         with monkeypatch.context() as patch:
             patch.setattr(os.path, "expanduser", lambda path: path)
-            main._keep_compiled(several=False)
+            main._set_compilation_cache(several=False)
         assert jax.config.jax_compilation_cache_dir is None
         monkeypatch.setenv("HOME", str(folder))
-        main._keep_compiled(several=False)
+        main._set_compilation_cache(several=False)
         assert jax.config.jax_compilation_cache_dir == f"{folder}/.cache/ivideo"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -239,7 +239,7 @@ sys.exit(main.main(["ivideo", "--config", "configs/tsr1.py:small", "--mode=descr
     stages, _, described = done.stdout.partition("\n")
     assert stages == "['base', 'cascade', 'ssr1']"
     assert json.loads(described)["stage"] == "tsr1"
-    assert f"taking the package's own, {lib}/ivideo/configs/tsr1.py" in done.stderr
+    assert f"using the package's own file, {lib}/ivideo/configs/tsr1.py" in done.stderr
 
 
 def test_small_output_that_nobody_reads_is_no_error():

@@ -22,7 +22,7 @@ def small():
 @pytest.fixture(scope="module")
 def found(small):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(benchmark.PRODUCT, "cpu", 128)
+        patch.setitem(benchmark.PEAK_ROWS, "cpu", 128)
         return benchmark.measure(small, repeats=2)
 
 

@@ -132,7 +132,7 @@ def test_small_what_does_not_fit_says_what_to_change(what, change):
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.21G of 31.25G hbm."
     found = compile._does_not_fit(Refused(message), base.get_config(), "v6e:4x4", what)
     assert isinstance(found, UserError)
-    assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G a device" in str(found)
+    assert f"base:paper to {what} does not fit v6e:4x4: 40.21G of 31.25G per device" in str(found)
     assert change in str(found)
     other = Refused("INTERNAL: something else")
     assert compile._does_not_fit(other, base.get_config(), "v6e:4x4", what) is other
@@ -151,7 +151,7 @@ def test_small_table_and_json(tmp_path):
     arguments = ["--config=configs/ssr1.py:small", "--topology=v5e:2x2", "--what=train", f"--out={out}"]
     done = ivideo(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "ssr1:small, a step to train on v5e:2x2 (4 chips: data 4), batch 8" in done.stdout
+    assert "ssr1:small, one step of mode train on v5e:2x2 (4 chips: data 4), batch 8" in done.stdout
     found = json.loads(out.read_text())
     chip = CHIPS["v5e"]
     assert (found["chips"], found["devices"]) == (4, 4)

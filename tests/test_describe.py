@@ -111,7 +111,7 @@ def test_small_json_and_table(small, capsys):
     assert lines[0] == "base:small"
     assert f"{found['parameters']:,}" in lines[1]
     assert "noise, 4 × 8 × 8" in lines[2]
-    assert "4 × 8 × 8 at 3 frames a second" in lines[3]
+    assert "4 × 8 × 8 at 3 fps" in lines[3]
     assert lines[-1].split() == ["1", "2", "×", "2", "16", "1", "attention", "attention", "attention"]
 
 

@@ -1,1 +1,1 @@
-"""Before a run: a stage's sizes and cost, programs compiled for TPU slices, speed measured here."""
+"""Estimates a run before it starts: sizes and FLOPs, compilation for TPU slices, benchmarks on this machine."""

@@ -1,7 +1,7 @@
-"""How fast a stage is on this machine: its forward pass, a training step, a guided sampling step.
+"""Times a stage on one device of this machine: its forward pass, training step and guided sampling step.
 
-One device. Weights and data are drawn at random, since speed does not depend on them: no checkpoint and no data set is
-read. A training step takes `config.train.batch_size` videos with embedded texts; the others take one video.
+Weights and data are random, because speed does not depend on them: no checkpoint or data set is read. The training step
+takes a batch of `config.train.batch_size` videos with embedded texts, the other two take one video.
 """
 
 import json
@@ -21,26 +21,35 @@ from ivideo.errors import UserError
 from ivideo.planning.describe import columns, human, human_flops
 from ivideo.training.step import TrainState, batch_shapes, make_train_step, model_flops, state_shapes
 
-SECONDS = 5.0  # of runs for each case, if these are no fewer than
-REPEATS = 3
-PRODUCT = {"cpu": 2048}  # side of the matrices whose product is the peak, elsewhere 4096
+# Each case runs for this many seconds and at least this many times
+MIN_SECONDS = 5.0
+MIN_REPEATS = 3
+MAX_REPEATS = 200
+# The peak FLOP/s are measured with products of square matrices of this many rows, several products per run
+PEAK_ROWS = {"cpu": 2048}
+PEAK_ROWS_ACCELERATOR = 4096
+PEAK_PRODUCTS = {"cpu": 1}
+PEAK_PRODUCTS_ACCELERATOR = 16
+RANDOM_SCALE = 1 / 16  # standard deviation of random weights and data
+RANDOM_TOKEN = 3
 
 
 def benchmark(config, *, as_json: bool = False, repeats: int | None = None) -> dict:
-    """Prints what `measure` finds as a table, or as JSON, and returns it."""
+    """Prints the result of `measure` as a table or as JSON, and returns it."""
     found = measure(config, repeats=repeats)
     print(json.dumps(found, indent=2) if as_json else _table(found))
     return found
 
 
 def measure(config, *, repeats: int | None = None) -> dict:
-    """Times of the config's three cases, in seconds: the median, least and most of some repeats after one to warm up.
+    """Median, minimum and maximum time of the three cases in seconds, after one warm-up run.
 
-    `repeats` is chosen for a few seconds per case unless given. `flops` are the model's (`ivideo.devices.flops`),
-    without rematerialisation; `share_of_peak` is their rate over that of a matrix product in the model's dtype,
-    timed here. `memory_bytes` is what `memory_source` says: the device's peak since the program started, or the
-    compiler's account of the case (arguments, results and temporaries).
-    UserError, before anything is compiled, where the device cannot hold the training state.
+    `repeats`: timed runs per case; by default as many as take a few seconds.
+    `flops`: the model's FLOPs (`ivideo.devices.flops`), without those of rematerialization.
+    `share_of_peak`: FLOP/s relative to a matrix product in the model's dtype, which is timed too.
+    `memory_bytes`: depends on `memory_source`: "device" is the device's peak since the program started, "compiler" is
+    the sum of the case's arguments, results and temporaries.
+    UserError before anything is compiled if the device's memory cannot hold the training state.
     """
     device = jax.devices()[0]
     _check_memory(config, device)
@@ -55,7 +64,7 @@ def measure(config, *, repeats: int | None = None) -> dict:
         "peak_flops_per_second": peak,
         "cases": {},
     }
-    # The training step comes last: it gives its state away
+    # The training step comes last, because it donates its state
     for case in (_forward, _sampling_step, _training_step):
         fn, args, donated, batch, count = case(config, state)
         timed = _time(fn, args, donated=donated, repeats=repeats, device=device)
@@ -77,7 +86,7 @@ def _forward(config, state):
 
 
 def _sampling_step(config, state):
-    """One step of the config's sampler: the evaluations that guidance asks for, and the arithmetic around them."""
+    """One step of the config's sampler, with both network evaluations of guidance."""
     one = config.copy_and_resolve_references()
     one.sample.steps = 1
     model = stages.build_model(config)
@@ -96,26 +105,26 @@ def _training_step(config, state):
 
 
 def _state(config) -> TrainState:
-    """A state before the first step, with parameters that take no compile to draw."""
+    """A training state with random parameters, drawn by NumPy: initializing the network would take a compilation."""
     shapes = state_shapes(config)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return zeros.replace(params=_random(shapes.params), ema=_random(shapes.params))
 
 
 def _random(shapes):
-    """Arrays of these shapes: small normal numbers, token 3 and masks that are True."""
+    """Arrays of these shapes: small normal numbers, one token repeated, and masks that are all True."""
     rng = np.random.default_rng(0)
 
     def draw(shape):
         if jnp.issubdtype(shape.dtype, jnp.floating):
-            return jnp.asarray(rng.standard_normal(shape.shape, np.float32) / 16, shape.dtype)
-        return jnp.full(shape.shape, 3, shape.dtype)
+            return jnp.asarray(RANDOM_SCALE * rng.standard_normal(shape.shape, np.float32), shape.dtype)
+        return jnp.full(shape.shape, RANDOM_TOKEN, shape.dtype)
 
     return jax.tree.map(draw, shapes)
 
 
 def _time(fn, args, *, donated=(), repeats=None, device) -> dict:
-    """Seconds to compile and run `fn(*args)`, and memory. The first result replaces a donated first argument."""
+    """Times `fn(*args)` and its compilation, and measures memory. The first result replaces a donated argument."""
     start = time.perf_counter()
     compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
     compile_seconds = time.perf_counter() - start
@@ -140,7 +149,7 @@ def _time(fn, args, *, donated=(), repeats=None, device) -> dict:
 def _enough(times: list[float], repeats: int | None) -> bool:
     if repeats is not None:
         return len(times) >= repeats
-    return len(times) >= REPEATS and (sum(times) >= SECONDS or len(times) >= 200)
+    return len(times) >= MIN_REPEATS and (sum(times) >= MIN_SECONDS or len(times) >= MAX_REPEATS)
 
 
 def _memory(compiled, device) -> dict:
@@ -153,9 +162,9 @@ def _memory(compiled, device) -> dict:
 
 
 def _product_rate(dtype: str, device) -> float:
-    """FLOP/s of a product of two square matrices: the best of some runs, several products a run on an accelerator."""
-    size = PRODUCT.get(device.platform, 4096)
-    chain = 1 if device.platform == "cpu" else 16
+    """FLOP/s of a product of two square matrices: the best of several runs."""
+    size = PEAK_ROWS.get(device.platform, PEAK_ROWS_ACCELERATOR)
+    chain = PEAK_PRODUCTS.get(device.platform, PEAK_PRODUCTS_ACCELERATOR)
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
 
     def products(x):
@@ -164,28 +173,28 @@ def _product_rate(dtype: str, device) -> float:
             y = (y @ x) * size**-0.5
         return y
 
-    best = _time(products, (x,), repeats=REPEATS, device=device)["min_seconds"]
+    best = _time(products, (x,), repeats=MIN_REPEATS, device=device)["min_seconds"]
     return chain * 2 * size**3 / best
 
 
 def _check_memory(config, device) -> None:
+    """UserError if the device's memory cannot hold the training state and the gradients."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     state = state_shapes(config)
-    # Gradients are a second set of parameters
-    trees = (state, state.params)
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    with_gradients = (state, state.params)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(with_gradients))
     if needed > limit:
         raise UserError(
-            f"{config.stage}:{config.variant} needs {human(needed, 'KMGTP')}B for parameters, their average and "
-            f"optimizer, but {_device_kind(device)} has {human(limit, 'KMGTP')}B: benchmark a smaller variant, such as "
-            f"--config=configs/{config.stage}.py:demo, or take a larger device"
+            f"{config.stage}:{config.variant} needs {human(needed, 'KMGTP')}B for parameters, their average, "
+            f"optimizer and gradients, but {_device_kind(device)} has {human(limit, 'KMGTP')}B: benchmark a "
+            f"smaller variant, such as --config=configs/{config.stage}.py:demo, or take a larger device"
         )
 
 
 def _device_kind(device) -> str:
-    """The device's name; of a CPU, which jax calls 'cpu', the processor's where Linux tells."""
+    """The device's name. Jax calls every processor 'cpu', so Linux's /proc/cpuinfo gives the processor's name."""
     if device.platform == "cpu":
         try:
             with open("/proc/cpuinfo") as f:
@@ -212,6 +221,9 @@ def _table(found: dict) -> str:
             human_flops(case["flops"]), human_flops(case["flops_per_second"]), f"{case['share_of_peak']:.1%}",
             f"{human(case['memory_bytes'], 'KMGTP')}B",
         ))  # fmt: skip
-    source = {"device": "the device's peak so far", "compiler": "the compiler's account of arguments and temporaries"}
+    source = {
+        "device": "the device's peak so far",
+        "compiler": "the compiler's sum of arguments, results and temporaries",
+    }
     used = next(iter(found["cases"].values()))["memory_source"]
     return "\n".join([*lines, *columns(rows), "", f"Weights and data are random. Memory is {source[used]}."])

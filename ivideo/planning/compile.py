@@ -1,8 +1,8 @@
-"""Compiles a stage's real programs for a named TPU slice, on a machine without one, and says what they need there.
+"""Compiles a stage's programs for a TPU slice on a machine without one, and reports the resources that they need.
 
-TPU's own compiler (libtpu) does it, so a program that does not fit fails here as it would there. Its bytes and FLOPs
-are for one device and one step; the seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a bound that no run
-of this program can beat, not a measurement, and without the time of communication between chips.
+The compiler is the TPU's own (libtpu), so a program that does not fit a chip fails here as it would there. Bytes and
+FLOPs are per device and step. The seconds are a roofline, max(FLOPs / peak, bytes / bandwidth): a lower bound on the
+time of this program, not a measurement. It leaves out communication between chips.
 """
 
 import functools
@@ -25,15 +25,15 @@ from ivideo.planning.hlo import Program
 from ivideo.text import encode, encoder_module
 from ivideo.training import step
 
-# Least effort at speed: minutes in place of an hour on two cores. The compiler then keeps no activations in on-chip
-# memory between operations, so the bytes are more than those of a run: an upper estimate
+# Lowest optimization effort: compiling takes minutes instead of an hour on two cores. The compiler then keeps no
+# activations in on-chip memory between operations, so the bytes are an upper estimate
 EFFORT = -1.0
-# What libtpu has to be told to give the devices that jax finds on the chips: on a v4 two cores are one device
-LIBTPU = {"v4": {"chip_config_name": "megacore"}}
+# Options that make libtpu describe the same devices as jax finds on a real slice: a v4 chip's two cores are one device
+LIBTPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json=False, out=None, overwrite=False):
-    """Prints what `measure` finds as a table or JSON, writes it as JSON to `out`, and returns it."""
+    """Prints the result of `measure` as a table or as JSON, writes it to `out` as JSON, and returns it."""
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
     found = measure(config, topology, what=what, effort=effort)
@@ -44,13 +44,15 @@ def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json
 
 
 def measure(config, topology: str, *, what: str = "train", effort: float = EFFORT) -> dict:
-    """Compiles the training step, a step of the distilled sampler for one video, or the text encoder: what they need.
+    """Compiles one program for a slice and returns its memory, FLOPs, memory traffic, communication and roofline.
 
-    `what`: 'train', 'sample' or 'text', `config.text.batch` texts of the greatest length. `topology` is a slice's name,
-    such as v5p:4x4x4; the mesh is the config's (`train.mesh`, `sample.mesh`, `text.mesh`). `flops`,
-    `bytes`, `memory` and `peaks` are a device's, a chip or on TPU7x half of one; `model_flops` are those of all devices
-    together (see `ivideo.devices.flops`), without rematerialisation. UserError where Google offers no such slice, the
-    mesh or the batch does not fit it, or the program does not fit the devices: then it says what to change.
+    `what`: 'train' is the training step, 'sample' is one step of the distilled sampler for one video, 'text' is the
+    text encoder for `config.text.batch` texts of maximum length.
+    `topology`: a slice's name, such as v5p:4x4x4. The mesh is `config.train.mesh`, `sample.mesh` or `text.mesh`.
+    In the result, `flops`, `bytes`, `memory` and `peaks` are per device, which is a chip, or half a chip of TPU7x.
+    `model_flops` are those of all devices together (`ivideo.devices.flops`), without rematerialization.
+    UserError if Google offers no such slice, if the mesh or the batch does not fit it, or if the program does not fit
+    the devices' memory; the message then suggests changes.
     """
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(config[what].mesh, devices)
@@ -98,65 +100,65 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
 
 
 def topology_devices(topology: str):
-    """The devices of a slice that is not there, and its chip's name; UserError where there is no such slice."""
+    """The devices of a slice as libtpu describes them, and the chip's name. UserError if there is no such slice."""
     name, sizes = slice_of(topology)
-    options = dict(LIBTPU.get(name, {}))
+    options = dict(LIBTPU_OPTIONS.get(name, {}))
     if math.prod(sizes) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # a host's chips are four unless said
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs: another process may have the chips
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu's default is four chips per host
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu waits for a metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs here, so another process may use the chips
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, name
-    except Exception as e:  # libtpu is missing, or does not know the chip
+    except Exception as e:  # libtpu is missing or does not know the chip
         reason = " ".join(str(e).split())[:200]
         raise UserError(
-            f"--topology={topology}: no compiler for it ({reason}); it needs TPU's own, `pip install '.[tpu]'`, in a "
-            f"version that knows {name}"
+            f"--topology={topology}: there is no compiler for it ({reason}); install libtpu with "
+            f"`pip install '.[tpu]'`, in a version that supports {name}"
         ) from e
 
 
 def training_program(config, mesh):
-    """The training step, its arguments' shapes with shardings, its results' shardings, and what is donated."""
+    """The training step as (function, argument shapes with shardings, result shardings, donated arguments)."""
     state, batch = step.state_shapes(config), step.batch_shapes(config)
-    state = _placed(state, sharding.param_shardings(mesh, state))
-    batch = _placed(batch, sharding.batch_shardings(mesh, batch))
+    state = _with_shardings(state, sharding.of_params(mesh, state))
+    batch = _with_shardings(batch, sharding.of_batch(mesh, batch))
     results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     return step.make_train_step(config, mesh), (state, batch), results, (0,)
 
 
 def sampling_program(config, mesh):
-    """One step of the distilled sampler for one video: from noise, and what the stage is given, to a video."""
+    """One step of the distilled sampler for one video, in the form of `training_program`."""
     one = one_step(config)
     model, args = stages.build_model(one), sampling_shapes(one)
 
-    def step(params, text, text_mask, keys, low):
+    def sample(params, text, text_mask, keys, low):
         with sharding.layout(mesh):
             return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), low=low)
 
-    params = _placed(args[0], sharding.param_shardings(mesh, args[0]))
-    rest = jax.tree.map(lambda s: _place(s, sharding.input_sharding(mesh, s.shape)), args[1:])
+    params = _with_shardings(args[0], sharding.param_shardings(mesh, args[0]))
+    rest = jax.tree.map(lambda s: _with_sharding(s, sharding.input_sharding(mesh, s.shape)), args[1:])
     video = sharding.logical_sharding(mesh, (1, *stages.video_shape(config)), sharding.VIDEO)
-    return step, (params, *rest), video, ()
+    return sample, (params, *rest), video, ()
 
 
 def text_program(config, mesh):
-    """The text encoder on a batch of texts of the greatest length."""
+    """The text encoder on a batch of texts of maximum length, in the form of `training_program`."""
     fn, (params, *texts) = _text_encoder(config)
-    params = _placed(params, sharding.param_shardings(mesh, params))
-    texts = _placed(texts, sharding.batch_shardings(mesh, texts))
+    params = _with_shardings(params, sharding.of_params(mesh, params))
+    texts = _with_shardings(texts, sharding.of_batch(mesh, texts))
 
-    def encoded(*args):
+    def encode_texts(*args):
         with sharding.layout(mesh):
             return fn(*args)
 
-    out = sharding.logical_sharding(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
-    return encoded, (params, *texts), out, ()
+    out = sharding.logical(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
+    return encode_texts, (params, *texts), out, ()
 
 
 def _text_encoder(config):
-    """The encoder as a function of parameters, tokens and mask, and the shapes of these."""
+    """(the encoder as a function of parameters, tokens and mask, the shapes of its arguments)."""
     module, texts = encoder_module(config.text), (config.text.batch, config.text.length)
     tokens, mask = jax.ShapeDtypeStruct(texts, jnp.int32), jax.ShapeDtypeStruct(texts, bool)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens, mask)["params"]
@@ -165,7 +167,7 @@ def _text_encoder(config):
 
 
 def one_step(config):
-    """The config of a distilled stage that samples in a single step: one evaluation of the network."""
+    """The config of a distilled stage with a sampler of one step, which evaluates the network once."""
     one = stages.distilled(config, "1_stochastic")
     one.sample.guidance = "constant"
     one.model.remat = "none"
@@ -173,7 +175,7 @@ def one_step(config):
 
 
 def sampling_shapes(config):
-    """Shapes of what `stages.sample` takes for one video: params, text, mask, key data, and `low` or None."""
+    """Shapes of the arguments of `stages.sample` for one video: params, text, mask, key data, and `low` or None."""
     (_, _, text, mask), _ = stages.model_inputs(config, 1)
     dtype = jnp.dtype(config.model.dtype)
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), stages.param_shapes(config))
@@ -185,62 +187,62 @@ def sampling_shapes(config):
 
 
 def count_flops(config, what: str) -> int:
-    """The model's FLOPs of a step over all chips, without those that rematerialisation does again."""
+    """The model's FLOPs per step over all chips, without those of rematerialization."""
     if what == "text":
         fn, shapes = _text_encoder(config)
         return flops.count(fn, *shapes)
     return step.model_flops(config) if what == "train" else forward_flops(one_step(config))
 
 
-def _placed(shapes, shardings):
-    return jax.tree.map(_place, shapes, shardings)
+def _with_shardings(shapes, shardings):
+    return jax.tree.map(_with_sharding, shapes, shardings)
 
 
-def _place(shape, where):
+def _with_sharding(shape, where):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def _does_not_fit(error, config, topology: str, what: str) -> Exception:
-    """The error of a program that needs more memory than a chip has, with what to change; others as they are."""
+    """A UserError with suggestions if a chip's memory is too small for the program; otherwise the error itself."""
     message = str(error)
     used = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     if "RESOURCE_EXHAUSTED" not in message and used is None:
         return error
-    numbers = f": {used[1]} of {used[2]} a device" if used else ""
+    numbers = f": {used[1]} of {used[2]} per device" if used else ""
     change = {
-        "train": "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames over "
-        "devices (config.train.mesh.height, frames)",
+        "train": "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames "
+        "split over devices (config.train.mesh.height, frames)",
         "sample": "a larger slice, more devices for config.sample.mesh.frames and height, or config.sample.window",
-        "text": "a smaller config.text.batch, or parameters over devices (config.text.mesh.fsdp or tensor)",
+        "text": "a smaller config.text.batch, or split the parameters over devices (config.text.mesh.fsdp or tensor)",
     }[what]
-    return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Take {change}")
+    return UserError(f"{config.stage}:{config.variant} to {what} does not fit {topology}{numbers}. Use {change}")
 
 
-def _counted(found: dict) -> str:
-    """How many chips a slice has, and devices where these are more."""
+def _chip_count(found: dict) -> str:
+    """The number of chips of a slice, and of devices if that differs."""
     chips = f"{found['chips']} chip{'s' * (found['chips'] > 1)}"
     return chips if found["devices"] == found["chips"] else f"{chips}, {found['devices']} devices"
 
 
 def gib(size: int) -> str:
-    """Bytes of memory as chips' capacities are given: in units of 2^30."""
+    """Bytes in GiB (2^30), the unit in which chips' capacities are given."""
     return f"{size / 2**30:.3g} GiB"
 
 
 def table(found: dict) -> str:
-    """What `measure` found, to read."""
+    """The result of `measure` as a readable table."""
     memory = {name: gib(size) for name, size in found["memory"].items()}
     mesh = " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     peaks = found["peaks"]
     lines = [
-        f"{found['stage']}:{found['variant']}, a step to {found['what']} on {found['topology']} "
-        f"({_counted(found)}: {mesh}), batch {found['batch']}",
+        f"{found['stage']}:{found['variant']}, one step of mode {found['what']} on {found['topology']} "
+        f"({_chip_count(found)}: {mesh}), batch {found['batch']}",
         f"parameters   {human(found['parameters'])}",
-        f"model        {human_flops(found['model_flops'])} a step, over all devices",
-        f"a device     {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
-        f"memory       {memory['peak']} of {memory['capacity']} at the peak, fits; arguments {memory['arguments']}, "
+        f"model        {human_flops(found['model_flops'])} per step, over all devices",
+        f"per device   {human_flops(found['flops'])}, {human(found['bytes'], 'KMGTP')}B of memory traffic",
+        f"memory       {memory['peak']} of {memory['capacity']} at the peak; arguments {memory['arguments']}, "
         f"results {memory['results']}, all temporaries {memory['temporaries']}",
-        f"roofline     {found['roofline_seconds']:.4g} s a step, bound by {found['bound_by']}, at "
+        f"roofline     {found['roofline_seconds']:.4g} s per step, bound by {found['bound_by']}, at "
         f"{human_flops(peaks['flops_per_second'])}/s and {human(peaks['bytes_per_second'], 'KMGTP')}B/s",
         f"utilisation  {found['mfu_bound']:.1%} of peak at most",
         f"compiled in  {found['compile_seconds']:.0f} s",

@@ -1,4 +1,4 @@
-"""What a stage is: parameters, sizes, FLOPs and layers, from its config alone. Nothing is allocated or compiled."""
+"""Describes a stage from its config: parameters, sizes, FLOPs and layers. Allocates and compiles nothing."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from ivideo.text import encoder_module
 
 
 def facts(config) -> dict:
-    """All that `describe` prints, as numbers, strings and lists.
+    """Everything that `describe` prints, as numbers, strings and lists.
 
-    `input` is the noise that the stage begins with, or where `kind` is "video" the clip that it enlarges, which its
-    network sees at the stage's own size as `channels` channels beside the noise. A level has `blocks` on the way down
-    and as many on the way up. Sizes are in pixels, `fps` in frames a second, FLOPs those of one evaluation of the
-    network on a batch of one.
+    `input`: the size of the stage's input. Its `kind` is "noise" for the base stage and "video" for a super-resolution
+    stage, whose network sees the upsampled clip as `channels` extra channels next to the noise.
+    `levels`: from the finest on. A level has `blocks` blocks on the way down and as many on the way up.
+    Sizes are in pixels, `fps` in frames per second. FLOPs are for one evaluation of the network on one video.
     """
     frames, height, width, _ = stages.video_shape(config)
     size = {"frames": frames, "height": height, "width": width}
-    cond = stages.cond_channels(config)
-    given = config.cond if config.cond.frames else config.video
-    given = {name: given[name] for name in ("frames", "height", "width", "fps")}
+    cond = config.model.cond_channels
+    source = config.cond if config.cond.frames else config.video
+    input_size = {name: source[name] for name in ("frames", "height", "width", "fps")}
     params = stages.param_shapes(config)
     parts = {name: _size(part) for name, part in sorted(params.items())}
     return {
@@ -32,7 +32,7 @@ def facts(config) -> dict:
         "variant": config.variant,
         "parameters": sum(parts.values()),
         "parts": parts,
-        "input": {"kind": "video" if cond else "noise", **given, "channels": cond},
+        "input": {"kind": "video" if cond else "noise", **input_size, "channels": cond},
         "output": size,
         "fps": config.video.fps,
         "forward_flops": forward_flops(config),
@@ -42,7 +42,7 @@ def facts(config) -> dict:
 
 
 def forward_flops(config, batch: int = 1) -> int:
-    """FLOPs of one evaluation of the stage's network on a batch of videos, text encoder not included."""
+    """FLOPs of one evaluation of the stage's network on a batch of videos, without the text encoder."""
     model = stages.build_model(config)
     args, optional = stages.model_inputs(config, batch)
     return flops.count(
@@ -51,7 +51,7 @@ def forward_flops(config, batch: int = 1) -> int:
 
 
 def describe(config, *, as_json: bool = False) -> None:
-    """Prints the facts of a stage's config as a table, or as JSON; of the cascade's, a line or an object a stage."""
+    """Prints the facts of a stage as a table or JSON. For a cascade, prints one line or one JSON object per stage."""
     found = [facts(stage) for stage in cascade.select(config)]
     if not cascade.is_cascade(config):
         print(json.dumps(found[0], indent=2) if as_json else _table(found[0]))
@@ -82,8 +82,8 @@ def _text(config) -> dict:
 
 
 def _table(found: dict) -> str:
-    given, text = found["input"], found["text"]
-    source = "noise" if given["kind"] == "noise" else f"a video at {given['fps']} frames a second"
+    source, text = found["input"], found["text"]
+    source_text = "noise" if source["kind"] == "noise" else f"a video at {source['fps']} fps"
     blocks = {"down_": 0, "middle": 0, "up_": 0}
     for name, size in found["parts"].items():
         kind = next((kind for kind in blocks if name.startswith(kind)), "rest")
@@ -92,14 +92,14 @@ def _table(found: dict) -> str:
     lines = [
         f"{found['stage']}:{found['variant']}",
         f"parameters  {found['parameters']:,} ({human(found['parameters'])}: {parts})",
-        f"input       {source}, {_video(given)}",
-        f"output      {_video(found['output'])} at {found['fps']} frames a second",
+        f"input       {source_text}, {_video(source)}",
+        f"output      {_video(found['output'])} at {found['fps']} fps",
         f"forward     {human_flops(found['forward_flops'])} for one video",
         f"text        {text['length']} tokens of {text['vocab']}, {text['layers']} layers of {text['dim']}, "
         f"{text['heads']} heads of {text['head_dim']}, inner {text['ff']} ({human(text['parameters'])} parameters)",
         "",
     ]
-    rows = [("level", "pixels", "channels", "blocks each way", "in space", "to text", "in time")]
+    rows = [("level", "pixels", "channels", "blocks each way", "spatial", "text", "temporal")]
     for i, level in enumerate(found["levels"]):
         attention = ["attention" if level[key] else "none" for key in ("spatial_attention", "cross_attention")]
         pixels = f"{level['height']} × {level['width']}"
@@ -112,24 +112,24 @@ def _video(size: dict) -> str:
 
 
 def _cascade_table(found: list[dict]) -> str:
-    rows = [("stage", "parameters", "input", "output", "frames a second", "forward, one video")]
+    rows = [("stage", "parameters", "input", "output", "fps", "forward, one video")]
     for stage in found:
-        given = "noise" if stage["input"]["kind"] == "noise" else _video(stage["input"])
+        source = "noise" if stage["input"]["kind"] == "noise" else _video(stage["input"])
         size = human(stage["parameters"])
         flops = human_flops(stage["forward_flops"])
-        rows.append((stage["stage"], size, given, _video(stage["output"]), stage["fps"], flops))
-    return "\n".join([*columns(rows), f"in all {human(sum(stage['parameters'] for stage in found))} parameters"])
+        rows.append((stage["stage"], size, source, _video(stage["output"]), stage["fps"], flops))
+    return "\n".join([*columns(rows), f"total: {human(sum(stage['parameters'] for stage in found))} parameters"])
 
 
 def columns(rows) -> list[str]:
-    """Rows of cells as lines, every column as wide as its widest cell."""
+    """Formats rows of cells as lines of aligned columns."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def human(number: float, letters: str = "KMBT") -> str:
-    """A number to three digits and the letter of its thousands: 5.61B of parameters. Units take SI's letters."""
+    """A number with three digits and a letter per power of 1000: 5.61B. Units use SI's `letters`."""
     for letter in ("", *letters):
         if number < 999.5 or letter == letters[-1]:
             return f"{number:.3g}{letter}" if number < 999.5 else f"{number:,.0f}{letter}"
@@ -137,6 +137,6 @@ def human(number: float, letters: str = "KMBT") -> str:
 
 
 def human_flops(number: float) -> str:
-    """FLOPs to three digits: 2.69 GFLOPs."""
+    """FLOPs with three digits: 2.69 GFLOPs."""
     digits = human(number, "KMGTPE")
     return f"{digits[:-1]} {digits[-1]}FLOPs" if digits[-1].isalpha() else f"{digits} FLOPs"

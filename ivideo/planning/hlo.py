@@ -1,9 +1,9 @@
-"""What a compiled program does, read off its text (`compiled.as_text()`): FLOPs, memory traffic, communication.
+"""Counts the FLOPs, memory traffic and communication of a compiled program from its text (`compiled.as_text()`).
 
-The compiler's own `cost_analysis` counts the body of a loop once, whatever the number of its runs, and the blocks of a
-level are a loop. Here a loop counts as often as it runs. FLOPs are those of products and convolutions, as in
-`ivideo.devices.flops`; bytes are those that operations read from and write to a chip's main memory (HBM), by the sizes
-of their arrays without the padding of their layouts.
+The compiler's own `cost_analysis` counts the body of a loop once, but the blocks of a level are a loop. Here a loop's
+body counts once per iteration. FLOPs are those of matrix products and convolutions, as in `ivideo.devices.flops`. Bytes
+are those that operations read from and write to a chip's main memory (HBM), from the sizes of their arrays without the
+padding of their layouts.
 """
 
 import collections
@@ -15,7 +15,9 @@ import re
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# They name, pick or order arrays that others make; loops and calls count what is in them
+MAX_SCALARS = 8  # an array of so few numbers is a loss or a norm, neither a parameter nor an activation
+# Operations without memory traffic: they name, select or order existing arrays. The contents of loops and calls are
+# counted separately
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "while", "call", "conditional", "async-start", "async-update", "async-done", "copy-done",
@@ -27,7 +29,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array in a program: its type and sizes, and whether it lies in on-chip memory."""
+    """An array in a program: its dtype and shape, and whether it is in on-chip memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +51,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation: what it makes, of which operands, and the rest of the line."""
+    """One line of a computation: its results, its operands, and the rest of the line."""
 
     name: str
     op: str
@@ -64,7 +66,7 @@ class Instruction:
 
 
 class Program:
-    """A compiled program's computations, by name; `entry` is the one that runs."""
+    """The computations of a compiled program by name. The program starts with `entry`."""
 
     def __init__(self, text: str):
         self.computations, self.entry, current = {}, None, None
@@ -79,7 +81,7 @@ class Program:
             raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
 
     def run(self, name: str | None = None, times: int = 1):
-        """Every instruction outside of fusions as (its computation, instruction, how often it runs)."""
+        """Yields every instruction outside fusions as (its computation, the instruction, how often it runs)."""
         name = name or self.entry
         for instruction in self.computations[name].values():
             yield name, instruction, times
@@ -95,7 +97,7 @@ class Program:
                     yield from self.run(branch, times)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: the one number that its condition compares with. ValueError where there is none."""
+        """A loop's number of iterations: the only constant in its condition. ValueError if that has none or several."""
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known[1])
@@ -111,7 +113,7 @@ class Program:
 
     @functools.cached_property
     def flops(self) -> int:
-        """FLOPs of products and convolutions on one device."""
+        """FLOPs of matrix products and convolutions on one device."""
         return sum(times * self._flops(where, instruction) for where, instruction, times in self.run())
 
     def _flops(self, where, instruction) -> int:
@@ -136,26 +138,26 @@ class Program:
         if instruction.op in _FREE:
             return 0
         operands = self._operands(where, instruction)
-        made = sum(array.traffic for array in instruction.results)
+        written = sum(array.traffic for array in instruction.results)
         if instruction.op in ("dynamic-slice", "gather", "slice"):
-            return 2 * made
+            return 2 * written
         if instruction.op == "dynamic-update-slice":
             return 2 * operands[1].traffic
         if instruction.op == "fusion":
             return self._fusion_bytes(instruction, operands)
-        if instruction.op.endswith("-start"):  # results hold the operands too
-            return made
-        return made + sum(array.traffic for array in operands)
+        if instruction.op.endswith("-start"):  # its results include the operands
+            return written
+        return written + sum(array.traffic for array in operands)
 
     def _fusion_bytes(self, instruction, operands) -> int:
-        """Of an operand that is only sliced, the slices; of a result that is updated in place, the update."""
+        """Bytes of a fusion. An operand that is only sliced counts its slices, a result updated in place its update."""
         inner = self.computations[instruction.attribute("calls")]
         parameters = _parameters(inner)
 
-        def written(name):
+        def written_bytes(name):
             i = inner[name]
             if i.op in ("bitcast", "tuple"):
-                return sum(written(operand) for operand in i.operands)
+                return sum(written_bytes(operand) for operand in i.operands)
             if i.op == "dynamic-update-slice":
                 return sum(array.bytes for array in inner[i.operands[1]].results)
             return sum(array.bytes for array in i.results)
@@ -163,13 +165,13 @@ class Program:
         total = sum(self._read(inner, parameters[n], array) for n, array in enumerate(operands) if not array.on_chip)
         if not all(array.on_chip for array in instruction.results):
             total += min(
-                written(next(i.name for i in inner.values() if i.root)),
+                written_bytes(next(i.name for i in inner.values() if i.root)),
                 sum(array.traffic for array in instruction.results),
             )
         return total
 
     def _read(self, inner, name, array) -> int:
-        """Bytes of an array that a fusion reads, which calls it `name`."""
+        """Bytes that a fusion reads of an operand, which the fusion calls `name`."""
         total = 0
         for user in inner.values():
             for position in (n for n, operand in enumerate(user.operands) if operand == name):
@@ -185,12 +187,12 @@ class Program:
         return min(total, array.bytes)
 
     def _operands(self, where, instruction) -> list[Array]:
-        """The arrays an instruction is given; a tuple counts as its first."""
+        """The operands of an instruction; a tuple counts as its first array."""
         table = self.computations[where]
         return [table[name].results[0] for name in instruction.operands if name in table and table[name].results]
 
-    def _everything(self):
-        """As `run`, with what is in fusions, where the compiler puts communication beside arithmetic."""
+    def _run_with_fusions(self):
+        """Like `run`, but with the instructions inside fusions: the compiler puts communication there too."""
 
         def fused(where, instruction):
             yield where, instruction
@@ -204,7 +206,7 @@ class Program:
                 yield where, inner, times
 
     def _padded(self, where, name) -> bool:
-        """Whether an array is a device's part put into a larger one: a sum of such over the devices gathers them."""
+        """Whether an array is a device's part padded with zeros. Summing such arrays over devices gathers the parts."""
         instruction = self.computations[where].get(name)
         if instruction is None or instruction.op == "dynamic-update-slice":
             return instruction is not None
@@ -216,34 +218,34 @@ class Program:
         return False
 
     def collectives(self, params=()) -> dict:
-        """Communication by kind and what it is of: `count` in the text, `runs`, `bytes` of a device's results.
+        """Communication per kind of operation and kind of array.
 
-        A gather that the compiler writes as an all-reduce, of parts among zeros, counts as a gather.
-
-        Parameters, whose gathers fully sharded training is made of, are told from activations by their shapes: those
-        of `params`, a tree, or one layer's of them, in any order of the dimensions.
+        Each entry has `count`, the number of operations in the text; `runs`, the number of executions; `bytes` of the
+        results on one device; and the `largest` array. An all-reduce of parts padded with zeros is a gather and counts
+        as one. An array counts as parameters, which fully sharded training gathers, if its shape is that of a leaf of
+        the tree `params` or of one layer in it, with the dimensions in any order. Otherwise it counts as activations.
         """
         import jax
 
-        known = set()
+        parameter_shapes = set()
         for leaf in jax.tree.leaves(params):
-            known |= {_dimensions(leaf.shape), _dimensions(leaf.shape[1:])}
+            parameter_shapes |= {_dimensions(leaf.shape), _dimensions(leaf.shape[1:])}
         found = collections.defaultdict(lambda: {"count": 0, "runs": 0, "bytes": 0, "largest": "", "largest_bytes": 0})
-        for where, instruction, times in self._everything():
+        for where, instruction, times in self._run_with_fusions():
             kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             arrays = instruction.results
             if kind != instruction.op and kind in ("all-gather", "collective-permute"):
                 arrays = [a for a in arrays if a.shape][len(instruction.operands) :]
-            names = [_named(kind, array, known) for array in arrays]
+            names = [_kind(kind, array, parameter_shapes) for array in arrays]
             if kind == "all-reduce":
                 padded = [self._padded(where, operand) for operand in instruction.operands]
                 names = [
                     name.replace(kind, "all-gather") if is_padded else name
                     for name, is_padded in zip(names, padded, strict=True)
                 ]
-            for name in set(names):  # several arrays may travel together
+            for name in set(names):  # one operation may move several arrays
                 found[name]["count"] += 1
                 found[name]["runs"] += times
             for name, array in zip(names, arrays, strict=True):
@@ -255,14 +257,15 @@ class Program:
         return dict(sorted(found.items()))
 
 
-def _named(kind: str, array: Array, known) -> str:
-    if array.size <= 8:
+def _kind(kind: str, array: Array, parameter_shapes) -> str:
+    """A collective's name with the kind of its array."""
+    if array.size <= MAX_SCALARS:
         return f"{kind} of scalars"
-    return f"{kind} of {'parameters' if _dimensions(array.shape) in known else 'activations'}"
+    return f"{kind} of {'parameters' if _dimensions(array.shape) in parameter_shapes else 'activations'}"
 
 
 def _parameters(computation) -> dict[int, str]:
-    """The names of a computation's parameters by their numbers."""
+    """The names of a computation's parameters by their position."""
     return {int(re.match(r"\d+", i.rest)[0]): i.name for i in computation.values() if i.op == "parameter"}
 
 
@@ -276,7 +279,7 @@ def _instruction(found) -> Instruction:
 
 
 def _arguments(rest: str) -> str:
-    """What stands before the parenthesis that closes an instruction's operands."""
+    """The text of an instruction's operands: up to the closing parenthesis."""
     depth = 1
     for end, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
@@ -286,7 +289,7 @@ def _arguments(rest: str) -> str:
 
 
 def _convolution(instruction, image: Array, kernel: Array) -> int:
-    """Without products by the padding's zeros: the compiler writes products of matrices as convolutions of them."""
+    """FLOPs without products by zeros of the padding: the compiler writes matrix products as padded convolutions."""
     image_axes, kernel_axes, result_axes = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
     result = instruction.results[0]
     pairs = result.shape[result_axes.index("b")] * result.shape[result_axes.index("f")]
@@ -313,11 +316,11 @@ def _convolution(instruction, image: Array, kernel: Array) -> int:
 
 @functools.cache
 def _positions(image, kernel, result, *, padding, stride, holes, spread) -> int:
-    """Pairs of a place in the result and one in the kernel that meet a number of the image, along one axis."""
-    places = np.arange(result)[:, None] * stride + np.arange(kernel) * spread - padding
-    return int(((places >= 0) & (places % holes == 0) & (places < (image - 1) * holes + 1)).sum())
+    """Number of pairs (position in the result, position in the kernel) that touch the image along one axis."""
+    positions = np.arange(result)[:, None] * stride + np.arange(kernel) * spread - padding
+    return int(((positions >= 0) & (positions % holes == 0) & (positions < (image - 1) * holes + 1)).sum())
 
 
 def _dimensions(shape) -> tuple[int, ...]:
-    """A shape but for the order of its dimensions, which the compiler is free to choose."""
+    """A shape with its dimensions sorted, since the compiler may reorder them, and without those of size 1."""
     return tuple(sorted(size for size in shape if size > 1))
