@@ -73,7 +73,7 @@ def test_small_damaged_newest_is_named_and_left_where_it_is(saved, caplog, name,
     DAMAGES[name][0](saved / "checkpoints" / "3")
     assert_read(saved, 2)
     (message,) = (r.getMessage() for r in caplog.records)
-    assert re.search(r"run/checkpoints/3 is damaged \(.+\): the one before it is used", message)
+    assert re.search(r"run/checkpoints/3 is damaged \(.+\): using the previous one", message)
 
 
 def locations(folder, prefix):
@@ -138,7 +138,9 @@ def test_small_what_is_wrong_with_a_folder_is_said(saved, tmp_path):
     for step in ("2", "3"):
         DAMAGES["tree-gone"][0](saved / "checkpoints" / step)
     before = contents(saved)
-    with pytest.raises(UserError, match=r"every checkpoint in .*run/checkpoints is damaged: copy a whole one back"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint in .*run/checkpoints is damaged: copy an undamaged one back"
+    ):
         read(saved)
     assert contents(saved) == before
 
@@ -154,7 +156,8 @@ def test_small_failure_that_is_not_the_files_is_not_called_damage(saved, monkeyp
         return str(caught.value)
 
     assert re.search(
-        "checkpoints/3 is as it was written.*the network is gone", fails_with(OSError("the network is gone"))
+        "checkpoints/3 cannot be read although its digests are right.*the network is gone",
+        fails_with(OSError("the network is gone")),
     )
     assert fails_with(MemoryError("60 GiB")) == "60 GiB"
     shutil.rmtree(saved / "digests")
@@ -192,7 +195,7 @@ def test_small_checkpoint_deleted_while_it_is_read(saved, monkeypatch, caplog, w
     step, params = read(saved)
     assert step == 3 if linux else 4
     assert_same(params, state_of(step).ema)
-    message = "checkpoint 3 was deleted while it was read: the newest one is read instead"
+    message = "checkpoint 3 was deleted while it was read: reading the newest one instead"
     assert [r.getMessage() for r in caplog.records if r.name == "ivideo"] == ([] if linux else [message])
     assert names(saved / "checkpoints") == ["3", "4"]
 
@@ -209,7 +212,7 @@ def test_small_links_that_cannot_be_made_are_done_without(saved, monkeypatch, er
     else:
         monkeypatch.setattr(average.tempfile, "TemporaryDirectory", fail)
     with contextlib.ExitStack() as stack:
-        assert average._held(saved / "checkpoints" / "3", stack) == saved / "checkpoints" / "3"
+        assert average._keep_readable(saved / "checkpoints" / "3", stack) == saved / "checkpoints" / "3"
     assert_read(saved, 3)
 
 
@@ -276,5 +279,5 @@ def test_small_checkpoints_that_never_last_end_with_advice(saved, monkeypatch):
         return "state/_METADATA is missing"
 
     monkeypatch.setattr(digests, "compare", deleted)
-    with pytest.raises(UserError, match="are deleted faster than one can be read: .* larger config.train.keep"):
+    with pytest.raises(UserError, match="are deleted faster than they can be read: .* larger config.train.keep"):
         read(saved)

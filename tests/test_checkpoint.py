@@ -92,7 +92,7 @@ def assert_training_goes_on_from_2(workdir, data, batches):
     assert names(workdir / "digests") == ["3.json", "4.json"]
     for step in (3, 4):
         written = json.loads((workdir / "digests" / f"{step}.json").read_text())
-        assert written == digests.of_folder(workdir / "checkpoints" / str(step))
+        assert written == digests.folder_digests(workdir / "checkpoints" / str(step))
     data = iterator()
     step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 4
@@ -142,7 +142,7 @@ def test_small_damaged_digests_are_named_and_the_checkpoint_checked_without(save
     assert step == 3
     assert_same(state, state_of(3))
     assert_same(next(data), batches[3])
-    assert re.search(r"digests/3.json is damaged \(.+\): checkpoint 3 is checked by Orbax alone", caplog.text)
+    assert re.search(r"digests/3.json is damaged \(.+\): only Orbax's own checks remain for checkpoint 3", caplog.text)
     assert names(workdir / "damaged") == []
     # And a checkpoint that is damaged too is still found
     cut(largest(workdir / "checkpoints" / "3"))
@@ -195,7 +195,7 @@ def test_small_what_a_killed_save_left_is_deleted_by_training_alone(saved, caplo
     step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 2
     assert_same(state, state_of(2))
-    assert f"{left} is deleted: a save was killed before its end" in caplog.text
+    assert f"deleting {left}: a save was killed before its end" in caplog.text
     assert not left.exists() and not (workdir / "damaged").exists()
     assert_training_goes_on_from_2(workdir, data, batches)
 
@@ -262,7 +262,7 @@ def test_small_failure_that_is_not_the_files_sets_nothing_aside(saved, monkeypat
             Checkpoints(workdir, keep=2).restore(like(), iterator())
         return caught.value
 
-    assert "is as it was written" in fails_with(OSError("the network is gone")).__notes__[0]
+    assert "are right, so it is not moved" in fails_with(OSError("the network is gone")).__notes__[0]
     (workdir / "digests" / "3.json").unlink()
     fails_with(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 60 GiB"))
     assert names(workdir / "checkpoints") == ["2", "3"]
@@ -285,7 +285,7 @@ def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):
     while not (tmp_path / "digests" / "1.json").exists():
         assert time.time() < deadline
         time.sleep(0.01)
-    assert json.loads((tmp_path / "digests" / "1.json").read_text()) == digests.of_folder(
+    assert json.loads((tmp_path / "digests" / "1.json").read_text()) == digests.folder_digests(
         tmp_path / "checkpoints" / "1"
     )
     checkpoints.close()
@@ -297,7 +297,7 @@ def test_small_digests_that_cannot_be_written_do_not_stop_training(tmp_path, cap
     for step in (1, 2):
         checkpoints.save(step, state_of(step), iterator())
     checkpoints.close()
-    assert re.search(r"checkpoint 2 has no digests \(FileExistsError.*\): Orbax's own checks remain", caplog.text)
+    assert re.search(r"checkpoint 2 has no digests \(FileExistsError.*\): only Orbax's own checks remain", caplog.text)
     step, state = Checkpoints(tmp_path, keep=2).restore(like(), iterator())
     assert step == 2
     assert_same(state, state_of(2))
@@ -315,7 +315,7 @@ def test_small_save_that_fails_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
         checkpoints.save(2, state_of(2), iterator())
-        with pytest.raises(UserError, match=r"could not be saved in .*\(no space left\).*goes on from step 1"):
+        with pytest.raises(UserError, match=r"could not be saved in .*\(no space left\).*continues from step 1"):
             checkpoints.finish()
     data = iterator()
     step, state = Checkpoints(tmp_path, keep=2).restore(like(), data)
@@ -374,7 +374,7 @@ def test_small_digests_are_sha256_and_read_in_pieces(tmp_path):
     }
     tracemalloc.start()
     try:
-        assert digests.of_folder(tmp_path) == wanted
+        assert digests.folder_digests(tmp_path) == wanted
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

@@ -151,7 +151,10 @@ def test_small_clock_that_is_set_while_a_process_starts(tmp_path, capsys):
     assert found["clock_set"] == [86400.0, -3600.0]
     goodput.report(write(tmp_path, lines(log.events)))
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "the clock was set, or the machine slept (+86400 s, -3600 s): the durations above leave that out"
+    assert (
+        last
+        == "the clock was set, or the machine was suspended (+86400 s, -3600 s): the durations above leave that out"
+    )
 
 
 def test_small_clocks_that_run_a_little_apart_are_not_mentioned():
@@ -215,7 +218,7 @@ def test_small_report_without_a_run(tmp_path):
     with pytest.raises(UserError, match=r"events.jsonl does not exist: give the --workdir of a training run"):
         goodput.report(tmp_path)
     for text in ("", "\n", '{"event": "sta', '{"step": 1}\n'):
-        with pytest.raises(UserError, match=r"events.jsonl holds no run.*: give the --workdir of a training run"):
+        with pytest.raises(UserError, match=r"events.jsonl has no start event: give the --workdir of a training run"):
             goodput.report(write(tmp_path, text))
 
 

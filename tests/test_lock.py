@@ -37,7 +37,7 @@ def holder(folder):
 def left(folder, **changes):
     """What a run that is gone has left."""
     folder.mkdir(exist_ok=True)
-    (folder / lock.NAME).write_text(json.dumps({**lock._myself(), "host": "elsewhere", **changes}))
+    (folder / lock.NAME).write_text(json.dumps({**lock._own_identity(), "host": "elsewhere", **changes}))
 
 
 def test_small_the_second_run_is_told_who_has_the_folder_and_since_when(tmp_path):

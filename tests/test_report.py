@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import base
 from ivideo.training import loop, report
-from ivideo.training.board import Board
+from ivideo.training.board import TensorBoardLog
 
 
 def run_config(**changes):
@@ -52,7 +52,7 @@ def test_small_tensorboard_has_the_numbers_and_the_grid(tmp_path):
 
 
 def test_small_a_board_that_is_deleted_is_made_again(tmp_path):
-    board = Board(tmp_path / "tensorboard")
+    board = TensorBoardLog(tmp_path / "tensorboard")
     board.scalars(1, {"loss": 1.0})
     shutil.rmtree(tmp_path / "tensorboard")
     board.scalars(2, {"loss": 2.0})
@@ -74,7 +74,7 @@ def broken(*_, **__):
 
 
 REPORTS = {
-    "TensorBoard's log": lambda patch: patch.setattr(Board, "scalars", broken),
+    "TensorBoard's log": lambda patch: patch.setattr(TensorBoardLog, "scalars", broken),
     "the grid of samples": lambda patch: patch.setattr(loop, "sample_prompts", broken),
     "the progress line": lambda patch: patch.setattr(report.sys.stderr, "isatty", broken, raising=False),
     "metrics.jsonl": lambda patch: patch.setattr(report._Lines, "add", broken),

@@ -40,12 +40,12 @@ def test_small_a_full_disk_is_one_error_and_leaves_what_was_whole(tmp_path, met_
         checkpoints.save(2, state_of(2), data)
         if met_by == "check":
             with contextlib.suppress(Exception):
-                checkpoints._digesting.result()
+                checkpoints._digest_task.result()
             checkpoints.check()
         checkpoints.save(3, state_of(3), data) if met_by == "save" else checkpoints.finish()
     assert str(error.value) == (
-        f"a checkpoint could not be saved in {tmp_path / 'checkpoints'} (File too large): make room there, or see that "
-        "it can be written; the same command goes on from step 1"
+        f"a checkpoint could not be saved in {tmp_path / 'checkpoints'} (File too large): free some space there, "
+        "or make the folder writable; the same command continues from step 1"
     )
     checkpoints.close()
     assert names(tmp_path / "checkpoints") == ["1"]
@@ -61,7 +61,7 @@ def test_small_a_read_only_folder_is_the_same_error(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(checkpoints._manager, "save", refuse)
-    with pytest.raises(UserError, match=r"\(Read-only file system\): .* goes on from the start"):
+    with pytest.raises(UserError, match=r"\(Read-only file system\): .* continues from the start"):
         checkpoints.save(1, state_of(1), iterator())
 
 
@@ -91,7 +91,7 @@ def test_small_training_on_a_full_disk_ends_with_the_checkpoints_error(tmp_path,
     with contextlib.ExitStack() as limits, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", then_full)
         patch.setitem(jax.config.values, "jax_enable_compilation_cache", False)
-        with pytest.raises(UserError, match=r"could not be saved .*goes on from step 3"):
+        with pytest.raises(UserError, match=r"could not be saved .*continues from step 3"):
             loop.train(config, str(tmp_path), devices=jax.devices()[:1])
     assert begun and names(tmp_path / "checkpoints") == ["3"]
     assert sum("metrics.jsonl cannot be written" in record.getMessage() for record in caplog.records) == 1

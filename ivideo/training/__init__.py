@@ -1,1 +1,1 @@
-"""Training a stage: the step, the loop around it, checkpoints, reports, and what guards a run."""
+"""Trains a stage: the training step, the loop, checkpoints, reports, and protection against signals and hangs."""

@@ -1,4 +1,4 @@
-"""TensorBoard's log of a run, written at once: an error is met where the report is made, not in a thread of its own."""
+"""Writes a run's TensorBoard log in the calling thread, so that errors are raised where the report is made."""
 
 import os
 import pathlib
@@ -11,17 +11,17 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
 
-class Board:
-    """Adds numbers and images to the log in `folder`, which is made when it is needed, and again when it is gone.
+class TensorBoardLog:
+    """Adds numbers and images to the log in `folder`. The folder is created when needed, also after someone deleted it.
 
-    Every method raises OSError where the folder cannot be written; a later call then tries anew.
+    Every method raises OSError if the folder cannot be written. A later call then tries again.
     """
 
     def __init__(self, folder: pathlib.Path):
         self._folder, self._writer = folder, None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers by their names."""
+        """Adds numbers, by name."""
         self._add(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -29,7 +29,7 @@ class Board:
         self._add(step, [summary.image(name, image, dataformats="HWC")])
 
     def close(self) -> None:
-        """Closes the log; what is added later goes to another file of the folder."""
+        """Closes the log. Later additions go to a new file in the folder."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
@@ -41,15 +41,14 @@ class Board:
                 self._write(Event(wall_time=time.time(), step=step, summary=value))
             writer.flush()
         except OSError:
-            self._writer = None  # its file may end in a torn event: the next one goes to another file
+            self._writer = None  # the file may end in a partial event: continue in a new file
             raise
 
     def _open(self):
         if self._writer is None or not os.path.exists(self._writer.path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            name = (
-                f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"  # TensorBoard reads them in this order
-            )
+            # TensorBoard reads the files in the order of their names
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
             self._writer = RecordWriter(str(self._folder / name))
             self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         return self._writer

@@ -1,4 +1,4 @@
-"""Digests of checkpoints: WORKDIR/digests/STEP.json holds the SHA-256 of every file of WORKDIR/checkpoints/STEP."""
+"""Detects damaged checkpoints: WORKDIR/digests/STEP.json has the SHA-256 of each file in WORKDIR/checkpoints/STEP."""
 
 import concurrent.futures
 import contextlib
@@ -11,19 +11,21 @@ from ivideo.files import write_json
 
 log = logging.getLogger("ivideo")
 
-WHOLE, UNCHECKED = "whole", "unchecked"  # what is said of a checkpoint with which nothing is found wrong
+READERS = 8  # files that are read at the same time
+
+WHOLE, UNCHECKED = "whole", "unchecked"  # results of `compare` for a checkpoint without a known problem
 
 
 def path(workdir, step) -> pathlib.Path:
-    """The file with the digests of a checkpoint."""
+    """The path of a checkpoint's digests."""
     return pathlib.Path(workdir) / "digests" / f"{step}.json"
 
 
 def write(workdir, step: int, *, kept) -> None:
-    """Writes the digests of a checkpoint, and deletes those of steps that are not `kept`."""
+    """Writes the digests of a checkpoint, and deletes the digests of steps that are not in `kept`."""
     target = path(workdir, step)
     target.parent.mkdir(exist_ok=True)
-    write_json(target, of_folder(_checkpoint(workdir, step)))
+    write_json(target, folder_digests(_checkpoint(workdir, step)))
     names = {path(workdir, s).name for s in kept}
     for other in target.parent.iterdir():
         if other.name not in names:
@@ -37,35 +39,38 @@ def forget(workdir, step) -> None:
 
 
 def compare(workdir, step: int, folder=None) -> str:
-    """WHOLE, UNCHECKED where the checkpoint has no digests, or what is wrong with its files, which are in `folder`."""
+    """Compares a checkpoint's files with its digests. The files may be read from another `folder`.
+
+    Returns WHOLE, UNCHECKED if the checkpoint has no digests, or a description of the first problem.
+    """
     wanted = _read(workdir, step)
     if wanted is None:
         return UNCHECKED
     try:
-        found = of_folder(folder or _checkpoint(workdir, step))
+        found = folder_digests(folder or _checkpoint(workdir, step))
     except OSError as e:
         return f"it cannot be read: {e}"
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in wanted:
-            return f"{name} was not there when it was written"
+            return f"{name} was not there when the checkpoint was written"
         if wanted[name] != found[name]:
             return f"{name} has changed since it was written"
     return WHOLE
 
 
-def of_folder(folder) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by its relative path; several files at a time, none whole in memory."""
+def folder_digests(folder) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by relative path. Files are read in parallel, and in chunks."""
     folder = pathlib.Path(folder)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip((str(file.relative_to(folder)) for file in files), pool.map(_of_file, files), strict=True))
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        return dict(zip((str(file.relative_to(folder)) for file in files), pool.map(_file_digest, files), strict=True))
 
 
-def _of_file(file):
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _file_digest(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _checkpoint(workdir, step):
@@ -73,7 +78,7 @@ def _checkpoint(workdir, step):
 
 
 def _read(workdir, step):
-    """The digests that were written for a checkpoint. None where it was not finished, or where they are damaged."""
+    """A checkpoint's digests. None if they were never written, or if they are damaged."""
     file = path(workdir, step)
     try:
         found = json.loads(file.read_text())
@@ -84,5 +89,5 @@ def _read(workdir, step):
         return None
     except (OSError, ValueError) as e:
         problem = f"{type(e).__name__}: {e}"
-    log.warning("%s is damaged (%s): checkpoint %s is checked by Orbax alone", file, problem, step)
+    log.warning("%s is damaged (%s): only Orbax's own checks remain for checkpoint %s", file, problem, step)
     return None

@@ -1,25 +1,26 @@
-"""Where a run's time went, from the log that its processes append to, WORKDIR/events.jsonl.
+"""Reports how a training run spent its time, from the log that its processes append to, WORKDIR/events.jsonl.
 
-Every second between the run's first start and its last event is of one kind:
+Every second between the run's first start and its last event belongs to one kind:
 
-productive  steps whose result the run still has, each counted once: the last time it was done. The seconds of a range
-            of steps are spread evenly over them. The first step of a process is one of them, its time `compiling`.
-lost        steps whose result is gone: done after the checkpoint that the next process read, or rolled back. They are
-            done again, or still have to be.
-input       waiting for data, in productive and lost steps alike
-compiling   the first step of each process: from the end of restoring
+productive  steps whose result the run still has. A step that was repeated counts once, with its last time. The seconds
+            of a range of steps are spread evenly over the steps. The first step of a process is a productive step, but
+            its time is `compiling`.
+lost        steps whose result is lost: they came after the checkpoint that the next process read, or were rolled back.
+            The run has repeated them, or still has to.
+input       waiting for data, in productive and lost steps
+compiling   the first step of each process, from the end of restoring
 restoring   reading checkpoints
-saving      the loop held up by writing checkpoints
-startup     from a process's start to the end of its first step, where that is neither restoring nor compiling; of one
-            that has not come so far, to its last event
-down        between a process's last event and the next one's start. What a killed process did after its last event is
-            not known: it is here.
+saving      time that the loop was blocked by writing checkpoints
+startup     from a process's start to the end of its first step, without restoring and compiling. If a process did not
+            finish a step, up to its last event.
+down        from a process's last event to the start of the next process. This includes the work of a killed process
+            after its last event, which is unknown.
 other       the rest
 
-Goodput is the share of `productive`. Within a process, time is measured by a clock that nobody sets (`clock`, which is
-`time.monotonic`); the report says by how much the machine's clock was set meanwhile. Logs without it have the machine's
-clock alone (`time`); a process whose clock was set back lasted at least as long as the events that it timed. Between
-processes the machines' clocks are compared: should the next one's be behind, nothing is `down`.
+Goodput is the share of `productive`. Within a process, durations come from a monotonic clock (`clock`, which is
+`time.monotonic`). The report says by how much the machine's clock was set in the meantime. Logs without `clock` have
+only the machine's clock (`time`); if that was set back, the process lasted at least as long as the events that it
+timed. Between processes the machines' clocks are compared. If the next machine's clock is behind, `down` is zero.
 """
 
 import itertools
@@ -40,7 +41,7 @@ KINDS = {
     "other": "other",
 }
 TIMED = {"compiled": "compiling", "restored": "restoring", "saved": "saving"}
-JUMP = 1.0  # seconds by which two clocks may differ from one event to the next: they are not read at the same moment
+MAX_CLOCK_DIFFERENCE = 1.0  # seconds between two events: more means that the clock was set. Both are not read at once
 COUNTED = {
     "processes": ("process", "processes"),
     "preemptions": ("preemption", "preemptions"),
@@ -52,21 +53,21 @@ COUNTED = {
 
 
 def report(workdir, as_json: bool = False) -> None:
-    """Prints the goodput of the run in a folder as a table, or as JSON. UserError where there is none."""
+    """Prints the goodput of the run in a folder as a table or as JSON. UserError if the folder has no run."""
     found = goodput(read_run(workdir))
     print(json.dumps(found, indent=2) if as_json else table(found))
 
 
 def goodput(events: list[dict]) -> dict:
-    """Seconds and shares by kind of time, and what happened how often, from a run's events in their order.
+    """Seconds and shares per kind of time, and counts of incidents, from a run's events in order.
 
-    `shares` add up to 1 exactly. `steps` counts the productive and the lost ones; `kills` are starts whose predecessor
-    left no end, `skipped` updates with non-finite gradients among the productive steps. `clock_set` has the seconds by
-    which the clock of a machine was set each time, backwards less than 0; a machine that slept looks the same.
+    `shares` add up to exactly 1. `steps` counts productive and lost steps. `kills` counts processes, except the last,
+    whose log has no end. `skipped` counts updates with non-finite gradients among the productive steps. `clock_set` has
+    the seconds of each change of a machine's clock, negative if it was set back; a suspended machine looks the same.
     """
     processes = _processes(events)
     if not processes:
-        raise UserError("the events hold no start: give those of a run, as ivideo.training.report writes them")
+        raise UserError("the events have no start: pass the events of a run, as ivideo.training.report writes them")
     history = _History()
     for process in processes:
         history.follow(process)
@@ -91,7 +92,7 @@ def goodput(events: list[dict]) -> dict:
 
 
 def table(found: dict) -> str:
-    """What `goodput` found, for people."""
+    """The result of `goodput` as a readable table."""
     counts = {"productive": f" ({found['steps']['productive']})", "lost": f" ({found['steps']['lost']})"}
     lines = [
         f"goodput {found['goodput']:.1%} of {_duration(found['total'])} from the first start to the last event",
@@ -104,29 +105,29 @@ def table(found: dict) -> str:
     lines += ["", ", ".join(_count(found[key], *names) for key, names in COUNTED.items())]
     if found["clock_set"]:
         jumps = ", ".join(f"{jump:+.0f} s" for jump in found["clock_set"])
-        lines.append(f"the clock was set, or the machine slept ({jumps}): the durations above leave that out")
+        lines.append(f"the clock was set, or the machine was suspended ({jumps}): the durations above leave that out")
     return "\n".join(lines)
 
 
 def read_run(workdir) -> list[dict]:
-    """The events of the run in a folder. UserError where there is no log, or no start in it."""
+    """The events of the run in a folder. UserError if there is no log, or if the log has no start."""
     path = pathlib.Path(workdir) / "events.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the --workdir of a training run, which writes it")
+        raise UserError(f"{path} does not exist: give the --workdir of a training run")
     try:
         events = [event for event in read(path) if "event" in event]
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e}): give the --workdir of a training run") from e
     if not any(event["event"] == "start" for event in events):
-        raise UserError(f"{path} holds no run, its first event would be a start: give the --workdir of a training run")
+        raise UserError(f"{path} has no start event: give the --workdir of a training run")
     return events
 
 
 def read(path) -> list[dict]:
-    """The objects of a file with one flat JSON object a line.
+    """The objects of a file with one flat JSON object per line.
 
-    A process killed while it wrote leaves a line torn, and the next one goes on behind it in the same line: what is
-    torn is left out, what is behind it is read.
+    A process that is killed while it writes leaves a partial line, and the next process continues on that line. The
+    partial object is left out, the object after it is read.
     """
     with open(path, encoding="utf-8", errors="replace") as f:
         found = (_parse(line.strip()) for line in f)
@@ -134,10 +135,11 @@ def read(path) -> list[dict]:
 
 
 def _parse(line: str) -> dict | None:
-    # Inside a string a quote is \", and objects hold no objects: this begins the last object of the line
-    for part in (line, line[line.rfind('{"') :]):
+    # The second try is the line's last object: strings escape their quotes and objects are flat, so only an object can
+    # begin with {"
+    for text in (line, line[line.rfind('{"') :]):
         try:
-            value = json.loads(part)
+            value = json.loads(text)
         except ValueError:
             continue
         return value if isinstance(value, dict) else None
@@ -145,7 +147,7 @@ def _parse(line: str) -> dict | None:
 
 
 def _processes(events: list[dict]) -> list[list[dict]]:
-    """The events of each process, its start first."""
+    """The events per process, each beginning with a start."""
     processes = []
     for event in events:
         if event["event"] == "start":
@@ -156,23 +158,23 @@ def _processes(events: list[dict]) -> list[list[dict]]:
 
 
 def _times(processes: list[list[dict]], history) -> tuple[float, dict[str, float]]:
-    """The seconds of a run in all, and by kind."""
-    parts = [_timed(process) for process in processes]
-    seconds = {kind: sum(part.get(kind, 0.0) for part in parts) for kind in KINDS}
+    """(total seconds of a run, seconds per kind)."""
+    timed = [_timed(process) for process in processes]
+    seconds = {kind: sum(process.get(kind, 0.0) for process in timed) for kind in KINDS}
     gaps = (after[0]["time"] - before[-1]["time"] for before, after in itertools.pairwise(processes))
     seconds["down"] = sum(max(gap, 0.0) for gap in gaps)
     seconds["productive"], seconds["lost"] = sum(history.kept.values()), history.lost
     spans = (_span(process[0], process[-1]) for process in processes)
-    total = seconds["down"] + sum(max(span, sum(part.values())) for span, part in zip(spans, parts, strict=True))
-    # The steps' seconds add up in another order above: rounding can leave less than nothing
+    total = seconds["down"] + sum(max(span, sum(process.values())) for span, process in zip(spans, timed, strict=True))
+    # Sums in different orders are rounded differently: the rest could be slightly negative
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
     return total, seconds
 
 
 def _timed(process: list[dict]) -> dict[str, float]:
-    """Seconds of one process by kind; those of its steps, productive or not, as `steps`."""
+    """Seconds of one process per kind. `steps` are those of its steps, whether productive or lost."""
     seconds = dict.fromkeys(("input", *TIMED.values()), 0.0)
-    steps = before = 0.0  # before: what is accounted for until the first step was done
+    steps = before_first_step = 0.0  # the second: seconds of a known kind until the end of the first step
     first = next((event for event in process if event["event"] == "compiled"), process[-1])
     for event in process:
         if event["event"] in TIMED:
@@ -181,8 +183,8 @@ def _timed(process: list[dict]) -> dict[str, float]:
             seconds["input"] += event["input_seconds"]
             steps += event["seconds"] - event["input_seconds"]
         if event is first:
-            before = sum(seconds.values()) + steps
-    return {**seconds, "steps": steps, "startup": max(_span(process[0], first) - before, 0.0)}
+            before_first_step = sum(seconds.values()) + steps
+    return {**seconds, "steps": steps, "startup": max(_span(process[0], first) - before_first_step, 0.0)}
 
 
 def _span(first: dict, last: dict) -> float:
@@ -192,13 +194,13 @@ def _span(first: dict, last: dict) -> float:
 
 
 def _jumps(process: list[dict]) -> list[float]:
-    """Seconds by which the machine's clock went further than time did, from one event of a process to the next."""
+    """Changes of the machine's clock relative to the monotonic clock between two events of a process, in seconds."""
     jumps = (after["time"] - before["time"] - _span(before, after) for before, after in itertools.pairwise(process))
-    return [jump for jump in jumps if abs(jump) > JUMP]
+    return [jump for jump in jumps if abs(jump) > MAX_CLOCK_DIFFERENCE]
 
 
 class _History:
-    """Which steps a run has, as one reads on in its events."""
+    """The steps that a run has kept and lost, from its events so far."""
 
     def __init__(self):
         self.kept = {}  # step -> seconds, waiting for input not included
@@ -206,8 +208,8 @@ class _History:
         self.lost, self.lost_steps = 0.0, 0
 
     def follow(self, process: list[dict]) -> None:
-        """Reads the events of one process."""
-        # The step it goes on from. One that finds no checkpoint begins anew; one killed before changes nothing
+        """Adds the events of one process."""
+        # The step that the process continues from, 0 without a checkpoint. If it was killed earlier, nothing changes
         at = next((event["step"] for event in process if event["event"] == "restored"), 0)
         if any(event["event"] in ("restored", "compiled", "steps") for event in process):
             self._back_to(at)

@@ -1,9 +1,9 @@
-"""One training run at a time in a working folder, on storage that several machines may share.
+"""Allows one training run at a time per working folder, also on storage that several machines share.
 
-The run keeps a file in the folder, WORKDIR/running.json, that says who it is. It sets the file's time anew every few
-seconds: that is its heartbeat. Another run that finds the file looks whether its time changes. No clocks are compared,
-so clocks that differ do no harm. Where the time does not change, the first run was killed, and the folder is free. On
-the same machine its process is looked for instead, which takes no time.
+The run keeps a lock file, WORKDIR/running.json, with its host and process. As a heartbeat, it updates the file's
+modification time every few seconds. Another run that finds the file watches whether that time changes. Only changes
+count, so the machines' clocks may differ. If the time stays the same, the first run was killed and the folder is free.
+On the same machine the second run looks for the process instead, without waiting.
 """
 
 import contextlib
@@ -23,17 +23,18 @@ log = logging.getLogger("ivideo")
 
 NAME = "running.json"
 BEAT_SECONDS = 5.0
-# Without a heartbeat, and the run is taken for dead. NFS and gcsfuse may show what a file was a minute ago
+# A run counts as dead after this long without a heartbeat. NFS and gcsfuse may show a file as it was a minute ago
 STALE_SECONDS = 75.0
-SETTLE_SECONDS = 0.5  # for two that take over the same folder to see which of them has it
+SETTLE_SECONDS = 0.5  # two runs that take over a folder at the same time wait this long to see which one has it
+POLLS_PER_BEAT = 10  # how often another run looks for a heartbeat
 
 
 @contextlib.contextmanager
 def held(folder: str, *, first: bool = True):
-    """Holds a folder for the block. Of several processes the first one does, for all of them.
+    """Locks a folder for the block. In a run of several processes, only the `first` one locks it.
 
-    UserError where another run has it, which says who and since when. Should another run take the folder over, since
-    this one gave no sign of life for `STALE_SECONDS`, this process ends with a line.
+    UserError if another run has the lock; the message says which run and since when. If another run takes the folder
+    over, because this one had no heartbeat for `STALE_SECONDS`, this process prints one line and exits.
     """
     if not first:
         yield
@@ -41,28 +42,28 @@ def held(folder: str, *, first: bool = True):
     new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, NAME)
-    me = _myself()
-    over = threading.Event()
+    own = _own_identity()
+    ended = threading.Event()
     try:
-        _take(path, me)
-        beating = threading.Thread(target=_beat, args=(path, me, over), daemon=True)
-        beating.start()
+        _acquire(path, own)
+        heartbeats = threading.Thread(target=_send_heartbeats, args=(path, own, ended), daemon=True)
+        heartbeats.start()
         try:
             yield
         finally:
-            over.set()
-            beating.join(BEAT_SECONDS)  # storage that hangs holds nobody up
-            found, _ = _look(path)
-            if found == me:
+            ended.set()
+            heartbeats.join(BEAT_SECONDS)  # with a limit, because the storage may hang
+            found, _ = _read(path)
+            if found == own:
                 with contextlib.suppress(OSError):
                     os.remove(path)
     finally:
         if new:
-            with contextlib.suppress(OSError):  # something is in it
+            with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(folder)
 
 
-def _myself() -> dict:
+def _own_identity() -> dict:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -74,7 +75,7 @@ def _myself() -> dict:
 
 
 def _machine() -> str:
-    """What numbers of processes belong to: this start of this machine, and a container's own numbers; '' if unknown."""
+    """Identifies the machine's boot and the container's PID namespace, within which a PID is unique. '' if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -83,42 +84,46 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's units: a number may be given to another one later. '' if there is none."""
+    """A process's start time in the kernel's units, since PIDs are reused. '' if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             state, *rest = f.read().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state in "ZX" else rest[18]  # of a dead one that its parent has not asked for yet, the number is left
+    return "" if state in "ZX" else rest[18]  # a zombie is a dead process that still has its PID
 
 
-def _take(path: str, me: dict) -> None:
+def _acquire(path: str, own: dict) -> None:
+    """Creates the lock file, or takes over the file of a dead run. UserError if the other run is alive."""
     while True:
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as f:
             try:
-                f.write(json.dumps(me))
+                f.write(json.dumps(own))
                 return
             except OSError:  # such as a full disk
                 os.remove(path)
                 raise
-        found, beat = _look(path)
+        found, beat = _read(path)
         if beat is None:
-            continue  # it is free again
+            continue  # the other run has just ended
         if _alive(path, found, beat):
             raise UserError(
-                f"{os.path.dirname(path)} is in use by {_who(found)}: stop that run, or give another --workdir"
+                f"{os.path.dirname(path)} is in use by {_describe(found)}: stop that run, or give another --workdir"
             )
-        if _look(path) != (found, beat):
-            continue  # somebody else has just taken it, or given it back
-        log.info("%s was left by %s, which is gone", path, _who(found))
-        write_json(path, me)
+        if _read(path) != (found, beat):
+            continue  # another run has just taken it, or released it
+        log.info("%s was left by %s, which is no longer running", path, _describe(found))
+        write_json(path, own)
         time.sleep(SETTLE_SECONDS)
-        if _look(path)[0] == me:
+        if _read(path)[0] == own:
             return
 
 
-def _look(path: str) -> tuple[dict, int | None]:
-    """What the file says, {} while it is being written, and its time, None where there is no file."""
+def _read(path: str) -> tuple[dict, int | None]:
+    """(content of the lock file, its modification time). The content is {} while it is being written.
+
+    ({}, None) if there is no file.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             text, beat = f.read(), os.fstat(f.fileno()).st_mtime_ns
@@ -132,33 +137,33 @@ def _look(path: str) -> tuple[dict, int | None]:
 
 
 def _alive(path: str, found: dict, beat: int) -> bool:
-    """Whether the run that left the file is there. Waits for a heartbeat where only that can tell."""
+    """Whether the run that wrote the lock file is alive. If it is on another machine, waits for a heartbeat."""
     if found.get("machine") and found["machine"] == _machine():
         return bool(found["started"]) and _started(found["pid"]) == found["started"]
-    log.info("%s has been used by %s: looking for a sign of life, up to %g s", path, _who(found), STALE_SECONDS)
+    log.info("%s was written by %s: waiting up to %g s for its heartbeat", path, _describe(found), STALE_SECONDS)
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
-        time.sleep(BEAT_SECONDS / 10)
-        now = _look(path)[1]
+        time.sleep(BEAT_SECONDS / POLLS_PER_BEAT)
+        now = _read(path)[1]
         if now != beat:
             return now is not None
     return False
 
 
-def _who(found: dict) -> str:
+def _describe(found: dict) -> str:
     if "pid" not in found:
-        return "a run that has not said who it is"
+        return "an unknown run"
     return f"process {found['pid']} on {found['host']} since {found['since']}"
 
 
-def _beat(path: str, me: dict, over: threading.Event) -> None:
-    while not over.wait(BEAT_SECONDS):
-        # Storage that is away is not the lock's to report: a checkpoint that cannot be saved ends the run
+def _send_heartbeats(path: str, own: dict, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_SECONDS):
+        # Unreachable storage is not reported here: the next checkpoint reports it and ends the run
         with contextlib.suppress(OSError):
-            found, beat = _look(path)
+            found, beat = _read(path)
             if beat is None:
-                write_json(path, me)
-            elif found and found != me:
-                reason = f"was taken over by {_who(found)}, since this run gave no sign of life: it stops"
-                hosts.exit_at_once(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
+                write_json(path, own)
+            elif found and found != own:
+                reason = f"was taken over by {_describe(found)}, because this run had no heartbeat: it stops"
+                hosts.leave(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
             os.utime(path)

@@ -1,10 +1,10 @@
-"""Trains the small byte encoder that the demo cascade ships in place of T5-XXL (Section 2.2), before any stage.
+"""Trains the demo cascade's small byte encoder, which replaces T5-XXL (Section 2.2), before any stage is trained.
 
-First the task is to name a caption's shape, colour, background and motion from the mean of its embeddings, by one
-linear map: what is linear there is easy for a stage to attend to. That leaves the embedding of "blue" free to depend on
-the shape that is blue, and stages then fail at combinations they were not trained on. So a second part makes it depend
-less: the encoder is fitted to its own embeddings, averaged over the shapes, and over the colours for the shape's name.
-Captions of the held-out combinations are never shown.
+In the first part, a linear map of a caption's mean embedding predicts its shape, colour, background and motion. An
+attribute that is linear in the embedding is easy for a stage to attend to. But the embedding of "blue" may still depend
+on the shape that is blue, and stages then fail at combinations that they were not trained on. The second part reduces
+that dependence: the encoder is fitted to its own embeddings, averaged over the shapes, and for the shape's word over
+the colours. The held-out captions are never used for training.
 """
 
 import functools
@@ -24,11 +24,24 @@ from ivideo.text.tokenizers import byte_tokens
 from ivideo.weights import config_metadata, save_params
 
 CHOICES = (shapes.SHAPES, tuple(shapes.COLOURS), tuple(shapes.BACKGROUNDS), shapes.MOTIONS)
-ABSENT = -1
+ABSENT = -1  # label of an attribute that a caption does not mention
+# Chances of the ways in which a training caption is varied
+NO_BACKGROUND = 0.15
+NO_MOTION = 0.15
+NO_ARTICLES = 0.2
+CAPITALS = 0.2  # of which this share is all capitals, the rest begins with one
+ALL_CAPITALS = 0.3
+FULL_STOP = 0.1
+RANDOM_WORD = 0.5  # chance that a random word of 4 to 8 letters replaces the shape
+# Training
+CLIP_NORM = 1.0  # of the gradient
+WARMUP_STEPS = 100
+COMPOSITION_WARMUP_STEPS = 50
+LOG_EVERY = 100  # steps
 
 
 class Probe(nn.Module):
-    """The encoder and the linear map it is trained through: tokens, mask [B, L] -> a list of logits [B, choices]."""
+    """The encoder and a linear map to the attributes: tokens, mask [B, L] -> a list of logits [B, choices]."""
 
     encoder: nn.Module
 
@@ -40,45 +53,45 @@ class Probe(nn.Module):
 
 
 def labels(attributes: shapes.Attributes) -> np.ndarray:
-    """An attribute's place among its choices, for each of the four: [4] int32."""
+    """The index of each of the four attributes among its choices: [4] int32."""
     return np.array([choices.index(value) for choices, value in zip(CHOICES, attributes, strict=True)], np.int32)
 
 
 def phrase(rng: np.random.Generator, attributes: shapes.Attributes) -> tuple[str, np.ndarray]:
-    """A caption as people vary it, and the labels it still tells: parts left out, no article, capitals."""
+    """A varied caption and its labels. Variations leave out parts or articles, or change capitals."""
     text, wanted = shapes.caption(attributes), labels(attributes)
     subject, background = text.split(" on ")
-    if rng.random() < 0.15:
+    if rng.random() < NO_BACKGROUND:
         background, wanted[2] = "", ABSENT
-    if rng.random() < 0.15:
+    if rng.random() < NO_MOTION:
         subject, wanted[3] = " ".join(subject.split(" ")[:3]), ABSENT
     text = f"{subject} on {background}" if background else subject
-    if rng.random() < 0.2:
+    if rng.random() < NO_ARTICLES:
         text = text.removeprefix("a ").replace(" a ", " ")
-    if rng.random() < 0.2:
-        text = text.upper() if rng.random() < 0.3 else text.capitalize()
-    return text + "." * (rng.random() < 0.1), wanted
+    if rng.random() < CAPITALS:
+        text = text.upper() if rng.random() < ALL_CAPITALS else text.capitalize()
+    return text + "." * (rng.random() < FULL_STOP), wanted
 
 
 def batch_of(rng: np.random.Generator, size: int, length: int):
-    """Varied training captions: tokens, mask [B, L] and labels [B, 4], ABSENT where the text does not tell."""
+    """Varied training captions: tokens, mask [B, L] and labels [B, 4], ABSENT if the text lacks the attribute."""
     chosen = [shapes.TRAIN[i] for i in rng.integers(len(shapes.TRAIN), size=size)]
     texts, wanted = zip(*(phrase(rng, a) for a in chosen), strict=True)
     return *byte_tokens(list(texts), length), np.stack(wanted)
 
 
 def shape_span(attributes: shapes.Attributes) -> tuple[int, int, int]:
-    """Where a caption's word for the shape begins and ends, and where the caption ends, in tokens."""
+    """The tokens (begin, end) of a caption's word for the shape, and the end of the caption."""
     text = shapes.caption(attributes)
     start = text.index(attributes.shape)
     return start, start + len(attributes.shape), len(text) + 1
 
 
 def composed(embed) -> dict[shapes.Attributes, np.ndarray]:
-    """Embeddings of the training captions in which colour and shape know nothing of each other, [tokens, D] each.
+    """Embeddings of the training captions in which colour and shape are independent, [tokens, D] per caption.
 
-    `embed(texts) -> [N, L, D]`. The word for the shape has the mean of its embeddings over the colours, all else the
-    mean over the shapes, background and motion being the same.
+    `embed(texts) -> [N, L, D]`. The tokens of the shape's word get their mean over the colours, all other tokens their
+    mean over the shapes, both with the same background and motion.
     """
     known = dict(zip(shapes.TRAIN, embed([shapes.caption(a) for a in shapes.TRAIN]), strict=True))
     targets = {}
@@ -96,14 +109,14 @@ def composed(embed) -> dict[shapes.Attributes, np.ndarray]:
 def composed_batch(rng: np.random.Generator, targets, size: int, length: int):
     """Training captions with their `composed` embeddings: tokens, mask [B, L], embeddings [B, L, D], weights [B, L].
 
-    In every second caption a random word stands for the shape: what is said of it shall not matter to the rest.
+    In half of the captions a random word replaces the shape, with weight zero: the other tokens must not depend on it.
     """
     texts, wanted, weights = [], [], []
     for i in rng.integers(len(shapes.TRAIN), size=size):
         a = shapes.TRAIN[i]
         text, target = shapes.caption(a), targets[a]
         weight = np.ones(len(target), np.float32)
-        if rng.random() < 0.5:
+        if rng.random() < RANDOM_WORD:
             start, stop, _ = shape_span(a)
             word = "".join(rng.choice(list(string.ascii_lowercase), rng.integers(4, 9)))
             text = text[:start] + word + text[stop:]
@@ -117,8 +130,8 @@ def composed_batch(rng: np.random.Generator, targets, size: int, length: int):
 
 
 def fit(name: str, loss_fn, params, next_batch, learning_rate: optax.Schedule, steps: int):
-    """Params after `steps` of Adam on `loss_fn(params, *next_batch())`."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+    """The parameters after `steps` steps of Adam on `loss_fn(params, *next_batch())`."""
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(learning_rate))
     opt_state = optimizer.init(params)
 
     @jax.jit
@@ -129,13 +142,13 @@ def fit(name: str, loss_fn, params, next_batch, learning_rate: optax.Schedule, s
 
     for i in range(1, steps + 1):
         params, opt_state, loss = step(params, opt_state, *next_batch())
-        if i % 100 == 0:
+        if i % LOG_EVERY == 0:
             print(f"{name} step {i}/{steps}  loss {float(loss):.4f}", file=sys.stderr, flush=True)
     return params
 
 
 def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1e-3):
-    """The encoder's parameters after the second part of its training."""
+    """Trains the second part, composition. Returns the encoder's parameters."""
 
     def embed(texts):
         return np.asarray(jax.jit(functools.partial(encode, module))(params, *byte_tokens(texts, config.text.length)))
@@ -148,15 +161,15 @@ def compose(config, module, params, *, steps=600, batch_size=64, learning_rate=1
         error = ((module.apply({"params": params}, tokens, mask) - wanted) ** 2).mean(-1)
         return (error * weights).sum() / weights.sum() / scale
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, COMPOSITION_WARMUP_STEPS, steps)
     next_batch = functools.partial(composed_batch, rng, targets, batch_size, config.text.length)
     return fit("text composition", loss_fn, params, next_batch, schedule, steps)
 
 
 def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3, overwrite=False) -> float:
-    """Trains the encoder that `config.text` describes and writes it to `out`, a safetensors file.
+    """Trains the encoder of `config.text` and writes it to `out`, a safetensors file.
 
-    Prints and returns the share of the held-out captions whose four attributes are all named right.
+    Prints and returns the share of held-out captions of which all four attributes are predicted correctly.
     """
     refuse_existing([out], overwrite=overwrite)
     rng = np.random.default_rng(config.seed)
@@ -172,13 +185,13 @@ def train_text(config, out: str, *, steps=600, batch_size=64, learning_rate=1e-3
         ]
         return sum(losses).mean()
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, WARMUP_STEPS, steps)
     next_batch = functools.partial(batch_of, rng, batch_size, config.text.length)
     params = fit("text", loss_fn, params, next_batch, schedule, steps)
     params = {**params, "encoder": compose(config, probe.encoder, params["encoder"], steps=steps)}
     tokens, mask = byte_tokens([shapes.caption(a) for a in shapes.HELD_OUT], config.text.length)
-    named = np.stack([l.argmax(-1) for l in probe.apply({"params": params}, tokens, mask)], axis=-1)
-    right = (named == np.stack([labels(a) for a in shapes.HELD_OUT])).all(-1).mean()
+    predicted = np.stack([l.argmax(-1) for l in probe.apply({"params": params}, tokens, mask)], axis=-1)
+    correct = (predicted == np.stack([labels(a) for a in shapes.HELD_OUT])).all(-1).mean()
     save_params(out, params["encoder"], metadata=config_metadata(config), overwrite=overwrite)
-    print(f"{out}: names all of {right:.1%} of the held-out captions")
-    return float(right)
+    print(f"{out}: all attributes of {correct:.1%} of the held-out captions are predicted correctly")
+    return float(correct)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ivideo.devices import chips
-from ivideo.training.board import Board
+from ivideo.training.board import TensorBoardLog
 from ivideo.training.step import model_flops
 
 log = logging.getLogger("ivideo")
@@ -32,7 +32,7 @@ class Reporter:
         if self._writes:
             folder = pathlib.Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
-            self._board = Board(folder / "tensorboard")
+            self._board = TensorBoardLog(folder / "tensorboard")
             self._metrics, self._events = (_Lines(folder / f"{name}.jsonl") for name in ("metrics", "events"))
         chip = chips.of_device(mesh.devices.flat[0])
         self._peak = chip and chip.flops * mesh.size

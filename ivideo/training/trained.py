@@ -19,7 +19,7 @@ from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.files import prepare_folders, refuse_existing
 from ivideo.training.average import read_average
-from ivideo.training.checkpoint import below, shapes_in, steps_in
+from ivideo.training.checkpoint import checkpoint_shapes, steps_in, subtree
 from ivideo.weights import (
     SUFFIX,
     check_shapes,
@@ -164,7 +164,7 @@ def _newest_checkpoint(workdir):
         saved = b""
     identity = f"step {max(steps)}, saved {hashlib.sha256(saved).hexdigest()[:16]}"
     try:
-        shapes = below(shapes_in(path, ocp.PyTreeCheckpointHandler()), "ema")
+        shapes = subtree(checkpoint_shapes(path, ocp.PyTreeCheckpointHandler()), "ema")
     except Exception:  # Orbax raises many types for damaged metadata
         return None, identity
     return shapes, identity
