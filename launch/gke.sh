@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A training run on GKE: a JobSet of TPU hosts, which Kubernetes starts again when they go away.
+# Runs ivideo.main on GKE, as a JobSet of TPU hosts that Kubernetes restarts after preemptions.
 #
 #   launch/gke.sh render NAME --image=IMAGE --accelerator=tpu-v6e-slice --topology=8x8 --hosts=16 -- --config=configs/ssr2.py --workdir=DIR …
 #   launch/gke.sh apply  NAME …the same…
 #   launch/gke.sh xpk    NAME --image=IMAGE --cluster=CLUSTER --zone=ZONE --type=v6e-64 -- …
 #   launch/gke.sh delete NAME
 #
-# `render` prints the manifest (JobSet has to be installed in the cluster), `apply` hands it to kubectl; `xpk` does with
-# Google's xpk what it does to a cluster that xpk made. --chips=4 is a host's. The --workdir is storage that all hosts share,
-# such as a bucket mounted by the image. A process told to stop saves within --grace=120 s and the JobSet starts again, 50
-# times at most (--restarts); exit codes 1, 2 and 130, after which it would only fail again, end it. The image has this checkout in
-# its working folder, installed with '.[tpu]'. --dry_run, or DRY_RUN=1, prints the commands and runs none.
+# `render` prints the manifest, `apply` passes it to kubectl; the cluster needs JobSet. `xpk` submits the run with Google's xpk to
+# a cluster that xpk created. --chips=4 is the number of chips per host. The --workdir must be storage that all hosts share, such
+# as a bucket that the image mounts. The image must have this checkout in its working folder, installed with '.[tpu]'.
+# A process that receives a stop signal saves within --grace=120 s, and the JobSet restarts, at most 50 times (--restarts). Exit
+# codes 1, 2 and 130 end it, because it would only fail again. --dry_run, or DRY_RUN=1, prints the commands without running them.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -24,7 +24,7 @@ case $action in render | apply | xpk | delete) ;; *) fail "action '$action' is u
 name=$1
 shift
 [[ $name =~ ^[a-z]([a-z0-9-]{0,36}[a-z0-9])?$ ]] ||
-  fail "NAME='$name': expected small letters, digits and -, at most 38, the first a letter and the last no -"
+  fail "NAME='$name': expected at most 38 lowercase letters, digits and hyphens, with a letter first and no hyphen last"
 image='' accelerator='' topology='' hosts='' chips=4 cluster='' zone='' type='' restarts=50 grace=120
 rest=()
 while [[ $# -gt 0 ]]; do
@@ -40,17 +40,17 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 
-needed() { # the options of these names have to be there
+needed() { # fails if an option is missing
   local option
   for option in "$@"; do
     [[ -n ${!option} ]] || fail "--$option is missing: $action needs $(printf -- '--%s ' "$@")"
   done
 }
 
-json() { # a string as JSON, which is YAML too
+json() { # quotes a string as JSON, which is valid YAML
   local text=${1//\\/\\\\}
   text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\t'/\\t} text=${text//$'\r'/\\r}
-  [[ $text != *[[:cntrl:]]* ]] || fail "$(printf '%q' "$1") holds a character that no argument has: leave it out"
+  [[ $text != *[[:cntrl:]]* ]] || fail "$(printf '%q' "$1") contains a control character: remove it"
   printf '"%s"' "$text"
 }
 
@@ -62,13 +62,13 @@ needs_kubectl() {
   needs kubectl "gcloud components install kubectl, or see https://kubernetes.io/docs/tasks/tools"
 }
 
-chips_in() { # how many chips a topology has
+chips_in() { # the number of chips of a topology
   local product=1 size
   for size in ${1//x/ }; do product=$((product * size)); done
   echo "$product"
 }
 
-check_slice() { # the options of a manifest, which Kubernetes would find wrong after minutes, or wait for without end
+check_slice() { # checks options whose errors Kubernetes would report after minutes, or never
   local number dimensions=''
   is_number "$hosts" 1 100000 || fail "--hosts=$hosts: expected the slice's number of hosts, from 1"
   is_number "$chips" 1 100 || fail "--chips=$chips: expected the number of chips of a host, such as 4"
@@ -76,9 +76,9 @@ check_slice() { # the options of a manifest, which Kubernetes would find wrong a
     is_number "${!number}" 0 1000000 || fail "--$number=${!number}: expected a number, from 0"
   done
   [[ $accelerator =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "--accelerator=$accelerator: expected one of GKE's names, such as tpu-v6e-slice"
+    fail "--accelerator=$accelerator: expected a GKE accelerator name, such as tpu-v6e-slice"
   [[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
-    fail "--topology=$topology: expected a slice's chips along each dimension, such as 8x8 or 4x4x4"
+    fail "--topology=$topology: expected the number of chips along each dimension, such as 8x8 or 4x4x4"
   case $accelerator in
     tpu-v5-lite-* | tpu-v6e-*) dimensions=2 ;;
     tpu-v4-* | tpu-v5p-* | tpu7x*) dimensions=3 ;;
@@ -88,12 +88,12 @@ check_slice() { # the options of a manifest, which Kubernetes would find wrong a
     fail "--topology=$topology: slices of $accelerator have $dimensions dimensions"
   number=$(chips_in "$topology")
   ((number == hosts * chips)) ||
-    fail "--topology=$topology has $number chips, but --hosts=$hosts of --chips=$chips have $((hosts * chips)): a run takes the whole slice"
+    fail "--topology=$topology has $number chips, but --hosts=$hosts of --chips=$chips have $((hosts * chips)): a run uses the whole slice"
 }
 
 manifest() {
   local argument final="${FINAL[*]}" arguments='"-m", "ivideo.main", "--distributed"'
-  # Kubernetes puts variables in for $(NAME); $$ is a $ that is left alone
+  # Kubernetes replaces $(NAME) by a variable; $$ is an escaped $
   for argument in "${rest[@]}"; do arguments+=", $(json "${argument//\$(/\$\$(}")" || exit 2; done
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -101,11 +101,11 @@ kind: JobSet
 metadata:
   name: $name
 spec:
-  # A host that leaves takes the others with it; all of them go on from the newest checkpoint
+  # If a host fails, all hosts restart from the newest checkpoint
   failurePolicy:
     maxRestarts: $restarts
     rules:
-    - name: mistake
+    - name: final
       action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
@@ -117,7 +117,7 @@ spec:
         completions: $hosts
         completionMode: Indexed
         backoffLimit: 0
-        # A mistake in the command, or too many updates that were not finite: again, it would only fail again
+        # An error in the command, or too many non-finite updates: a restart would only fail again
         podFailurePolicy:
           rules:
           - action: FailJob
@@ -127,7 +127,7 @@ spec:
               values: [${final// /, }]
         template:
           spec:
-            restartPolicy: Never # podFailurePolicy asks for it
+            restartPolicy: Never # podFailurePolicy requires it
             terminationGracePeriodSeconds: $grace
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")
@@ -135,7 +135,7 @@ spec:
             containers:
             - name: ivideo
               image: $(json "$image")
-              # exec of Python itself, so that it has the signal to stop
+              # No shell in between, so that Python gets the stop signal
               command: ["python"]
               args: [$arguments]
               ports:
@@ -165,7 +165,7 @@ case $action in
     check_image
     is_number "$restarts" 0 1000000 || fail "--restarts=$restarts: expected a number, from 0"
     needs xpk "pip install xpk, in an environment of its own"
-    codes=${GO_ON[*]}
+    codes=${RESUMABLE[*]}
     run xpk workload create "--workload=$name" "--cluster=$cluster" "--zone=$zone" "--tpu-type=$type" \
       "--docker-image=$image" "--max-restarts=$restarts" "--restart-on-exit-codes=${codes// /,}" \
       "--command=exec python -m ivideo.main --distributed $(quoted "${rest[@]}")"

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: errors of one line, dry runs, and running again what can go on. To be sourced.
+# Shared functions of the scripts in this folder, to be sourced: one-line errors, dry runs, restarts.
 
-fail() { # one line on stderr, and exit code 2
+fail() { # prints one line on stderr and exits with 2
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
 
-usage() { # the head of the script
+usage() { # prints the comment at the top of the script
   sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'
 }
 
-needs() { # a program that the script cannot do without, and how one gets it; a dry run does without
+needs() { # fails if program $1 is not installed; $2 says how to install it. A dry run needs no program
   [[ -n ${DRY_RUN:-} ]] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
 
-is_number() { # whether $1 is a whole number from $2 to $3, written without zeros in front: bash takes 010 for 8
+is_number() { # whether $1 is an integer from $2 to $3 without leading zeros, which bash would read as octal
   [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($1 >= $2 && $1 <= $3))
 }
 
-run() { # runs a command, or with --dry_run prints it as one could paste it
+run() { # runs a command, or in a dry run prints it, quoted for a shell
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "$@" | sed 's/ $//'
     printf '\n'
@@ -27,40 +27,40 @@ run() { # runs a command, or with --dry_run prints it as one could paste it
   fi
 }
 
-# Exit codes of ivideo.main after which the same command goes on: told to stop, a step hung, another process was lost; 134
-# where jax itself ended the process for that (SIGABRT).
-GO_ON=(75 76 77 134)
-# Those after which it would fail again, or is not wanted: an error in the program, one that a user can mend, Ctrl-C
+# Exit codes of ivideo.main after which the same command continues: stopped and saved, a step hung, another process was lost,
+# and 134 if jax ended the process because another one was lost (SIGABRT)
+RESUMABLE=(75 76 77 134)
+# Exit codes after which it must not restart: an error in the program, an error that the user can fix, Ctrl-C
 FINAL=(1 2 130)
 
-can_go_on() {
-  [[ " ${GO_ON[*]} " == *" $1 "* ]]
+is_resumable() {
+  [[ " ${RESUMABLE[*]} " == *" $1 "* ]]
 }
 
 is_final() {
   [[ " ${FINAL[*]} " == *" $1 "* ]]
 }
 
-again() { # runs a command until it ends, up to RESTARTS times more in a row where it left with a code that can go on
+again() { # runs a command, and restarts it after a resumable exit code, at most RESTARTS times in a row
   local left=${RESTARTS:-20} code start
   while true; do
     code=0 start=$SECONDS
     run "$@" || code=$?
-    if ! can_go_on "$code"; then return "$code"; fi
-    # In weeks many machines go away; that nothing goes on shows in runs that end soon, one after the other
+    if ! is_resumable "$code"; then return "$code"; fi
+    # Over weeks many machines fail. Only runs that end soon, one after the other, mean that restarting does not help
     if ((SECONDS - start >= ${LONG:-3600})); then left=${RESTARTS:-20}; fi
     if ((left-- == 0)); then
-      echo "left with $code once more, after ${RESTARTS:-20} restarts in a row: giving up" >&2
+      echo "exit code $code after ${RESTARTS:-20} restarts in a row: giving up" >&2
       return "$code"
     fi
-    echo "left with $code: again in ${PAUSE:-30} s" >&2
-    # A trap waits for what runs in the foreground to end
+    echo "exit code $code: restarting in ${PAUSE:-30} s" >&2
+    # A trap runs only after the foreground command has ended, so sleep runs in the background
     sleep "${PAUSE:-30}" &
     wait $!
   done
 }
 
-quoted() { # the arguments as words for a shell elsewhere, of whatever kind: bash's own way to quote is not known to all
+quoted() { # quotes the arguments for a remote shell, which may not understand bash's own quoting
   local word line=''
   for word in "$@"; do
     [[ -n $word && $word != *[!A-Za-z0-9_./:=,+@%-]* ]] || word="'${word//\'/\'\\\'\'}'"

@@ -1,10 +1,10 @@
-"""Compiles all stages at the paper's size for TPU slices that are not there, and writes what they need to docs/.
+"""Compiles all stages at the paper's size for TPU slices, without a TPU, and writes the tables in docs/tpu.md.
 
   pip install '.[tpu]' && python launch/tpu_table.py
 
-adds a row for every program to docs/tpu.json, those that are there already excepted, and puts the tables between the
-marks in docs/tpu.md. One to five minutes a training step and less than one a sampling step, on two cores.
-`--only=REGEX` does rows whose name, such as "train ssr2 v5p:4x4x4", has a match; `--again` those that are there too.
+Each program is a row in docs/tpu.json. Rows that exist are kept, and the tables between the marks in docs/tpu.md are
+written from all rows. On two cores a training step takes one to five minutes to compile, a sampling step less than one.
+`--only=REGEX` selects rows by name, such as "train ssr2 v5p:4x4x4"; `--again` also compiles rows that exist.
 """
 
 import argparse
@@ -26,23 +26,24 @@ from ivideo.planning.describe import human, human_flops  # noqa: E402
 DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
 BATCH = 256
-DISTILLED_STEPS = 8  # of every stage of the paper's distilled cascade
+DISTILLED_STEPS = 8  # per stage, in the paper's distilled cascade
 SAMPLE = ("v6e:4x4", "v5e:4x4", "tpu7x:2x2x2")  # 16 devices each
-# What a chip holds of activations decides into how many parts a batch is taken
+# The options of every stage's training step per slice. A chip's memory decides the number of parts of a batch
 TRAIN = {
     "tpu7x:4x4x4": {"accumulate": 1},
     "v5p:4x4x4": {"accumulate": 1},
     "v6e:8x8": {"accumulate": 4},
     "v5e:16x16": {"accumulate": 1},
 }
-# Videos of 192 × 320
+# More options for the stages with videos of 192×320
 LARGE = {"v5p:4x4x4": {"accumulate": 4}}
-ROWS = {"v5e:16x16": {"tsr3": {"accumulate": 4, "mesh.height": 4}}}
+# More options for single stages
+SINGLE = {"v5e:16x16": {"tsr3": {"accumulate": 4, "mesh.height": 4}}}
 TEXT = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
 
 
 def rows():
-    """Every row's name, and the arguments of the command that makes it."""
+    """Yields the name of each row and the arguments of its command."""
     for topology in SAMPLE:
         for stage in STAGES:
             yield f"sample {stage} {topology}", [f"--config=configs/{stage}.py", "--what=sample"]
@@ -50,17 +51,17 @@ def rows():
         yield f"text t5_xxl {topology}", ["--config=configs/base.py", "--what=text"]
     for topology, options in TRAIN.items():
         for stage in STAGES:
-            options_here = options | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
-            options_here |= ROWS.get(topology, {}).get(stage, {})
-            values = [f"--config.train.{name}={value}" for name, value in options_here.items()]
+            stage_options = options | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
+            stage_options |= SINGLE.get(topology, {}).get(stage, {})
+            values = [f"--config.train.{name}={value}" for name, value in stage_options.items()]
             yield (
                 f"train {stage} {topology}",
                 [f"--config=configs/{stage}.py", "--what=train", f"--config.train.batch_size={BATCH}", *values],
             )
 
 
-def compiled(name: str, arguments: list[str]) -> dict:
-    """A row: what the command finds, or why it does not fit."""
+def compile_row(name: str, arguments: list[str]) -> dict:
+    """Runs mode compile and returns its result, or the reason why the program does not fit."""
     command = [
         sys.executable,
         "-m",
@@ -80,37 +81,37 @@ def compiled(name: str, arguments: list[str]) -> dict:
 
 
 def tables(found: dict) -> str:
-    """The page's tables in Markdown."""
+    """All tables as Markdown."""
     parts = []
     for what, topologies, title in (
         ("train", TRAIN, f"A training step, {BATCH} videos"),
-        ("sample", SAMPLE, "A step of sampling, one video, distilled (one evaluation of the network)"),
+        ("sample", SAMPLE, "A sampling step of the distilled stage, one video (one evaluation of the network)"),
         ("text", TEXT, "The text encoder in bfloat16, 256 texts of 256 tokens"),
     ):
         for topology in topologies:
             names = ("t5_xxl",) if what == "text" else STAGES
-            here = [(name, found.get(f"{what} {name} {topology}")) for name in names]
-            if any(row for _, row in here):
-                parts.append(f"**{title}, on {topology}** ({counted(topology)})\n\n" + table(what, here))
+            table_rows = [(name, found.get(f"{what} {name} {topology}")) for name in names]
+            if any(row for _, row in table_rows):
+                parts.append(f"**{title}, on {topology}** ({chip_count(topology)})\n\n" + table(what, table_rows))
     return "\n\n".join(parts)
 
 
-def counted(topology: str) -> str:
-    """How many chips a slice has, and devices where these are more."""
+def chip_count(topology: str) -> str:
+    """The number of chips of a slice, and of devices if that differs."""
     name, sizes = slice_of(topology)
     count, devices = math.prod(sizes), CHIPS[name].devices
     return f"{count} chips" if devices == 1 else f"{count} chips, {count * devices} devices"
 
 
-def table(what, here) -> str:
-    """One slice's rows; of sampling their sum, the whole cascade."""
+def table(what, table_rows) -> str:
+    """The table of one slice. For sampling, it ends with the sum over the cascade."""
     lines = [
-        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory a device | FLOPs a device "
-        "| bytes a device | roofline | bound by | MFU at most | gathers of activations | permutes | compiled in |",
+        f"| {'encoder' if what == 'text' else 'stage'} | mesh | parts | memory per device | FLOPs per device "
+        "| bytes per device | roofline | bound by | MFU at most | gathers of activations | permutes | compiled in |",
         "|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     total = 0.0
-    for stage, row in here:
+    for stage, row in table_rows:
         if row is None:
             continue
         if "does_not_fit" in row:
@@ -130,25 +131,25 @@ def table(what, here) -> str:
             row["bound_by"], f"{row['mfu_bound']:.1%}", *counts, f"{row['compile_seconds']:.0f} s",
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if what == "sample" and sum("roofline_seconds" in (row or {}) for _, row in here) == len(STAGES):
+    if what == "sample" and sum("roofline_seconds" in (row or {}) for _, row in table_rows) == len(STAGES):
         lines.append(
-            f"\nThe whole distilled cascade, {DISTILLED_STEPS} steps a stage: **{DISTILLED_STEPS * total:.2f} s** for "
-            "one video of 128×768×1280 at the least, by these rooflines, without communication, the text encoder and "
-            "the files."
+            f"\nThe whole distilled cascade, {DISTILLED_STEPS} steps per stage: **{DISTILLED_STEPS * total:.2f} s** "
+            "for one video of 128×768×1280, as a lower bound from these rooflines, without communication, the text "
+            "encoder and writing the file."
         )
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a regular expression for the rows' names")
-    parser.add_argument("--again", action="store_true", help="do rows that are there already")
+    parser.add_argument("--only", default="", help="compile only rows whose name matches this regular expression")
+    parser.add_argument("--again", action="store_true", help="compile rows that exist, too")
     args = parser.parse_args()
     found = json.loads(DATA.read_text()) if DATA.exists() else {}
     for name, arguments in rows():
         if re.search(args.only, name) and (args.again or name not in found):
-            row = compiled(name, arguments)
-            # Others may have added rows meanwhile
+            row = compile_row(name, arguments)
+            # Another process may have added rows in the meantime
             found = {**(json.loads(DATA.read_text()) if DATA.exists() else {}), name: row}
             write_json(DATA, found)
             print(

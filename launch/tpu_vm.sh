@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, from nothing to a training run on all of its hosts. Needs gcloud, logged in, with a project set.
+# Creates a Cloud TPU slice and runs ivideo.main on all of its hosts. Needs gcloud, logged in, with a project set.
 #
 #   launch/tpu_vm.sh create  NAME --zone=ZONE --type=v5p-128 [--spot] [--version=RUNTIME]
 #   launch/tpu_vm.sh install NAME --zone=ZONE
@@ -7,13 +7,15 @@
 #   launch/tpu_vm.sh logs    NAME --zone=ZONE [--worker=0]
 #   launch/tpu_vm.sh delete  NAME --zone=ZONE [--yes]
 #
-# `install` copies this checkout to every host and makes its environment anew, with Python 3.12; again after changes to it.
-# `run` is the command of ivideo.main on every host; while the slice is there, it starts again where that left with 75, 76, 77
-# or 134 (stopped and saved, a step hung, a process was lost), after 30 s (PAUSE), 20 times in a row at most (RESTARTS): a run
-# of an hour (LONG, in seconds) begins a new row. A slice that Google took back, as it may any with --spot, is gone and `run`
-# ends with gcloud's error: nothing here makes another. `delete` what is left of its request, then `create`, `install` and
-# `run` as before, and the run goes on from its --workdir, which has to be storage that all hosts share and that outlives the
-# slice. `create` without --spot waits in a queue. --dry_run, or DRY_RUN=1, prints the commands and runs none.
+# `create` without --spot waits in a queue.
+# `install` copies this checkout to every host and makes a new environment there, with Python 3.12. Repeat it after changes.
+# `run` runs ivideo.main on every host. As long as the slice exists, it restarts after exit codes 75, 76, 77 and 134 (stopped
+# and saved, a step hung, a process was lost), after 30 s (PAUSE), at most 20 times in a row (RESTARTS). A run of an hour (LONG,
+# in seconds) resets that count. The --workdir must be storage that all hosts share and that outlives the slice.
+# Google may take back a slice, any time if it was created with --spot. `run` then ends with gcloud's error, and does not create
+# another slice. `delete` the rest of its request, then `create`, `install` and `run` again: the run continues from its
+# --workdir.
+# --dry_run, or DRY_RUN=1, prints the commands without running them.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -27,7 +29,7 @@ case $action in create | install | run | logs | delete) ;; *) fail "action '$act
 name=$1
 shift
 [[ $name =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] ||
-  fail "NAME='$name': expected small letters, digits and -, at most 63, the first a letter and the last no -"
+  fail "NAME='$name': expected at most 63 lowercase letters, digits and hyphens, with a letter first and no hyphen last"
 zone='' type='' spot='' version='' worker=0 yes=''
 rest=()
 while [[ $# -gt 0 ]]; do
@@ -49,12 +51,12 @@ done
 
 tpu() { gcloud_tpu=(gcloud compute tpus tpu-vm "$@" "--zone=$zone"); }
 
-on_all() { # a command line on every host at once
+on_all() { # runs a command line on every host at once
   tpu ssh "$name" --worker=all "--command=$1"
   "${2:-run}" "${gcloud_tpu[@]}"
 }
 
-# The runtime that the generation's documentation names; Cloud TPU has no newest one to ask for
+# The runtime version of each TPU generation in Google's documentation; Cloud TPU has no name for the newest
 runtime() {
   case $type in
     v6e-[1-9]*) echo v2-alpha-tpuv6e ;;
@@ -75,7 +77,7 @@ case $action in
       "--runtime-version=$version" ${spot:+"$spot"}
     ;;
   install)
-    # The checkout as it is, so that changes travel too; build outputs stay here
+    # The checkout with its uncommitted changes, without build outputs
     archive=/tmp/ivideo.tar.gz
     left_out=()
     for pattern in .git runs .venv venv build '*.egg-info' __pycache__ .pytest_cache .ruff_cache; do
@@ -84,13 +86,12 @@ case $action in
     run tar "${left_out[@]}" -czf "$archive" -C "$here/.." .
     tpu scp "$archive" "$name:/tmp/ivideo.tar.gz" --worker=all
     run "${gcloud_tpu[@]}"
-    # The images' own Python may be 3.10, which is too old; uv brings one. --clear: without it, uv does not replace what an
-    # earlier install made
+    # The image's own Python may be 3.10, which is too old, so uv installs one. --clear replaces an earlier environment
     on_all 'mkdir -p ~/ivideo && tar -xzf /tmp/ivideo.tar.gz -C ~/ivideo && cd ~/ivideo && python3 -m pip install --user --quiet uv && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet --python .venv ".[tpu]"'
     ;;
   run)
     [[ ${#rest[@]} -gt 0 ]] || fail "no arguments of ivideo.main: give them after --, such as -- --config=configs/ssr2.py --workdir=DIR"
-    # SIGTERM to any host reaches all of them, which save and leave together
+    # If any host gets SIGTERM, all of them save and exit together
     on_all "cd ~/ivideo && .venv/bin/python -m ivideo.main --distributed $(quoted "${rest[@]}") 2>&1 | tee -a ~/ivideo.log; exit \${PIPESTATUS[0]}" again
     ;;
   logs)

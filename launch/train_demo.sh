@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes the weights that the package ships, from nothing: the text encoder, then the stages one after the other.
+# Trains the weights of the package's small cascade from scratch: the text encoder, then one stage after the other.
 #
 #   launch/train_demo.sh FOLDER [STAGE …]
 #
-# Safe to run again: each part goes on where it stopped. tsr3 begins with the weights of tsr2; else the stages do not depend
-# on each other, and can be trained at the same time on several machines.
+# Run it again after an interruption: each part continues where it stopped. tsr3 starts from the weights of tsr2. The other
+# stages do not depend on each other, so several machines can train them at the same time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -22,7 +22,7 @@ done
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$here/.."
-# Two host devices split the batch: XLA runs much of a CPU program on one thread a device
+# XLA runs much of a CPU program on one thread per device, so two devices split the batch
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS="--xla_force_host_platform_device_count=2"
 
 text=$folder/text.safetensors
