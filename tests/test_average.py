@@ -186,7 +186,7 @@ def test_small_checkpoint_deleted_while_it_is_read(saved, monkeypatch, caplog, w
         return function(*args, **options)
 
     target, name = {
-        "digests": (digests, "of_folder"),
+        "digests": (digests, "folder_digests"),
         "restore": (ocp.PyTreeCheckpointHandler, "restore"),
     }[where]
     original = getattr(target, name)
