@@ -158,8 +158,8 @@ def run() -> None:
     from ivideo.devices import agreeing, hosts, joining
 
     joining.join(*address, run=FLAGS.workdir or "")
-    with hosts.leaving_together():
-        agreeing.agree(lambda: _shared_flags() | agreeing.of_config(config) | agreeing.of_program())
+    with hosts.exiting_together():
+        agreeing.agree(lambda: _shared_flags() | agreeing.config_values(config) | agreeing.program_values())
         _run_mode(config, several=True)
 
 

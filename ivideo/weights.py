@@ -50,7 +50,7 @@ def load_params(path: str, like=None):
 
 def place(params, mesh, dtype):
     """The parameters, cast to `dtype` and sharded over the mesh. In bfloat16 they take half the memory of float32."""
-    where, dtype = sharding.of_params(mesh, params), jnp.dtype(dtype)
+    where, dtype = sharding.param_shardings(mesh, params), jnp.dtype(dtype)
     cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=where)
     if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
         return cast(sharding.from_host(params, where))

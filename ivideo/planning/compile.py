@@ -122,8 +122,8 @@ def topology_devices(topology: str):
 def training_program(config, mesh):
     """The training step as (function, argument shapes with shardings, result shardings, donated arguments)."""
     state, batch = step.state_shapes(config), step.batch_shapes(config)
-    state = _with_shardings(state, sharding.of_params(mesh, state))
-    batch = _with_shardings(batch, sharding.of_batch(mesh, batch))
+    state = _with_shardings(state, sharding.param_shardings(mesh, state))
+    batch = _with_shardings(batch, sharding.batch_shardings(mesh, batch))
     results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     return step.make_train_step(config, mesh), (state, batch), results, (0,)
 
@@ -146,14 +146,14 @@ def sampling_program(config, mesh):
 def text_program(config, mesh):
     """The text encoder on a batch of texts of maximum length, in the form of `training_program`."""
     fn, (params, *texts) = _text_encoder(config)
-    params = _with_shardings(params, sharding.of_params(mesh, params))
-    texts = _with_shardings(texts, sharding.of_batch(mesh, texts))
+    params = _with_shardings(params, sharding.param_shardings(mesh, params))
+    texts = _with_shardings(texts, sharding.batch_shardings(mesh, texts))
 
     def encode_texts(*args):
         with sharding.layout(mesh):
             return fn(*args)
 
-    out = sharding.logical(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
+    out = sharding.logical_sharding(mesh, (config.text.batch, config.text.length, config.text.dim), sharding.VIDEO[:1])
     return encode_texts, (params, *texts), out, ()
 
 

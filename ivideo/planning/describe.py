@@ -22,7 +22,7 @@ def facts(config) -> dict:
     """
     frames, height, width, _ = stages.video_shape(config)
     size = {"frames": frames, "height": height, "width": width}
-    cond = config.model.cond_channels
+    cond = stages.cond_channels(config)
     source = config.cond if config.cond.frames else config.video
     input_size = {name: source[name] for name in ("frames", "height", "width", "fps")}
     params = stages.param_shapes(config)

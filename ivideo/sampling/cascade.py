@@ -85,7 +85,7 @@ class StageSampler:
     def __init__(self, config, size: int):
         self.config, self.size, self.mesh = config, size, sampling_mesh(config, size)
         self._model, self._progress = stages.build_model(config), None
-        video = sharding.logical(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
+        video = sharding.logical_sharding(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
 
     def _sample(self, params, text, mask, keys, low_res):
@@ -117,7 +117,7 @@ class StageSampler:
                 rows = [*batch, *[batch[-1]] * (self.size - len(batch))]
                 keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
                 clips = None if low_res is None else np.stack([low_res[row] for row in rows])
-                inputs = sharding.on_mesh((text[rows], mask[rows], np.asarray(keys), clips), self.mesh)
+                inputs = sharding.inputs_to_mesh((text[rows], mask[rows], np.asarray(keys), clips), self.mesh)
                 videos = run_interruptibly(lambda: sharding.to_host(self._run(params, *inputs)))  # noqa: B023
                 yield batch, videos[: len(batch)]
                 del videos  # the next batch needs its memory

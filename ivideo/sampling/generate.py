@@ -107,7 +107,7 @@ def generate(
         prepare_folders([files[name][row] for name, missing_rows in found.items() for row in missing_rows])
         return found
 
-    wanted = {name: set(missing_rows) for name, missing_rows in agreeing.of_first(missing).items()}
+    wanted = {name: set(missing_rows) for name, missing_rows in agreeing.from_first_process(missing).items()}
     remaining = len(wanted[configs[-1].stage])
     if resume:
         log.info("%d of %d videos are there already", len(rows) - remaining, len(rows))

@@ -165,5 +165,5 @@ def _send_heartbeats(path: str, own: dict, ended: threading.Event) -> None:
                 write_json(path, own)
             elif found and found != own:
                 reason = f"was taken over by {_describe(found)}, because this run had no heartbeat: it stops"
-                hosts.leave(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
+                hosts.exit_at_once(hosts.MISTAKE, f"{os.path.dirname(path)} {reason}; once that run is over, ")
             os.utime(path)

@@ -112,7 +112,7 @@ def load(config, source: str | None, *, identity: str | None = None):
     shapes = stages.param_shapes(config)
     if source is None or source.endswith(SUFFIX):
         return load_params(packaged(config) if source is None else source, shapes)
-    where = sharding.of_params(sharding.make_mesh({"fsdp": -1}), shapes)
+    where = sharding.param_shardings(sharding.make_mesh({"fsdp": -1}), shapes)
     sharded = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return read_average(source, sharded)[1]
 
