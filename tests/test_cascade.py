@@ -176,7 +176,7 @@ def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
         paths = generate.generate(
             small, PROMPTS[:1], str(tmp_path / "new.mp4"), from_stage="ssr1", to_stage="ssr2", input_path=str(clip)
         )
-    assert "48×64 at 20 a second; its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 for ssr1" in caplog.text
+    assert "is 48×64 at 20 fps: its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 fps for ssr1" in caplog.text
     frames, fps = video_io.read_video(paths[0])
     assert (frames.shape, fps) == ((8, 32, 32, 3), 6)
 

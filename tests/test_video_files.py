@@ -406,7 +406,7 @@ def test_small_input_reads_no_more_frames_than_the_stage_takes(tmp_path, monkeyp
     assert clip.shape == (size.frames, size.height, size.width, 3) and np.abs(clip).max() <= 1
     assert len(converted) == size.frames
     assert len(decoded) <= size.frames / size.fps * 25 + 2
-    assert f"{path}: 96×160 at 25 a second; its first" in caplog.text
+    assert f"{path} is 96×160 at 25 fps: its first" in caplog.text
 
 
 def test_small_frames_that_were_read_are_let_go_without_the_garbage_collector():
