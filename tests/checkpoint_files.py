@@ -1,4 +1,4 @@
-"""Checkpoints of a small state, and ways to damage them."""
+"""Checkpoints of a small state, and ways to damage them, for tests."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What every test needs: a CPU with several devices, quick compiles, flags that Grain asks for."""
+"""Settings of all tests: eight CPU devices, fast compilation, and the absl flags that Grain reads."""
 
 import atexit
 import os

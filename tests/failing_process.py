@@ -1,4 +1,4 @@
-"""One of two processes that train next to nothing: the second one fails in the way that it is told.
+"""One of two processes that train a tiny model. The second one fails in the given WAY.
 
 python tests/failing_process.py HOST:PORT PROCESS WORKDIR WAY
 """
@@ -26,7 +26,7 @@ FAILS_AT = 4  # the batch, from 1
 
 
 def make_train_step(config, mesh):
-    """Adds up the videos of all processes, so that each has to take part."""
+    """Sums over the videos of all processes, so that every process has to take part."""
 
     def step(state, batch):
         loss = jnp.square(batch["video"]).mean()
@@ -41,7 +41,7 @@ def user_error():
 
 
 def caption():
-    """Asks a text cache of no caption for one."""
+    """Asks an empty text cache for a caption."""
     with tempfile.TemporaryDirectory() as folder:
         plan = {"version": cache.VERSION, "fingerprint": "", "shards": 1, "captions": "", "dim": 128, "length": 64}
         files.write_json(f"{folder}/{cache.PLAN}", plan)
@@ -71,7 +71,7 @@ def disk():
 
 
 def worker():
-    """Kills this process's data workers, which Grain finds when it next waits for them."""
+    """Kills this process's data workers. Grain notices it when it next waits for them."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -93,7 +93,7 @@ def stop():
 
 
 class Failing:
-    """The data of this process, until it fails, which it does once."""
+    """This process's data. It fails once."""
 
     failed = False
 
@@ -117,7 +117,7 @@ class Failing:
 
 
 def run(address, process, workdir, way, fails):
-    """Trains until the failure, or until told to stop."""
+    """Trains until the failure or a stop signal."""
     config = base.get_config("small")
     config.train.steps, config.train.checkpoint_every, config.train.hang_seconds = 10_000, 10_000, 600.0
     config.train.mesh.data, config.train.mesh.fsdp = -1, 1

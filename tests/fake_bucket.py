@@ -1,4 +1,4 @@
-"""A bucket of Google's cloud storage on this machine: as much of its JSON interface as TensorStore asks of it."""
+"""A simulated Google Cloud Storage bucket on this machine, with the part of its JSON API that TensorStore uses."""
 
 import contextlib
 import http.server

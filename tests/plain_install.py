@@ -1,9 +1,9 @@
-"""Runs every mode once, in an environment made by `pip install .` alone, from an empty folder outside the clone.
+"""Runs every mode once in an environment made by `pip install .`, from an empty folder outside the clone.
 
 python tests/plain_install.py [--python=PYTHON]
 
-What an extra brings, such as pytest's packages, hides what a plain install lacks. PYTHON is of an environment that has
-the package already; without it one is made. Exit code 0 where every command did what it should, 1 where one did not.
+Extras, such as pytest, would hide missing dependencies of a plain install. PYTHON is from an environment that has the
+package already; without it, the script makes one. Exit code 0 if every command succeeds, otherwise 1.
 """
 
 import argparse
@@ -50,7 +50,7 @@ COMMANDS = [
 
 
 def main() -> int:
-    """Makes the environment and runs the commands; prints a line for each, and the output of those that failed."""
+    """Makes the environment and runs the commands. Prints one line per command, and the output of failed ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="of an environment where the package is installed")
     python, failed = parser.parse_args().python, 0
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def run(python, home, flags, arguments, code, said) -> str:
-    """What is wrong with what a command did, or ''."""
+    """What a command did wrong, or ''."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env |= {"JAX_PLATFORMS": "cpu", "HOME": home, "XLA_FLAGS": flags}
     command = [python, *([] if arguments[0] == "-c" else ["-m", "ivideo.main"]), *arguments]

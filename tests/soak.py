@@ -1,11 +1,11 @@
-"""Trains with kill -9 and SIGTERM at random moments, and compares the end with that of an undisturbed run, bit for bit.
+"""Trains with kill -9 and SIGTERM at random moments, and compares the result bit for bit with an uninterrupted run.
 
 python tests/soak.py FOLDER [--kills=20] [--terms=5] [--seed=0] [--steps=600]
 
-The smallest base stage is trained twice on one CPU device: into FOLDER/whole from beginning to end, and into
-FOLDER/soaked with the same command again after every signal. Signals come at random steps, each further on than the
-last; some kills come during start-up, before the first step, and some while a checkpoint is being written. Exit code 0
-where both runs end with the same training state and losses, 1 where not.
+The smallest base stage is trained twice on one CPU device: in FOLDER/whole without interruption, and in FOLDER/soaked
+with the same command restarted after every signal. Signals come at random steps, each later than the one before. Some
+kills come during start-up, before the first step, and some while a checkpoint is being written. Exit code 0 if both
+runs end with the same training state and losses, otherwise 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ EXPECTED = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: PREEMPTED}
 
 @dataclasses.dataclass
 class Signal:
-    """One signal: what is sent, and at which moment of the run."""
+    """One signal, and the moment of the run at which it is sent."""
 
     sign: signal.Signals
     moment: str  # 'step', 'saving' (as the first checkpoint after a step is being written), 'start-up'
@@ -47,11 +47,11 @@ class Signal:
 
 
 class SoakError(Exception):
-    """A run that did not do what it should."""
+    """A run behaved in an unexpected way."""
 
 
 def plan(kills: int, terms: int, steps: int, rng: random.Random) -> list[Signal]:
-    """The signals in their order, spread over the steps: each has a part of them, and a random step in it."""
+    """The signals in order. Each one has an interval of the steps, and a random step in it."""
     some = (kills + 2) // 6  # of each unusual moment
     signals = [Signal(signal.SIGKILL, "start-up") for _ in range(some)]
     signals += [Signal(signal.SIGKILL, "saving") for _ in range(some)]
@@ -65,7 +65,7 @@ def plan(kills: int, terms: int, steps: int, rng: random.Random) -> list[Signal]
 
 
 class Run:
-    """A training run in a folder, started by one command as often as need be."""
+    """A training run in a folder, which one command starts as often as needed."""
 
     def __init__(self, workdir: pathlib.Path, steps: int):
         self.workdir, self.steps = workdir, steps
@@ -74,7 +74,7 @@ class Run:
         self.startup = 10.0  # seconds from a start to its first step, the last time that there was one
 
     def start(self) -> None:
-        """Starts a process; what it says goes to FOLDER/NAME.N.txt."""
+        """Starts a process. Its output goes to FOLDER/NAME.N.txt."""
         options = {"steps": self.steps, "checkpoint_every": CHECKPOINT_EVERY, "learning_rate": 3e-3}
         command = [sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", f"--workdir={self.workdir}"]
         command += [f"--config.train.{key}={value}" for key, value in options.items()]
@@ -86,12 +86,12 @@ class Run:
         self._began = time.time()
 
     def newest(self) -> int:
-        """The furthest step that any process has done."""
+        """The latest step that any process has done."""
         self.look()
         return max((line["step"] for lines in self.done for line in lines), default=0)
 
     def look(self) -> None:
-        """Reads what the present process has written, where that has become more."""
+        """Reads the new metrics of the current process."""
         path = self.workdir / "metrics.jsonl"
         if path.exists() and (size := path.stat().st_size) != self._size:
             lines = goodput.read(path)[self._before :]
@@ -100,7 +100,7 @@ class Run:
             self._size, self.done[-1] = size, lines
 
     def wait_for(self, reached, what: str) -> None:
-        """Waits until `reached()`; SoakError where the process ends before, or writes nothing for long."""
+        """Waits until `reached()`. SoakError if the process ends before, or writes nothing for a long time."""
         size, since = None, time.time()
         while not reached():
             if self.process.poll() is not None:
@@ -113,12 +113,12 @@ class Run:
             time.sleep(0.002)
 
     def wait_for_the_end(self) -> None:
-        """Waits until all steps are done, and the process has left."""
+        """Waits until all steps are done and the process has exited."""
         self.wait_for(lambda: self.newest() == self.steps, "the last step")
         self.expect(0)
 
     def stop(self, one: Signal, rng: random.Random) -> None:
-        """Sends the signal when its moment has come, and waits for the end."""
+        """Sends the signal at its moment, and waits for the process to end."""
         if one.moment == "start-up":
             at = self._began + rng.uniform(0.05, 0.9) * self.startup
             self.wait_for(lambda: time.time() > at or self.done[-1], "a moment of its start-up")
@@ -135,13 +135,13 @@ class Run:
             one.moment = "step"
 
     def is_saving(self, since: float) -> bool:
-        """Whether a checkpoint is on its way that was begun since then: its folder has not its name yet."""
+        """Whether a checkpoint that was started since then is unfinished: its folder still has a temporary name."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.workdir / "checkpoints") as entries:
             return any(not e.name.isdecimal() and e.stat().st_mtime > since for e in entries)
         return False
 
     def expect(self, code: int) -> None:
-        """Waits for the end; SoakError where the exit code is another."""
+        """Waits for the process to end. SoakError if its exit code differs."""
         try:
             found = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -151,22 +151,22 @@ class Run:
         self.look()
 
     def said(self) -> str:
-        """The last of what the process wrote."""
+        """The end of the process's output."""
         return f"\n{self._said}:\n" + "\n".join(self._said.read_text(errors="replace").splitlines()[-20:])
 
     def lines(self) -> list[dict]:
-        """Metrics of all processes, in their order."""
+        """The metrics of all processes, in order."""
         return [line for lines in self.done for line in lines]
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
-    """That of a process: what one has compiled, the next takes from the folder."""
+    """A process's environment, with a shared cache of compiled programs."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     return {**os.environ, **cache}
 
 
 def undisturbed(folder: pathlib.Path, steps: int) -> Run:
-    """Trains from beginning to end."""
+    """Trains without interruption."""
     run = Run(folder / "whole", steps)
     with ending(run):
         run.start()
@@ -175,7 +175,7 @@ def undisturbed(folder: pathlib.Path, steps: int) -> Run:
 
 
 def soaked(folder: pathlib.Path, steps: int, signals: list[Signal], rng: random.Random) -> Run:
-    """Trains through all the signals to the end."""
+    """Trains to the end, through all the signals."""
     run = Run(folder / "soaked", steps)
     with ending(run):
         for one in signals:
@@ -189,7 +189,7 @@ def soaked(folder: pathlib.Path, steps: int, signals: list[Signal], rng: random.
 
 @contextlib.contextmanager
 def ending(run: Run):
-    """Leaves no process behind."""
+    """Ends the process if it still runs."""
     try:
         yield
     finally:
@@ -209,9 +209,9 @@ def final_state(workdir: pathlib.Path) -> dict:
 
 
 def first_difference(whole: Run, other: Run) -> tuple[str | None, int]:
-    """What differs first between two runs, or None; and how many arrays their final states have.
+    """(the first difference between two runs or None, the number of arrays in their final states).
 
-    Losses are compared whenever a step was done, also where it was done again.
+    The losses of repeated steps are compared too.
     """
     losses = {line["step"]: line["loss"] for line in whole.lines()}
     for line in other.lines():
@@ -232,7 +232,7 @@ def first_difference(whole: Run, other: Run) -> tuple[str | None, int]:
 
 
 def summary(signals: list[Signal], run: Run) -> str:
-    """A line a signal, then how many of each kind. A process is named by the steps that it did, the first and last."""
+    """One line per signal, then the number of signals of each kind. A process is named by its first and last step."""
     rows = [f"{'':4}{'signal':9}{'moment':10}{'its process did':>17}{'done again':>12}"]
     total = 0
     for n, (one, lines) in enumerate(zip(signals, run.done, strict=False), 1):
@@ -246,7 +246,7 @@ def summary(signals: list[Signal], run: Run) -> str:
 
 
 def steps_again(done: list[list[dict]]) -> int:
-    """How many steps of the first of these processes the next one that did any has done again."""
+    """How many steps of the first process were repeated by the next process that did any."""
     first, *rest = done
     after = next((lines for lines in rest if lines), None)
     return max(first[-1]["step"] + 1 - after[0]["step"], 0) if first and after else 0

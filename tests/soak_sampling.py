@@ -1,10 +1,10 @@
-"""Samples with kill -9 at random moments, and compares the videos with those of an undisturbed run.
+"""Samples with kill -9 at random moments, and compares the videos with those of an uninterrupted run.
 
 python tests/soak_sampling.py FOLDER [--kills=10] [--prompts=12] [--seed=0]
 
-The smallest base stage is trained for two steps, and its videos of twelve prompts are sampled twice: into FOLDER/whole
-by one command, and into FOLDER/killed by the same command with --resume, killed at random moments of what is left to do
-and started again until it ends. Exit code 0 where the files are as many, whole, and equal frame by frame.
+The smallest base stage is trained for two steps, and sampled for twelve prompts twice: to FOLDER/whole with one
+command, and to FOLDER/killed with the same command and --resume, which is killed at random moments and restarted until
+it ends. Exit code 0 if both folders have the same complete files, equal frame by frame.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def command(folder: pathlib.Path, out: str | None, *more: str) -> list[str]:
 
 
 def run(arguments: list[str], kill_after: float | None = None) -> int:
-    """Its exit code; killed after so many seconds where they are given."""
+    """Runs a command and returns its exit code. Kills it after `seconds`, if given."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         return process.wait(kill_after)

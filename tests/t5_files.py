@@ -1,4 +1,4 @@
-"""Encoders with random weights, and the files that others would have written, from their formats' descriptions."""
+"""Encoders with random weights, written in other libraries' file formats from the descriptions of those formats."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What processes compare before they compile, with a key-value store of this process in the place of jax's."""
+"""Values that processes compare before they compile, with a key-value store in this process instead of jax's."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""How the command line finds a config, reads paths and gives help, wherever it is run and however it was installed."""
+"""The command line finds a config, reads paths and prints help, in any folder and for any kind of installation."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Reading the average of a run: the run stays as it is, may go on meanwhile, and may be damaged."""
+"""Reads the averaged parameters of a run that stays unchanged, may be training, and may be damaged."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The benchmark on a small stage: what it reports, never how fast."""
+"""The benchmark's report on a small stage. No test depends on the times."""
 
 import json
 

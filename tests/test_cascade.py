@@ -1,4 +1,4 @@
-"""The seven stages: their published sizes, their chain, and the small cascade from a text to its last stage."""
+"""The seven stages: their published sizes, how they fit together, and sampling with the small cascade."""
 
 import importlib.resources
 import os
@@ -176,7 +176,9 @@ def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
         paths = generate.generate(
             small, PROMPTS[:1], str(tmp_path / "new.mp4"), from_stage="ssr1", to_stage="ssr2", input_path=str(clip)
         )
-    assert "is 48×64 at 20 fps: its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 fps for ssr1" in caplog.text
+    assert (
+        "is 48×64 at 20 fps: its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 fps for ssr1" in caplog.text
+    )
     frames, fps = video_io.read_video(paths[0])
     assert (frames.shape, fps) == ((8, 32, 32, 3), 6)
 

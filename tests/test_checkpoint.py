@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, damage is found, named and survived."""
+"""Checkpoints: a saved state is restored bit for bit; damage is detected, reported and survived."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""Every key of every config with values that cannot work: one line names the key, and nothing else is raised."""
+"""Invalid values for every key of every config: a one-line UserError names the key."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Compiling for TPU slices that are not there; what needs TPU's compiler is skipped where that is not installed."""
+"""Compiling for TPU slices without a TPU. Tests that need libtpu are skipped without it."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a super-resolution stage is given: against closed forms and against the world drawn at the smaller size."""
+"""The input of a super-resolution stage, against closed forms and against shapes drawn at the smaller size."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the package imports, also late, is what a plain install brings."""
+"""A plain install brings everything that the package imports, including imports inside functions."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""What a config is said to be, against counts by hand."""
+"""The description of a config, against counts by hand."""
 
 import json
 

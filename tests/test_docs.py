@@ -1,4 +1,4 @@
-"""README and docs: links, names and commands in them exist."""
+"""README and docs: their links, names, flags, config keys and commands exist."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""PSNR and drift of clips whose answers are known."""
+"""PSNR, colour error and drift of clips with known values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files on this machine and in a bucket: the same answers; whole or not there."""
+"""Files on this machine and in a bucket behave the same, and are written completely or not at all."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""From a prompt to a file: what is in it, what it depends on, what is refused."""
+"""Prompts to video files: their content, what it depends on, and which requests are refused."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Where a run's time went, against logs worked out by hand."""
+"""The goodput report, against logs evaluated by hand."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Every leaf of the gradient, on several devices against one: a wrong layout leaves the loss right."""
+"""Every leaf of the gradient on several devices equals that on one. The loss alone can be right with a wrong layout."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: against counts by hand and jax's own."""
+"""FLOPs, bytes and communication from a compiled program's text, against counts by hand and jax's own."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Several processes on this machine as one program: the losses of one process, and what they do when one dies."""
+"""Several processes train together on this machine: with the losses of one process, and surviving a failure."""
 
 import json
 import os

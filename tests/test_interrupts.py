@@ -1,4 +1,4 @@
-"""Ctrl-C, a polite kill and a lost ssh while sampling: one line, at once, and what is finished stays."""
+"""Ctrl-C, SIGTERM and a lost ssh connection while sampling: one line at once, and finished videos stay."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""How processes find each other: who is late, who is of another run, and a port that others use."""
+"""How processes join a run: missing processes, processes of another run, and a port that is in use."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The scripts that start runs elsewhere: what they would run, when they run it again, and their mistakes."""
+"""The launch scripts: the commands that they run, when they restart, and their error messages."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""How a process of several leaves after an error: with which code and message, and whom it believes."""
+"""How processes exit together after an error in one of them: exit codes, messages, and where the error came from."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: who has it, how it is freed, and what becomes of a run that loses it."""
+"""One run at a time per folder: who has the lock, when it is free, and what happens to a run that loses it."""
 
 import json
 import os

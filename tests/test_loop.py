@@ -1,4 +1,4 @@
-"""The training loop when things go wrong, and what it tells of itself."""
+"""The training loop: failures, and its reports."""
 
 import collections
 import json

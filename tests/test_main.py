@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: every mistake is one readable line, exit code 2, and leaves nothing behind."""
+"""The command line: every mistake gives one readable line and exit code 2, and leaves no files behind."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Where videos are written: which names are taken, and what is found wrong before any work."""
+"""Output files: valid names, and errors that are found before any work."""
 
 import errno
 import os

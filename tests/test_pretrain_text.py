@@ -1,4 +1,4 @@
-"""The second part of the text encoder's training: what its targets are, and what the shipped encoder makes of it."""
+"""The second part of the text encoder's training: its targets, and the result in the shipped encoder."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The scorer on clips whose contents are known: right on all 480 captions, wrong on everything else."""
+"""The scorer on clips with known content: correct on all 480 captions, and wrong for every other clip."""
 
 import functools
 

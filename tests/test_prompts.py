@@ -1,4 +1,4 @@
-"""Prompts and captions: what a text becomes, wherever it comes from, and the noise that follows from it."""
+"""Prompts and captions: how a text is normalized, wherever it comes from, and its noise."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Reports that fail: a training run says so once, and goes on."""
+"""Reports that fail: a training run warns once and continues."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training runs as a whole: what they leave, and what becomes of them when they are stopped."""
+"""Whole training runs: their files, and continuing after interruptions."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Where arrays live: meshes, layouts of compiled programs, and gradients that do not depend on them."""
+"""Meshes, the layouts of compiled programs, and results that do not depend on them."""
 
 import math
 import types

@@ -1,4 +1,4 @@
-"""Storage that refuses a checkpoint: one error, nothing torn is left, and the whole ones stay."""
+"""Storage that refuses a checkpoint: one error, no partial checkpoint is left, and finished ones stay."""
 
 import contextlib
 import logging

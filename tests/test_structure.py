@@ -1,4 +1,4 @@
-"""The rules of the code: imports go downward, configs are locked and wholly read."""
+"""Rules of the code: imports go downward, configs are locked, and every config key is used."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""Embeddings made once: what is read is what the encoder makes; stopping, other encoders, damage."""
+"""The text cache: its embeddings are the encoder's; interruptions, other encoders and damage."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Encoders read from the files of T5X and Hugging Face: the same outputs, whatever the layout; errors that help."""
+"""Encoders from files of T5X and Hugging Face: the same outputs for every layout, and helpful errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Texts to tokens: bytes and sentencepiece, cutting, masks, and models that are not T5's."""
+"""Tokenizers: bytes and sentencepiece, truncation, masks, and models that are not T5's."""
 
 import pathlib
 import pickle

@@ -1,4 +1,4 @@
-"""Weights that are handed on: where they are looked for, and what is refused before any is read."""
+"""Trained weights: where they are found, and which are refused before they are read."""
 
 import json
 import os

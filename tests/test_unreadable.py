@@ -1,4 +1,4 @@
-"""Clips that cannot be read: left out, named, counted, and the stream stays the same for all who read it."""
+"""Unreadable clips are replaced, logged and counted, and all readers get the same stream."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Files as people have them: turned, anamorphic, HDR, cut without coding, oddly named, damaged."""
+"""Video files as users have them: rotated, anamorphic, HDR, cut without re-encoding, oddly named, damaged."""
 
 import gc
 import io

@@ -1,4 +1,4 @@
-"""Video files: what is written is what is read, frames are chosen by time, and every broken file is a VideoError."""
+"""Video files: a written video is read back, frames are selected by time, and a broken file raises VideoError."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Windows: they cover the clip, and blend to what the whole would have been."""
+"""Windows cover the clip, and their blend equals the result for the whole clip."""
 
 import jax
 import jax.numpy as jnp

@@ -2,8 +2,8 @@
 
   python tests/text_memory.py FOLDER [--size=xxl] [--format=t5x] [--dtype=bfloat16]
 
-writes float32 files, sparse or compressed, to FOLDER (taken as they are if they are there), loads them in a process of
-its own, and prints the peak of its resident memory less what it had before, over the size of the parameters kept.
+writes float32 files, sparse or compressed, to FOLDER (existing files are reused), and loads them in another process. It
+prints the increase of that process's peak resident memory, relative to the size of the parameters that it keeps.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def shapes_of(sizes):
 
 
 def write_safetensors(path: pathlib.Path, shapes):
-    """A sparse file: its header, and a hole."""
+    """Writes a sparse file: a header and a hole."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -62,7 +62,7 @@ def write_safetensors(path: pathlib.Path, shapes):
 
 
 def write_t5x(path: pathlib.Path, shapes):
-    """A directory as T5X writes one, its zeros compressed."""
+    """Writes a directory like T5X, with compressed zeros."""
     import numpy as np
     import t5_files
     import tensorstore as ts
@@ -88,7 +88,7 @@ def write_t5x(path: pathlib.Path, shapes):
 
 
 def measure(path: pathlib.Path, dtype: str, tokenizer: str) -> tuple[int, int]:
-    """Bytes of the parameters kept, and those of memory at the peak of loading them."""
+    """(bytes of the parameters, peak bytes of memory while loading them)."""
     command = [sys.executable, "-c", LOAD, str(path), dtype, tokenizer]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent)
     if done.returncode:

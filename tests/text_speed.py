@@ -1,11 +1,11 @@
-"""Times the making of a text cache, kills the making of another, and compares reading with running the encoder.
+"""Times writing a text cache, writes another one with kills, and compares reading a cache with running the encoder.
 
   python tests/text_speed.py FOLDER [--captions=100000] [--repeats=3] [--kills=3] [--seed=0]
 
-makes the cache of that many captions with the small encoder in the package, by the command `--mode=encode_text`
-into FOLDER/cache-0, -1, …; once more into FOLDER/killed, with `kill -9` at random moments, and compares the files;
-then times, in turns, the texts of a training batch read from the cache and embedded by the encoder. Times of commands
-are of whole processes, start and compile included; all are medians. Exit code 1 where the files differ.
+writes caches of that many captions with the small encoder in the package and `--mode=encode_text`, to FOLDER/cache-0,
+-1, …. Then it writes one to FOLDER/killed, with `kill -9` at random moments, and compares the files. Finally it times,
+in turns, reading the embeddings of a training batch from the cache and computing them with the encoder. Times of
+commands include start-up and compilation. All times are medians. Exit code 1 if the files differ.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BATCHES = 200  # that are read and embedded, in turns
 
 
 def write_captions(path: pathlib.Path, count: int) -> list[str]:
-    """Captions of the world of shapes, told apart by a number."""
+    """Captions of shapes, made unique by a number."""
     from ivideo.data import shapes
 
     captions = [shapes.caption(attributes) for attributes in shapes.all_attributes()]
@@ -35,7 +35,7 @@ def write_captions(path: pathlib.Path, count: int) -> list[str]:
 
 
 def begin(captions: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
-    """The command that makes a cache."""
+    """The command that writes a cache."""
     command = [sys.executable, "-m", "ivideo.main", "--mode=encode_text", "--config=configs/base.py:demo"]
     command += [f"--captions={captions}", f"--out={out}"]
     env = {**os.environ, "XLA_FLAGS": ""}
@@ -51,7 +51,7 @@ def finished(process: subprocess.Popen) -> None:
 
 
 def killed(captions: pathlib.Path, out: pathlib.Path, *, kills: int, rng: random.Random) -> None:
-    """Makes a cache by processes of which the first `kills` are killed while they write."""
+    """Writes a cache with several processes. The first `kills` of them are killed while they write."""
 
     def shards():
         return len(list(out.glob("texts-*.array_record")))
@@ -74,7 +74,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def in_turns(folder: pathlib.Path, lines: list[str], rng: random.Random) -> tuple[float, float, int]:
-    """Median seconds for the texts of a training batch, read and embedded; and the batch's size."""
+    """(median seconds to read the embeddings of a training batch, to compute them, the batch's size)."""
     import jax
 
     from configs import base

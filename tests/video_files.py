@@ -1,4 +1,4 @@
-"""Video files for tests: clips drawn with numpy and coded by PyAV in the ways that other people's files are."""
+"""Video files for tests: clips drawn with numpy and encoded with PyAV like files from other sources."""
 
 import io
 import re

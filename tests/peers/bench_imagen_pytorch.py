@@ -1,28 +1,30 @@
-r"""Speed of VideoUNet against imagen-pytorch's Unet3D, side by side on this machine's processor. A command, not a test:
+r"""Compares the speed of VideoUNet and imagen-pytorch's Unet3D on this machine's CPU. This is a command, not a test:
 
   python -m venv /tmp/peer && /tmp/peer/bin/pip install torch imagen-pytorch==2.1.0
   python tests/peers/bench_imagen_pytorch.py --peer_python=/tmp/peer/bin/python [--layout=same] [--pairs=5] [--json]
 
-Both networks predict v of one video of 16 × 32 × 32 under a text of 64 × 768, in float32, each with its own library's
-default threads: the forward pass alone, and a training step (mean squared error, backward, Adam). They stay loaded in
-two processes and take turns; the ratio is the median over pairs of neighbouring turns of the peer's time over ours.
-Exit code 1 where the parameters differ by more than 10%: the comparison would not be one.
+Both networks predict v for one video of 16 × 32 × 32 with a text of 64 × 768, in float32, each with the default threads
+of its library. Two cases are timed: the forward pass, and a training step (mean squared error, backward pass, Adam).
+The networks stay loaded in two processes and take turns. The ratio is the median, over pairs of neighbouring turns, of
+the peer's time divided by ours. Exit code 1 if the numbers of parameters differ by more than 10%.
 
---layout=own, the default, is each library's own network of about 19M parameters that reduces the frame before its first
-block, as Efficient U-Net and the paper's stages do: the peer's defaults with `memory_efficient`, and ours. Both work at
-16, 8 and 4 pixels. They spend their parameters differently, and the FLOPs that are printed say how much: ours has one
-block a level and most channels where frames are smallest. Which one learns more from a step is not measured.
+--layout=own, the default, compares each library's own network of about 19M parameters that downsamples the frame before
+its first block, as Efficient U-Net and the paper's stages do: the peer's defaults with `memory_efficient`, and ours.
+Both work at 16, 8 and 4 pixels. They distribute their parameters differently, as the printed FLOPs show: ours has one
+block per level, and most channels at the smallest frames. The comparison does not measure which one learns more per
+step.
 
---layout=same copies the peer's widths, blocks and resolutions, so FLOPs match as well:
+--layout=same copies the peer's widths, blocks and resolutions, so that the FLOPs match too:
 
   each side has                  Unet3D (imagen-pytorch 2.1.0)        VideoUNet
   resolutions                    32, 16, 8                            the same
   channels down / up             128, 128, 256 / 128, 256, 256        128, 256, 256, both ways
-  residual blocks                1 a level and way, 2 in the middle   1 a level and way, 1 in the middle
-  attention to the text          in each block but at 32 × 32         the same
+  residual blocks per level      1 each way, 2 in the middle          1 each way, 1 in the middle
+  attention to the text          in each block except at 32 × 32      the same
   attention in time              after each level, each way, in the   in each block
                                  middle and behind the stem
-  attention in space             none: its kind joins space and time  none
+  attention in space             none: its attention is joint in      none
+                                 space and time
   heads of 64 channels           4, in time with one key and value    channels / 64
   convolution in time            after each spatial 3 × 3, and one a  none
                                  channel before attention in time;
@@ -32,9 +34,9 @@ block a level and most channels where frames are smallest. Which one learns more
                                  nearest kind enlarges time as well)
   stem, end                      3 × 3                                3 × 3
 
-There, what the peer has besides and lets one leave out is left out: joint attention, pooling of the text, global
-context, cross-embedded stem, last residual block. In both layouts neither side has attention over space and time at
-once, and the peer's loop over the network is eager PyTorch, as it is used; ours is jitted.
+In that layout, the peer's optional parts are off: joint attention, text pooling, global context, cross-embedded stem,
+last residual block. In both layouts, neither side has joint attention over space and time. The peer runs as eager
+PyTorch, as its users run it; ours is jitted.
 """
 
 import argparse
@@ -89,7 +91,7 @@ CASES = ("forward", "training step")
 
 
 def ours(layout):
-    """Our network: parameters, FLOPs of a forward pass, and a function a case that does it once."""
+    """Our network: (parameters, FLOPs of a forward pass, one function per case that runs it once)."""
     sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
     import jax
     import jax.numpy as jnp
@@ -123,7 +125,7 @@ def ours(layout):
 
 
 def peer(layout):
-    """The peer's network, likewise."""
+    """The peer's network, in the same form."""
     import torch
     import transformers
     from torch.utils.flop_counter import FlopCounterMode
@@ -158,7 +160,7 @@ def peer(layout):
 
 
 def serve(side, layout: str) -> None:
-    """A worker: says its sizes in a line, then for each line that names a case runs it and answers with its seconds."""
+    """Runs a worker: it prints its sizes, then reads the name of a case per line, runs it, and prints its seconds."""
     answer = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is not an answer
     count, flops, cases = side(layout)
@@ -175,7 +177,7 @@ def serve(side, layout: str) -> None:
 
 
 class Worker:
-    """A process that runs one side."""
+    """A process with one side's network."""
 
     def __init__(self, python: str, side: str, layout: str):
         command = [python, __file__, f"--worker={side}", f"--layout={layout}"]
@@ -199,7 +201,7 @@ class Worker:
 
 
 def compare(peer_python: str, layout: str, pairs: int) -> dict:
-    """Sizes of both sides, milliseconds of each case on each, and the ratios."""
+    """(sizes of both sides, milliseconds per case and side, ratios)."""
     workers = {"ours": Worker(sys.executable, "ours", layout), "peer": Worker(peer_python, "peer", layout)}
     found = {name: dict(worker.sizes) for name, worker in workers.items()}
     found["parameter_ratio"] = found["peer"]["parameters"] / found["ours"]["parameters"]
