@@ -1,4 +1,4 @@
-"""Text: tokens, and the frozen encoder that turns them into what the stages are conditioned on. Section 2.2."""
+"""Text: tokenizers, and the frozen encoder whose embeddings condition the stages. Section 2.2."""
 
 import dataclasses
 import functools
@@ -26,11 +26,12 @@ from ivideo.text.tokenizers import BYTE_VOCAB, Bytes, SentencePiece
 SHIPPED = "demo/weights/text.safetensors"
 SIZES = ("vocab", "dim", "layers", "heads", "head_dim", "ff")
 DTYPES = ("float32", "bfloat16")
-VOCABULARY = "spiece.model"  # its name in Hugging Face's directories
+_SMALL_MATRIX = 2**14  # elements; a fingerprint reads one row of larger matrices
+VOCABULARY = "spiece.model"  # the sentencepiece model's name in Hugging Face directories
 HOW_TO_GET = (
-    "T5-XXL comes as T5X, gs://t5-data/pretrained_models/t5x/t5_1_1_xxl/checkpoint_1000000 with "
-    "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model as config.text.tokenizer, or from Hugging Face, "
-    "google/t5-v1_1-xxl saved as safetensors"
+    "T5-XXL is published as T5X, gs://t5-data/pretrained_models/t5x/t5_1_1_xxl/checkpoint_1000000 with "
+    "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model as config.text.tokenizer, and on Hugging Face, "
+    "google/t5-v1_1-xxl, to be saved as safetensors"
 )
 
 
@@ -38,10 +39,10 @@ HOW_TO_GET = (
 class TextEncoder:
     """A frozen encoder with its tokenizer, on `mesh` or on one device.
 
-    `fingerprint` is of what embeddings follow from: other parameters, another tokenizer, another type of number or
-    another length make another one, and whatever format the parameters were stored in, it is the same. It is read from
-    the checkpoint when it is asked for: all vectors and small matrices, and a row of each large one. So is the
-    tokenizer, (texts, length) -> (tokens, mask): UserError where the checkpoint has none and no path was given.
+    `fingerprint` is a hash of everything that determines the embeddings: parameters, tokenizer, dtype and length. It
+    does not depend on the format of the checkpoint. It is computed on first use, from all vectors and small matrices
+    and one row of each large matrix. `tokenizer`, (texts, length) -> (tokens, mask), is also loaded on first use:
+    UserError where the checkpoint has none and no path was given.
     """
 
     module: T5Encoder
@@ -60,7 +61,7 @@ class TextEncoder:
         return _fingerprint(self.checkpoint, self.tokenizer, self.length, self.module.dtype)
 
     def tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts, normalised as training captions are, to tokens [B, L] int32 and mask [B, L] bool."""
+        """Texts to tokens [B, L] int32 and mask [B, L] bool. The texts are normalised as training captions are."""
         return self.tokenizer([one_line(text) for text in texts], self.length)
 
     def encode(self, tokens, mask) -> jax.Array:
@@ -69,14 +70,14 @@ class TextEncoder:
 
 
 def encode(module, params, tokens, mask):
-    """As `TextEncoder.encode`, with the parameters as an argument, for use inside a jitted step."""
+    """As `TextEncoder.encode`, but with the parameters as an argument, for use inside a jitted step."""
     lead, length = tokens.shape[:-1], tokens.shape[-1]
     out = module.apply({"params": params}, tokens.reshape(-1, length), mask.reshape(-1, length))
     return jax.lax.stop_gradient(out).astype(jnp.float32).reshape(*lead, length, -1)
 
 
 def from_bits(bits):
-    """Embeddings as a cache has them, the bits of bfloat16 as uint16, to float32."""
+    """Embeddings from a cache, bfloat16 bits as uint16, to float32."""
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 
 
@@ -93,16 +94,16 @@ def encoder_module(text_config) -> T5Encoder:
 
 
 def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer: str = "", mesh=None) -> TextEncoder:
-    """The encoder of a checkpoint's path, or of a stage's `text` config, which then says all but the mesh.
+    """Loads an encoder from a checkpoint's path, or from a stage's `text` config, which sets everything but the mesh.
 
-    A path may be of a T5X or Hugging Face directory or of a safetensors file (`ivideo.text.checkpoints`), on this
-    machine or in a bucket, gs://…; so may `tokenizer`, a sentencepiece model, or empty for spiece.model in the
-    directory, or bytes where the vocabulary is ByT5's. Where a path has none of them, its encoder still encodes tokens,
-    and misses its tokenizer when that is asked for; a config's is missed at once. `length` is in tokens; `dtype`, of
-    parameters and arithmetic, is float32 or bfloat16. `mesh`: where parameters are split, none
-    for one device. A config's `checkpoint` is empty for the encoder in the package.
+    A path names a T5X directory, a Hugging Face directory or a safetensors file (`ivideo.text.checkpoints`), on this
+    machine or in a bucket (gs://…). A config's empty `checkpoint` is the encoder in the package. `tokenizer` is the
+    path of a sentencepiece model, local or in a bucket; if it is empty, spiece.model in the directory is used, or bytes
+    for ByT5's vocabulary. An encoder loaded by path works without a tokenizer until the tokenizer is used; for a
+    config, a missing tokenizer is an error at once. `length` is in tokens. `dtype`, of parameters and arithmetic, is
+    float32 or bfloat16. Parameters are split over `mesh`; None places them on one device.
 
-    Raises UserError where files are missing, damaged, or of another size than the config's.
+    UserError where files are missing, damaged, or of other sizes than the config's.
     """
     if by_path := isinstance(source, str | os.PathLike):
         checkpoint = open_checkpoint(os.fspath(source))
@@ -112,7 +113,7 @@ def load_encoder(source, *, length: int = 256, dtype: str = "float32", tokenizer
     if dtype not in DTYPES:
         raise UserError(f"a text encoder's dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     if tokenizer or not by_path or exists(os.path.join(checkpoint.path, VOCABULARY)):
-        _tokenizer(checkpoint, tokenizer)  # a mistake in it is found before gigabytes of parameters are read
+        _tokenizer(checkpoint, tokenizer)  # fails here, before gigabytes of parameters are read
     module = T5Encoder(**checkpoint.sizes, dtype=jnp.dtype(dtype))
     params = _placed(checkpoint, module, mesh)
     return TextEncoder(module, params, length, checkpoint, tokenizer, mesh)
@@ -135,30 +136,29 @@ def _open_configured(text_config) -> Checkpoint:
     for name in SIZES:
         if checkpoint.sizes[name] != text_config[name]:
             raise UserError(
-                f"{checkpoint.path} is of another model: its {name} is {checkpoint.sizes[name]}, and "
-                f"config.text.{name} = {text_config[name]}; give another checkpoint, or its sizes"
+                f"{checkpoint.path} is another model's: its {name} is {checkpoint.sizes[name]}, and "
+                f"config.text.{name} = {text_config[name]}; give another checkpoint, or set its sizes in config.text"
             )
     return checkpoint
 
 
 def _tokenizer(checkpoint: Checkpoint, path: str):
-    beside = os.path.join(checkpoint.path, VOCABULARY)
     vocab = checkpoint.sizes["vocab"]
-    if not path and exists(beside):
+    if not path and exists(os.path.join(checkpoint.path, VOCABULARY)):
         path = inside(checkpoint.path, VOCABULARY)
     if path:
         return SentencePiece.load(path, vocab)
     if vocab == BYTE_VOCAB:
         return Bytes()
     raise UserError(
-        f"{checkpoint.path} has no {VOCABULARY}, and a vocabulary of {vocab} is not of bytes ({BYTE_VOCAB}): give its "
-        "sentencepiece model with --config.text.tokenizer=FILE; T5's is "
+        f"{checkpoint.path} has no {VOCABULARY}, and its vocabulary of {vocab} is not that of bytes ({BYTE_VOCAB}): "
+        "give its sentencepiece model with --config.text.tokenizer=FILE; T5's is "
         "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
     )
 
 
 def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
-    """The parameters in the module's type, each cast and put in its place before the next is read."""
+    """The parameters in the module's dtype on their devices. Each is cast and placed before the next is read."""
     import flax.traverse_util
 
     shapes = {name: jax.ShapeDtypeStruct(array.shape, module.dtype) for name, array in checkpoint.params.items()}
@@ -173,7 +173,7 @@ def _placed(checkpoint: Checkpoint, module: T5Encoder, mesh):
 
 
 def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
-    """A hash of sizes, of all vectors among the parameters, and of every matrix's first row: of a part, to be quick."""
+    """A hash of the sizes, of all vectors and small matrices, and, to be quick, of one row of each large matrix."""
     digest, dtype = hashlib.sha256(), jnp.dtype(dtype).name
     described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
     digest.update(json.dumps(described, sort_keys=True).encode())

@@ -1,8 +1,8 @@
-"""Text caches of very large sets of captions, by Apache Beam: on this machine, or on Dataflow, Flink or Spark.
+"""Text caches for very large sets of captions, made with Apache Beam: on this machine, Dataflow, Flink or Spark.
 
-The cache is that of `ivideo.text.cache`, with as many shards as are asked for; each is made by one worker, whose
-processes load the encoder once. Captions, encoder and cache lie where all workers see them: in a bucket (gs://…), or in
-a folder that they share. A file pattern stands for the captions.
+The format is that of `ivideo.text.cache`; the caller sets the number of shards. One worker makes each shard, and each
+process of a worker loads the encoder once. All workers must see the captions, the encoder and the cache: in a bucket
+(gs://…) or in a shared folder. A file pattern names the captions.
 """
 
 import json
@@ -25,25 +25,27 @@ except ImportError as e:
 
 
 def encode_captions(config, pattern: str, out: str, *, shards: int, options: list[str]) -> None:
-    """Makes the cache of all lines of the files that match, and of the config's sample prompts.
+    """Makes a cache of all lines in the files that match `pattern`, and of the config's sample prompts.
 
-    `options` are Beam's, such as --runner=DataflowRunner; none runs it here. Shards that are there already are left as
-    they are, so the same call again goes on where it was stopped. UserError, before anything is written, where Beam
-    does not take the options, no file matches, the encoder cannot be read, or `out` is of others. Beam's own errors for
-    captions that are not UTF-8; and for a shard that is there and of other captions, which its message says.
+    `options` are Beam's, such as --runner=DataflowRunner; without options it runs on this machine. Existing shards are
+    kept, so that the same call resumes after an interruption. UserError, before anything is written, where Beam
+    rejects the options, no file matches, the encoder cannot be read, or `out` holds another cache. Captions that are
+    not UTF-8, and existing shards of other captions, are Beam's own errors, with the reason in the message.
     """
     try:
         pipeline = beam.Pipeline(options=PipelineOptions(options))
         matched = FileSystems.match([pattern])[0].metadata_list
     except (ValueError, OSError, BeamIOError) as e:
-        raise UserError(f"Beam does not take --beam={' --beam='.join(options)} or --captions={pattern}: {e}") from e
+        raise UserError(
+            f"Beam rejects --beam={' --beam='.join(options)} or --captions={pattern} ({e}): correct them"
+        ) from e
     if not matched:
         raise UserError(f"--captions={pattern} matches no file: give a pattern of text files, quoted for the shell")
     cache.begin(out, config.text, fingerprint(config.text), shards=shards, of=pattern)
     with pipeline:
         lines = pipeline | "captions" >> beam.io.ReadFromText(pattern)
         prompts = pipeline | "sample prompts" >> beam.Create(cache.sample_prompts(config))
-        # Few captions leave shards empty, which have to be there too
+        # With few captions some shards are empty; they have to be written too
         all_shards = pipeline | "shards" >> beam.Create([(i, "") for i in range(shards)])
         dealt = (
             (lines, prompts)
@@ -64,11 +66,11 @@ def encode_captions(config, pattern: str, out: str, *, shards: int, options: lis
 
 
 class _Encode(beam.DoFn):
-    """Writes shards: (number, captions), of which empty ones do not count."""
+    """Writes the shard of an element (number, captions), leaving out empty captions."""
 
     def __init__(self, config: str, out: str, shards: int):
         self._config, self._out, self._shards = config, out, shards
-        self._shared = Shared()  # the encoder, by all threads of a process
+        self._shared = Shared()  # holds the encoder for all threads of a process
 
     def setup(self):
         self._text = ml_collections.ConfigDict(json.loads(self._config)).text

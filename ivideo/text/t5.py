@@ -1,7 +1,7 @@
-"""The encoder of T5 1.1 (arXiv 1910.10683, 2002.05202). Section 2.2: its output is all a stage knows of the text.
+"""The encoder of T5 1.1 (arXiv 1910.10683, 2002.05202). Section 2.2: stages see the text only through its output.
 
-B batch · L tokens · D channels · N heads · d channels a head. Parameter names are those of T5X's minimal T5.
-Over many devices the batch is split, and the heads and inner channels over `tensor` (`ivideo.devices.sharding`).
+B batch · L tokens · D channels · N heads · d channels per head. Parameter names are those of T5X's minimal T5.
+On several devices the batch is split, and heads and inner channels are split over `tensor` (`ivideo.devices.sharding`).
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ MAX_DISTANCE = 128
 class T5Encoder(nn.Module):
     """Token ids [B, L] int32 and mask [B, L] bool to embeddings [B, L, dim], zero where the mask is False.
 
-    `own_positions`: every layer has a table of relative positions, as in scanned T5X; else the first one's is for all.
+    With `own_positions` every layer has a table of relative positions, as in scanned T5X; else all layers share one.
     """
 
     vocab: int
@@ -91,7 +91,7 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x, bias):
         inner = self.heads * self.head_dim
-        # T5 does not divide the logits by √d: the query's initialisation does
+        # T5 does not divide the logits by √d; the query's initialisation is smaller by that factor instead
         scales = {"query": (self.dim * self.head_dim) ** -0.5, "key": self.dim**-0.5, "value": self.dim**-0.5}
         q, k, v = (
             constrain(
@@ -120,7 +120,7 @@ class _MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, the mean in float32. [..., D] -> the same."""
+    """x / rms(x) · scale, with the mean in float32. [..., D] -> the same."""
 
     dtype: jnp.dtype
 
@@ -149,7 +149,7 @@ def relative_buckets(length: int) -> np.ndarray:
     side = BUCKETS // 2
     exact = side // 2
     n = np.abs(distance)
-    # float32, as T5's own: a bucket boundary must not move with the precision
+    # float32, as in T5: with another precision a bucket boundary could move
     ratio = np.log(np.maximum(n, 1).astype(np.float32) / exact) / np.float32(np.log(MAX_DISTANCE / exact))
     far = np.minimum(exact + (ratio * (side - exact)).astype(np.int32), side - 1)
     return np.where(distance > 0, side, 0) + np.where(n < exact, n, far)

@@ -1,8 +1,8 @@
 """Text to token ids. Section 2.2.
 
-A tokenizer is called with texts and a length and returns tokens [B, length] int32 and mask [B, length] bool: ids, an
-end token, padding. A text that does not fit is cut, with a warning that says where. An empty text has an empty mask: it
-is what the networks see as no text at all, the unconditional half of guidance. `fingerprint` tells tokenizers apart.
+A tokenizer maps texts and a length to tokens [B, length] int32 and mask [B, length] bool: ids, an end token, padding. A
+text that is too long is truncated, with a warning that shows where. An empty text has an empty mask, which the networks
+treat as no text: the unconditional half of guidance. `fingerprint` identifies a tokenizer.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ from ivideo.files import read_bytes
 
 PAD, EOS, OFFSET = 0, 1, 3
 BYTE_VOCAB = 384
-EXTRA = 100  # ids behind a sentencepiece model's, T5's sentinels
+EXTRA = 100  # T5's sentinels, whose ids follow those of the sentencepiece model
 
 
 def byte_tokens(texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes + 3, ByT5's ids (arXiv 2105.13626)."""
+    """ByT5's ids (arXiv 2105.13626): UTF-8 bytes + 3."""
 
-    def cut(text):
+    def truncate(text):
         return text.encode()[: length - 1].decode(errors="ignore")
 
     def ids(text):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + OFFSET
 
-    return _padded(texts, length, ids, cut, "bytes")
+    return _padded(texts, length, ids, truncate, "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
-    """A sentencepiece model, as T5's: pad 0, end 1. Normalisation is the model's own. Pickles as its bytes."""
+    """A sentencepiece model such as T5's: pad 0, end 1. The model itself normalises the text. Pickles as its bytes."""
 
     model: bytes
 
     @classmethod
     def load(cls, path: str, vocab: int) -> "SentencePiece":
-        """Reads a model for an encoder of `vocab` embeddings; UserError where it is none, or of another vocabulary."""
+        """Reads a model for an encoder of `vocab` embeddings. UserError where it is not one, or does not fit them."""
         try:
             tokenizer = cls(read_bytes(path))
             pieces = tokenizer.processor
@@ -60,7 +60,7 @@ class SentencePiece:
         if (pad, end) != (PAD, EOS) or not size <= vocab <= size + EXTRA + 128:
             raise UserError(
                 f"{path} has {size} pieces, pad {pad} and end {end}, expected pad {PAD}, end {EOS} and, with {EXTRA} "
-                f"sentinels, about the {vocab} rows of the encoder's embedding: give the vocabulary it was trained with"
+                f"sentinels, about the {vocab} rows of the encoder's embedding: give the encoder's own sentencepiece model"
             )
         return tokenizer
 
@@ -83,13 +83,13 @@ class SentencePiece:
         object.__setattr__(self, "model", state["model"])
 
     def __call__(self, texts, length):
-        def cut(text):
+        def truncate(text):
             return self.processor.decode(self.processor.encode(text)[: length - 1])
 
-        return _padded(texts, length, lambda text: np.array(self.processor.encode(text), np.int32), cut, "tokens")
+        return _padded(texts, length, lambda text: np.array(self.processor.encode(text), np.int32), truncate, "tokens")
 
 
-def _padded(texts, length, ids_of, cut, unit):
+def _padded(texts, length, ids_of, truncate, unit):
     tokens = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(tokens, texts, strict=True):
         if not isinstance(text, str):
@@ -98,10 +98,11 @@ def _padded(texts, length, ids_of, cut, unit):
         if not len(ids):
             continue
         if len(ids) > length - 1:
-            kept = cut(text)
+            kept = truncate(text)
             logging.getLogger("ivideo").warning(
-                "the prompt has %d %s and the text encoder takes %d: cut after %r", len(ids), unit, length - 1, kept
-            )
+                "the prompt has %d %s, but the text encoder takes %d: truncated after %r",
+                len(ids), unit, length - 1, kept,
+            )  # fmt: skip
             ids = ids_of(kept) if unit == "bytes" else ids[: length - 1]
         row[: len(ids)] = ids
         row[len(ids)] = EOS
