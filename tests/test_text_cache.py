@@ -91,7 +91,7 @@ def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
     whole = contents(made(config, tmp_path, name="whole"))
     with stopping(2) as count:
         made(config, tmp_path)
-    with pytest.raises(UserError, match="not a whole text cache: run the command that began it again"):
+    with pytest.raises(UserError, match="not a complete text cache: run the command that began it again"):
         cache.TextCache.open(str(tmp_path / "cache"), config.text)
     with pytest.raises(UserError, match="is missing, and 2 more: run the same command again"):
         cache.finish(str(tmp_path / "cache"))
@@ -141,9 +141,9 @@ def test_small_caches_of_other_encoders_are_refused(config, tmp_path):
     other.text.checkpoint = str(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="was made by another encoder or tokenizer"):
         cache.TextCache.open(path, other.text)
-    with pytest.raises(UserError, match="is a cache of other encoder or tokenizer: choose another folder"):
+    with pytest.raises(UserError, match="is a cache with another encoder or tokenizer: choose another folder"):
         made(other, tmp_path)
-    with pytest.raises(UserError, match="is a cache of other captions: choose another folder"):
+    with pytest.raises(UserError, match="is a cache with another set of captions: choose another folder"):
         made(config, tmp_path, CAPTIONS[1:])
     other.text.checkpoint = None  # a machine that has the cache alone
     assert len(cache.TextCache.open(path, other.text)) == len(CAPTIONS) + 4
@@ -315,10 +315,10 @@ def test_small_beam_makes_the_same_cache(config, tmp_path, monkeypatch):
     assert len(ours) == len(texts)
     values = [np.asarray(one.encode(*one.tokenize(texts))) for one in (ours, theirs)]
     np.testing.assert_allclose(*values, rtol=2**-7, atol=1e-5)
-    with pytest.raises(UserError, match="is a cache of other shards and captions"):
+    with pytest.raises(UserError, match="is a cache with another number of shards and set of captions"):
         beam.encode_captions(config, str(tmp_path / "part0.txt"), str(tmp_path / "out"), shards=2, options=options)
     (tmp_path / "part2.txt").write_text("a new caption")
-    with pytest.raises(Exception, match="is a cache of other captions: choose another folder"):
+    with pytest.raises(Exception, match="is a cache with another set of captions: choose another folder"):
         beam.encode_captions(config, str(tmp_path / "part*.txt"), str(tmp_path / "out"), shards=shards, options=options)
     for pattern, runner, message in (
         ("part*.txt", "Nope", "Beam does not take --beam=--runner=Nope"),

@@ -514,7 +514,7 @@ def test_small_weights_without_a_tokenizer_encode_tokens(tmp_path):
     encoder = text.load_encoder(path, length=4)
     made = encoder.encode(np.array([[5, 6, 1, 0]]), np.array([[True, True, True, False]]))
     assert made.shape == (1, 4, sizes["dim"]) and np.isfinite(made).all() and not np.any(made[0, 3])
-    message = "has no spiece.model, and a vocabulary of 500 is not of bytes .384.: give its sentencepiece model"
+    message = "has no spiece.model, and its vocabulary of 500 is not that of bytes .384.: give its sentencepiece model"
     for asked in (lambda: encoder.tokenize(["a"]), lambda: encoder.fingerprint, lambda: encoder.tokenizer):
         with pytest.raises(UserError, match=message):
             asked()

@@ -24,7 +24,7 @@ def test_small_long_text_is_cut_with_a_warning(caplog):
     tokens, _ = byte_tokens(["abcdef"], 4)
     np.testing.assert_array_equal(tokens, [[100, 101, 102, 1]])
     assert "6 bytes" in caplog.text
-    assert "cut after 'abc'" in caplog.text
+    assert "truncated after 'abc'" in caplog.text
     tokens, _ = byte_tokens(["aéé"], 5)  # never in the middle of a character: 1 + 2 + 2 bytes, four fit
     np.testing.assert_array_equal(tokens, [[100, 198, 172, 1, 0]])
 
@@ -63,7 +63,8 @@ def test_small_sentencepiece_cuts_with_a_warning(model, caplog):
     np.testing.assert_array_equal(cut[0, :-1], whole[0, : length - 2])
     assert cut[0, -1] == 1 and mask.all()
     assert (
-        f"has {length - 1} tokens and the text encoder takes {length - 2}: cut after 'a red star moving" in caplog.text
+        f"has {length - 1} tokens and the text encoder takes {length - 2}: truncated after 'a red star moving"
+        in caplog.text
     )
     caplog.clear()
     tokenizer(["a red star moving left"], length)

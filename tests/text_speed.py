@@ -115,7 +115,7 @@ def main() -> int:
     letters = sum(map(len, lines)) / len(lines)
     spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
     print(f"{len(lines):,} captions of {letters:.0f} letters in {took:.1f} s ({spread}): {len(lines) / took:,.0f} a "
-          f"second, {size / len(lines):,.0f} MB a million", flush=True)  # fmt: skip
+          f"second, {size / len(lines):,.0f} MB per million", flush=True)  # fmt: skip
 
     killed(folder / "captions.txt", folder / "killed", kills=args.kills, rng=rng)
     whole = contents(folder / "cache-0")

@@ -178,9 +178,8 @@ def _fingerprint(checkpoint: Checkpoint, tokenize, length: int, dtype) -> str:
     described = {"sizes": checkpoint.sizes, "length": length, "dtype": dtype, "tokenizer": tokenize.fingerprint}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for name in sorted(checkpoint.params):
-        whole = (
-            len(checkpoint.params[name].shape) == 1 or math.prod(checkpoint.params[name].shape) < sharding.MIN_SHARDED
-        )
-        value = read_array(checkpoint, name, () if whole else (0,))
+        shape = checkpoint.params[name].shape
+        small = len(shape) == 1 or math.prod(shape) < _SMALL_MATRIX
+        value = read_array(checkpoint, name, () if small else (0,))
         digest.update(np.ascontiguousarray(value.astype(jnp.dtype(dtype))).tobytes())
     return digest.hexdigest()

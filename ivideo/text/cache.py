@@ -35,7 +35,12 @@ OPEN = 128  # shards open at a time, one file each: a process may open about a t
 PLAN, INDEX = "encoder.json", "index.json"
 _ORDERED = np.dtype(f"S{KEY}")  # a dtype in which keys compare by their bytes
 _COPY = "copy the whole cache again, or run the command that made it"
-_WORDS = {"fingerprint": "encoder or tokenizer", "dim": "width", "captions": "set of captions"}
+_WORDS = {
+    "fingerprint": "encoder or tokenizer",
+    "dim": "width",
+    "captions": "set of captions",
+    "shards": "number of shards",
+}
 
 
 def key_of(caption: str) -> bytes:
@@ -335,7 +340,7 @@ class TextCache:
         return from_bits(bits)
 
     def __call__(self, captions: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings [N, length, D], bfloat16 bits as uint16, and mask [N, length]. UserError for an unknown caption."""
+        """Embeddings [N, length, D], bfloat16 bits as uint16, and mask [N, length]. UserError for a new caption."""
         dim = self.index["dim"]
         out = np.zeros((len(captions), length, dim), np.uint16)
         mask = np.zeros((len(captions), length), bool)

@@ -60,7 +60,7 @@ class SentencePiece:
         if (pad, end) != (PAD, EOS) or not size <= vocab <= size + EXTRA + 128:
             raise UserError(
                 f"{path} has {size} pieces, pad {pad} and end {end}, expected pad {PAD}, end {EOS} and, with {EXTRA} "
-                f"sentinels, about the {vocab} rows of the encoder's embedding: give the encoder's own sentencepiece model"
+                f"sentinels, about the {vocab} rows of the encoder's embedding: give the encoder's own model"
             )
         return tokenizer
 
