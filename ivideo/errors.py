@@ -1,5 +1,8 @@
-"""The error that a user can mend."""
+"""The error for mistakes that a user can fix."""
 
 
 class UserError(ValueError):
-    """Wrong input. The message names the value, what was expected and what to do; the command line prints it alone."""
+    """Wrong input. The message names the value, what was expected and what to do.
+
+    The command line prints the message without a traceback.
+    """

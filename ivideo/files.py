@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on this machine or in a bucket of Google's cloud storage (gs://BUCKET/…)."""
+"""Reads files and writes them atomically, on this machine or in a Google Cloud Storage bucket (gs://BUCKET/…)."""
 
 import contextlib
 import errno
@@ -10,29 +10,29 @@ import uuid
 
 from ivideo.errors import UserError
 
-BUCKET = "gs://"  # what a path in a bucket begins with
+BUCKET = "gs://"  # the prefix of paths in a bucket
 PROBE_BYTES = 2**20  # room that an output folder must have
 
 
 def expand_home(path: str) -> str:
-    """A path that a user gave, with ~ or ~NAME at its head as that user's home folder; UserError where there is none.
+    """Replaces ~ or ~NAME at the start of a path by the user's home folder. UserError where there is none.
 
-    Shells expand it in `--out ~/x.mp4` but not in `--out=~/x.mp4`, nor do configs.
+    Shells expand ~ in `--out ~/x.mp4`, but not in `--out=~/x.mp4`, and configs do not expand it.
     """
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         user = path.partition("/")[0]
         raise UserError(f"{path}: {user} has no home folder; write ./{path} for a file whose name begins with ~")
-    return found
+    return expanded
 
 
 def in_bucket(path) -> bool:
-    """Whether a path is of an object in a bucket; others are of this machine's files."""
+    """Whether a path is in a bucket; other paths are on this machine."""
     return str(path).startswith(BUCKET)
 
 
 def kvstore(folder: str) -> dict:
-    """TensorStore's name of a folder, for its drivers."""
+    """A folder as the `kvstore` of a TensorStore spec."""
     if in_bucket(folder):
         bucket, _, inner = folder.removeprefix(BUCKET).partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{inner.rstrip('/')}/".lstrip("/")}
@@ -40,43 +40,43 @@ def kvstore(folder: str) -> dict:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file of this path; on this machine, or a folder. OSError where a bucket cannot be asked."""
+    """Whether a file exists, or on this machine a folder. OSError where a bucket cannot be reached."""
     if not in_bucket(path):
         return os.path.exists(path)
     name = os.path.basename(path)
     import tensorstore as ts
 
-    return bool(_asked(path, lambda store: store.list(range=ts.KvStore.KeyRange(name, name + "\0"))))
+    return bool(_call_store(path, lambda store: store.list(range=ts.KvStore.KeyRange(name, name + "\0"))))
 
 
 def list_names(folder: str) -> list[str]:
-    """The names in a folder, sorted; none in a bucket's that is not there."""
+    """The names in a folder, sorted. A folder in a bucket that does not exist is empty."""
     if not in_bucket(folder):
         return sorted(os.listdir(folder))
-    below = _asked(f"{folder.rstrip('/')}/", lambda store: store.list())
-    return sorted({name.decode().partition("/")[0] for name in below})
+    keys = _call_store(f"{folder.rstrip('/')}/", lambda store: store.list())
+    return sorted({key.decode().partition("/")[0] for key in keys})
 
 
 def open_read(path: str):
-    """A file open for reading bytes; of a bucket, in memory."""
+    """Opens a file for reading bytes. A file in a bucket is read into memory first."""
     return io.BytesIO(read_bytes(path)) if in_bucket(path) else open(path, "rb")
 
 
 def read_bytes(path: str, begin: int = 0, end: int | None = None) -> bytes:
-    """A file's bytes, or a part of them. OSError where there are none."""
+    """A file's bytes, or those from `begin` to `end`. OSError where the file cannot be read."""
     if not in_bucket(path):
         with open(path, "rb") as f:
             f.seek(begin)
             return f.read() if end is None else f.read(end - begin)
-    part = {} if begin == 0 and end is None else {"byte_range": slice(begin, end)}
-    found = _asked(path, lambda store: store.read(os.path.basename(path), **part))
-    if found.state != "value":
+    options = {} if begin == 0 and end is None else {"byte_range": slice(begin, end)}
+    result = _call_store(path, lambda store: store.read(os.path.basename(path), **options))
+    if result.state != "value":
         raise FileNotFoundError(2, "there is no such file", path)
-    return found.value
+    return result.value
 
 
 def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> None:
-    """UserError where one of the files is there and is not to be replaced, or cannot be since it is a folder."""
+    """UserError where one of the paths exists and `overwrite` is off, or is a folder. `hint` ends the message."""
     for path in paths:
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder: choose another --out")
@@ -86,20 +86,20 @@ def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> Non
 
 @contextlib.contextmanager
 def atomic_write(path: str):
-    """The name of a file to write, which is at `path` once the block has ended, and not there if it fails."""
+    """Yields a temporary name to write to. The file appears at `path` when the block ends, and not if it fails."""
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = os.path.join(folder, os.path.basename(path))
             yield temporary
             with open(temporary, "rb") as f:
-                _asked(path, lambda store: store.write(os.path.basename(path), f.read()))
+                _call_store(path, lambda store: store.write(os.path.basename(path), f.read()))
         return
-    # Of this writer alone: those of other machines may have the same process number
+    # Unique, unlike a process number, which a writer on another machine may share
     temporary = f"{path}.tmp{uuid.uuid4().hex}"
     try:
         yield temporary
         with open(temporary, "rb") as f:
-            os.fsync(f.fileno())  # a machine that is lost after the renaming would leave an empty file
+            os.fsync(f.fileno())  # otherwise a crash of the machine after the rename could leave an empty file
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -108,13 +108,13 @@ def atomic_write(path: str):
 
 
 def write_text(path, text: str) -> None:
-    """Writes a file that another process sees as the old one or the new one."""
+    """Writes a file atomically: other processes see the old content or the new."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
 
 
 def read_json(path):
-    """A JSON file's object; UserError where it is damaged, or holds something else."""
+    """The object in a JSON file. UserError where the file is damaged, or its value is not an object."""
     try:
         value = json.loads(read_bytes(path))
     except (OSError, ValueError) as e:
@@ -125,7 +125,7 @@ def read_json(path):
 
 
 def write_json(path, value) -> None:
-    """Writes a value as JSON, as `write_text` does."""
+    """Writes a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -153,11 +153,11 @@ def prepare_folders(paths: list[str]) -> None:
             raise UserError(f"{folder} cannot be written to ({e.strerror}): {advice}") from e
 
 
-def _asked(path: str, question):
-    """What TensorStore answers about the folder that a path in a bucket is in; OSError where it cannot."""
+def _call_store(path: str, operation):
+    """The result of an operation of TensorStore on the folder of a path in a bucket. OSError where it fails."""
     import tensorstore as ts
 
     try:
-        return question(ts.KvStore.open(kvstore(os.path.dirname(path))).result()).result()
+        return operation(ts.KvStore.open(kvstore(os.path.dirname(path))).result()).result()
     except ValueError as e:
         raise OSError(f"{path} cannot be reached ({' '.join(str(e).split())[:300]})") from e

@@ -1,4 +1,4 @@
-"""What weights and videos were made with, as it is kept beside them, and how that differs from a config."""
+"""Compares a config with the recipe of weights or videos: the config that was saved with them."""
 
 import json
 import logging
@@ -12,19 +12,19 @@ from ivideo.errors import UserError
 log = logging.getLogger("ivideo")
 
 RUN_CONFIG = "config.json"  # in a training run's folder: its resolved config
-# Keys, or beginnings of keys that end in a dot
+# Keys, and groups of keys, which end in a dot
 NETWORK = (
     "stage", "model.", "cond.fill", "text.vocab", "text.dim", "text.layers", "text.heads", "text.head_dim", "text.ff",
 )  # fmt: skip
 VIDEO = ("stage", "video.", "cond.", "model.", "diffusion.", "sample.", "text.")
-# How it is computed, which changes a network not at all, and a video by rounding alone
+# How results are computed: these keys do not change a network, and change a video only by rounding
 _COMPUTING = (
     "model.remat", "model.scan_unroll", "sample.batch", "sample.group", "sample.mesh.", "text.mesh.", "text.batch",
 )  # fmt: skip
 
 
 def flat(config) -> dict:
-    """A config's values by their keys, a.b.c, as they come back from JSON. `config` is a ConfigDict or such a dict."""
+    """A config's values by dotted keys (a.b.c), as JSON represents them. `config` is a ConfigDict or a dict from JSON."""
 
     def leaves(node, prefix):
         for name, value in node.items():
@@ -37,40 +37,41 @@ def flat(config) -> dict:
     return dict(leaves(plain, ""))
 
 
-def differences(found, config, keys=("",)) -> list[tuple]:
-    """(key, value found, the config's value) of the keys that begin as one of `keys` and differ.
+def differences(saved, config, keys=("",)) -> list[tuple]:
+    """(key, saved value, the config's value) for each of `keys`, and each key in a group of `keys`, that differs.
 
-    A key that one side lacks is of another version of this program, and not compared.
+    A key that only one side has comes from another version of this program, and is not compared.
     """
-    found, wanted = flat(found), flat(config)
-    begin = tuple(key for key in keys if key.endswith(".") or not key)
-    chosen = [key for key in wanted if key in keys or (begin and key.startswith(begin))]
-    return [(key, found[key], wanted[key]) for key in chosen if key in found and found[key] != wanted[key]]
+    saved, current = flat(saved), flat(config)
+    groups = tuple(key for key in keys if key.endswith(".") or not key)
+    compared = [key for key in current if key in keys or (groups and key.startswith(groups))]
+    return [(key, saved[key], current[key]) for key in compared if key in saved and saved[key] != current[key]]
 
 
-def network_differences(found, config) -> list[tuple]:
-    """The differences that make another network, or weights of another meaning."""
+def network_differences(saved, config) -> list[tuple]:
+    """The differences that change the network or the meaning of its weights."""
     ignored = ("model.dtype", *_COMPUTING)
-    return [(key, *values) for key, *values in differences(found, config, NETWORK) if key not in ignored]
+    return [(key, *values) for key, *values in differences(saved, config, NETWORK) if key not in ignored]
 
 
-def video_differences(found, config) -> list[tuple]:
-    """The differences that make another video."""
+def video_differences(saved, config) -> list[tuple]:
+    """The differences that change a video."""
     ignored = tuple(key for key in _COMPUTING if key.endswith("."))
-    different = differences(found, config, VIDEO)
+    different = differences(saved, config, VIDEO)
     return [(key, *values) for key, *values in different if key not in _COMPUTING and not key.startswith(ignored)]
 
 
-def check_network(source: str, found, config, *, any_stage: bool = False) -> None:
-    """UserError that names the first key in which the config `found` beside weights is of another network or student.
+def check_network(source: str, saved, config, *, any_stage: bool = False) -> None:
+    """UserError where the config saved with weights has another network, or is another phase of distillation.
 
-    `source` says which weights these are. With `any_stage` they may be of another stage with the same network.
+    It names the first key that differs. `source` names the weights in the message. With `any_stage` they may be another
+    stage's with the same network.
     """
-    check_student(source, found, config)
-    different = [item for item in network_differences(found, config) if item[0] != "stage" or not any_stage]
-    for key, there, here in sorted(different, key=lambda item: item[0] != "stage"):  # it says most
+    check_student(source, saved, config)
+    different = [item for item in network_differences(saved, config) if item[0] != "stage" or not any_stage]
+    for key, theirs, ours in sorted(different, key=lambda item: item[0] != "stage"):  # the stage explains the others
         raise UserError(
-            f"{source} is of another network: config.{key} is {there!r} there and {here!r} in this config; use the "
+            f"{source} is of another network: config.{key} is {theirs!r} there and {ours!r} in this config; use the "
             "config it was trained with, or other weights"
         )
 
@@ -92,24 +93,24 @@ def check_student(source: str, found, config) -> None:
 
 
 def read_run_config(workdir: str) -> dict | None:
-    """The config that the newest start of a training run resolved to, or None. UserError where it is damaged."""
+    """The resolved config of a training run's most recent start, or None. UserError where the file is damaged."""
     path = os.path.join(workdir, RUN_CONFIG)
     return files.read_json(path) if os.path.exists(path) else None
 
 
 def save_run_config(config, workdir: str) -> None:
-    """Writes a run's resolved config to its folder, and logs each key in which it differs from the last start's.
+    """Writes a run's resolved config to its folder, and logs each key that differs from the previous start's.
 
-    UserError where the run has checkpoints of another network: no file is changed then. All processes call this; the
-    first one writes.
+    UserError, before any file is changed, where the run has checkpoints of another network. All processes call this
+    function; process 0 writes.
     """
     before = read_run_config(workdir)
     if before is not None:
         if _has_checkpoints(workdir):
             check_network(f"the run in {workdir}", before, config)
         if jax.process_index() == 0:
-            for key, there, here in differences(before, config):
-                log.warning("config.%s is %r now, and was %r when this run started last", key, here, there)
+            for key, previous, current in differences(before, config):
+                log.warning("config.%s is %r now, and was %r at the previous start of this run", key, current, previous)
     if jax.process_index() == 0:
         os.makedirs(workdir, exist_ok=True)
         files.write_json(os.path.join(workdir, RUN_CONFIG), config.to_dict())

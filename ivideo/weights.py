@@ -1,4 +1,4 @@
-"""Weights as safetensors files: the form in which trained networks are shipped and read back. Section 3 ships none."""
+"""Reads and writes weights as safetensors files, the format in which trained networks are exported and shipped."""
 
 import contextlib
 import hashlib
@@ -17,12 +17,12 @@ from ivideo.errors import UserError
 from ivideo.files import atomic_write, refuse_existing
 
 SUFFIX = ".safetensors"
-FLOATS = ("F32", "BF16", "F16", "F64")  # types of number, as safetensors files name them, that parameters may have
-SAMPLED = 4096  # bytes of each leaf that tell a file from others
+FLOATS = ("F32", "BF16", "F16", "F64")  # the dtypes that parameters may have, by their names in safetensors
+SAMPLED = 4096  # bytes of each array that `file_identity` reads
 
 
 def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat16, overwrite: bool = False):
-    """Writes a tree of parameters, rounded to `dtype`, with string metadata; to a temporary name, then renamed."""
+    """Writes a tree of parameters, rounded to `dtype`, with string metadata, atomically."""
     refuse_existing([path], overwrite=overwrite)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     data = save({name: jnp.asarray(value, dtype) for name, value in flat.items()}, metadata=metadata)
@@ -31,10 +31,10 @@ def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat
 
 
 def load_params(path: str, like=None):
-    """Reads parameters as float32: a nested dict.
+    """Reads parameters, a nested dict of float32 arrays.
 
-    UserError where the file is not whole, where a leaf is not of floating-point numbers or holds one that is not
-    finite, and, with `like` (a tree of shapes), where any leaf's shape differs.
+    UserError where the file is incomplete, where a parameter is not floating-point or not finite, and, with `like` (a
+    tree of shapes), where a parameter's shape differs.
     """
     shapes = read_shapes(path)
     if like is not None:
@@ -58,9 +58,9 @@ def place(params, mesh, dtype):
 
 
 def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Every leaf's shape by its path, a/b/c, without reading the leaves.
+    """The shape of every parameter by its path (a/b/c), without reading the values.
 
-    UserError where the file is not whole, or where a leaf is not of floating-point numbers.
+    UserError where the file is incomplete, or where a parameter is not floating-point.
     """
     with _opened(path) as f:
         leaves = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
@@ -74,13 +74,13 @@ def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def load_metadata(path: str) -> dict[str, str]:
-    """The strings saved beside the parameters."""
+    """The string metadata of a file of parameters."""
     with _opened(path) as f:
         return f.metadata() or {}
 
 
 def file_identity(path: str) -> str:
-    """A digest that tells a file of weights from others: of its header, its size and the beginning of every leaf."""
+    """A digest that identifies a file of weights: of its size, its header and the first bytes of every array."""
     digest = hashlib.sha256(str(os.path.getsize(path)).encode())
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -96,33 +96,33 @@ def file_identity(path: str) -> str:
 
 @contextlib.contextmanager
 def _opened(path):
-    """A safetensors file; UserError where there is none, or not a whole one."""
+    """An open safetensors file. UserError where it is missing or incomplete."""
     if not os.path.isfile(path):
         raise UserError(f"no weights at {path}: expected a {SUFFIX} file written by --mode=export")
     try:
         with safe_open(path, framework="flax") as f:
             yield f
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is not a whole safetensors file ({e}): export or copy it again") from e
+        raise UserError(f"{path} is not a complete safetensors file ({e}): export or copy it again") from e
 
 
 def shapes_of(tree) -> dict[str, tuple[int, ...]]:
-    """Every leaf's shape by its path, a/b/c."""
+    """The shape of every parameter in a tree, by its path (a/b/c)."""
     return {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def check_shapes(source: str, found: dict, wanted: dict, of: str = "model"):
-    """UserError that names the first leaf in which the parameters found in `source` are of another model."""
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+def check_shapes(source: str, actual: dict, expected: dict, of: str = "model"):
+    """UserError where the parameters in `source` do not have the expected shapes. It names the first that differs."""
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
             raise UserError(
-                f"{source} is of another {of}: {name} is {found.get(name, 'absent')} there and "
-                f"{wanted.get(name, 'absent')} in this config; use the config it was trained with, or another path"
+                f"{source} is of another {of}: {name} is {actual.get(name, 'absent')} there and "
+                f"{expected.get(name, 'absent')} in this config; use the config it was trained with, or another path"
             )
 
 
 def config_metadata(config, **more: str) -> dict[str, str]:
-    """What is saved beside weights and videos, so that they can be made again: config, version."""
+    """The metadata of weights and videos from which they can be reproduced: the config and this package's version."""
     from ivideo import __version__
 
     return {"ivideo_version": __version__, "config": json.dumps(config.to_dict(), sort_keys=True), **more}

@@ -156,7 +156,7 @@ DAMAGES = {
     "is-a-file": (become_file, "it is a file", "it is a file"),
     "is-step-2": (become_the_one_before, "has changed", "it holds step 2"),
     "no-state": (of("state", remove), "state/.* is missing", "FileNotFoundError"),
-    "data-gone": (of(DATA, remove), f"{DATA} is missing", "holds no process_"),
+    "data-gone": (of(DATA, remove), f"{DATA} is missing", "has no process_"),
     "data-garbage": (of(DATA, scribble), f"{DATA} has changed", "UnicodeDecodeError"),
     "data-emptied": (of(DATA, empty_file), f"{DATA} has changed", "JSONDecodeError"),
     "tree-gone": (of("state/_METADATA", remove), "state/_METADATA is missing", "_METADATA"),

@@ -16,7 +16,9 @@ def test_small_kinds_of_output():
     assert outputs.output_paths("A.MP4", 1, in_folder=False) == ["A.MP4"]
     assert outputs.output_paths("out.v2", 2, in_folder=True) == ["out.v2/000.mp4", "out.v2/001.mp4"]
     for out in ("a.avi", "a.mkv", "a", "mp4"):
-        with pytest.raises(UserError, match=f"{out} ends in .*, expected .mp4, .mov, .webm or .gif: rename the output"):
+        with pytest.raises(
+            UserError, match=f"{out} ends in .*, expected .mp4, .mov, .webm or .gif: no other format can be written"
+        ):
             outputs.output_paths(out, 1, in_folder=False)
     for out in ("a.mp4", "a.MP4", "a.Gif", "a.webm", "a.mov"):
         with pytest.raises(UserError, match=f"--out={out} names one file for several videos: give a folder"):

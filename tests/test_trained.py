@@ -175,7 +175,7 @@ def test_small_run_keeps_its_config(run, tmp_path, caplog):
     other = config.copy_and_resolve_references()
     other.train.learning_rate, other.model.dtype = 0.5, "bfloat16"
     recipe.save_run_config(other, workdir)
-    assert "config.train.learning_rate is 0.5 now, and was 0.0008 when this run started last" in caplog.text
+    assert "config.train.learning_rate is 0.5 now, and was 0.0008 at the previous start of this run" in caplog.text
     assert "config.model.dtype is 'bfloat16' now" in caplog.text
     assert recipe.read_run_config(workdir)["train"]["learning_rate"] == 0.5
     other.model.data_std = 0.5  # no shape tells

@@ -95,7 +95,7 @@ def test_small_each_is_named_once(caplog):
     batches(data, 12)
     said = sorted(record.getMessage() for record in caplog.records)
     assert [text.split(" (")[0] for text in said] == [
-        f"clip {index} is corrupt. Another clip stands in its place" for index in (11, 3, 4)
+        f"clip {index} is corrupt. Another clip is used in its place" for index in (11, 3, 4)
     ]
     assert sum(text.endswith("(3 unreadable, config.data.max_unreadable = 3)") for text in said) == 1
 
@@ -201,7 +201,7 @@ def test_small_a_worker_leaves_signals_to_the_run_is_missed_and_ends_with_it(tmp
         return process.stdout.readline()
 
     process, worker = begin()
-    for number in workers.LEFT_TO_THE_RUN:
+    for number in workers.IGNORED_SIGNALS:
         os.kill(worker, number)
     assert asked(process) == "whole\n"
     process.kill()

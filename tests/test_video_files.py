@@ -193,7 +193,7 @@ def test_small_a_lossless_trim_with_an_edit_list_is_read(caplog):
     with caplog.at_level(logging.WARNING, "ivideo"):
         video, rate = video_io.read_video(trimmed)
     assert (files.numbers(video), rate) == (list(range(3, 24)), 25)
-    assert "21 frames can be read, and it states 24" in caplog.text
+    assert "21 frames can be read, but the file states 24" in caplog.text
 
 
 def test_small_a_mov_with_a_negative_start_is_read():
@@ -223,7 +223,7 @@ def test_small_an_h264_stream_cut_within_a_group_begins_at_its_first_key_frame(c
     cut = files.remuxed(long_clip(form="mpegts"), "mpegts", keep=lambda k, packet: k >= 3)
     with caplog.at_level(logging.WARNING, "ivideo"):
         assert files.numbers(read(cut, frames=8)) == list(range(8, 16))
-    assert "its first 0.16 seconds do not decode and are left out" in caplog.text
+    assert "its first 0.16 seconds do not decode and are skipped" in caplog.text
 
 
 def test_small_an_avi_is_read_by_its_decoding_times():
@@ -369,7 +369,7 @@ def test_small_extensions_are_read_in_any_case_and_others_are_refused(tmp_path):
     with av.open(str(tmp_path / "c.webm")) as container:
         assert (container.format.name, container.streams.video[0].codec_context.name) == ("matroska,webm", "vp9")
     for name in ("a.avi", "a.mkv", "a", "mp4"):
-        with pytest.raises(ValueError, match=r"expected \.mp4, \.mov, \.webm or \.gif: rename the output"):
+        with pytest.raises(ValueError, match=r"expected \.mp4, \.mov, \.webm or \.gif: no other format can be written"):
             video_io.write_video(tmp_path / name, files.counting(2), fps=25)
     with pytest.raises(ValueError, match="16 x 15 pixels, expected even numbers: webm"):
         video_io.write_video(tmp_path / "odd.webm", files.counting(2)[:, :, :15], fps=25)
@@ -519,5 +519,5 @@ def test_small_interlaced_frames_are_read():
 def test_small_dolby_vision_that_only_its_players_show_is_refused():
     frame = types.SimpleNamespace(colorspace=2, side_data={"DOVI_RPU_BUFFER": b""})
     extras = pictures.Extras.of(frame)
-    with pytest.raises(VideoError, match="is Dolby Vision without a layer that other players show: convert it: ffmpeg"):
+    with pytest.raises(VideoError, match="is Dolby Vision without a layer for other players: convert it: ffmpeg"):
         pictures._yuv(frame, colour.UNSPECIFIED, extras, "x.mp4")

@@ -38,5 +38,5 @@ def test_small_refusals(tmp_path):
     with pytest.raises(UserError, match="c is absent there"):
         load_params(path, {**params(), "c": jnp.zeros(3)})
     (tmp_path / "cut.safetensors").write_bytes(before[: len(before) // 2])
-    with pytest.raises(UserError, match=r"cut.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"cut.safetensors is not a complete safetensors file"):
         load_params(str(tmp_path / "cut.safetensors"))

@@ -1,1 +1,1 @@
-"""Videos and captions: where they come from, how files are read and written, the order in which they arrive."""
+"""Videos and captions: sources, reading and writing of files, and the input pipeline."""

@@ -1,4 +1,7 @@
-"""Opening video files, and their frames at the times at which players show them (PyAV). Times are exact, in seconds."""
+"""Opens video files and decodes their frames with the times at which players show them (PyAV).
+
+Times are in seconds, as exact fractions.
+"""
 
 import contextlib
 import dataclasses
@@ -19,13 +22,13 @@ log = logging.getLogger("ivideo")
 
 Path = str | os.PathLike
 
-# Codecs of which each packet is one frame, so that a frame that did not come out is known
-_ONE_FRAME_A_PACKET = ("h264", "hevc")
+# Codecs whose packets hold one frame each, so that a packet without a frame means that the frame did not decode
+_ONE_FRAME_PER_PACKET = ("h264", "hevc")
 
 
 @dataclasses.dataclass
 class Video:
-    """An open file: its container, its video stream, what messages call it, and what its first frame came with."""
+    """An open file: its container, its video stream, its name in messages, and the side data of its first frame."""
 
     container: av.container.InputContainer
     stream: av.VideoStream
@@ -34,31 +37,33 @@ class Video:
 
     @property
     def rate(self) -> Fraction:
-        """The frames a second that the file states, 0 where it states none."""
+        """The file's own frame rate in frames per second, 0 where it has none."""
         return Fraction(self.stream.average_rate or self.stream.guessed_rate or 0)
 
     @property
-    def usual(self) -> Fraction:
-        """Seconds that a frame is shown."""
+    def frame_seconds(self) -> Fraction:
+        """Seconds that a frame is normally shown; 1/24 where the file has no rate."""
         return 1 / (self.rate or Fraction(24))
 
     @property
     def by_dts(self) -> bool:
-        """Whether decoding times are used: AVI has no others, and those that FFmpeg makes up ignore B-frames."""
+        """Whether to use decoding times: AVI has no others, and the times that FFmpeg derives ignore B-frames."""
         return self.container.format.name == "avi"
 
     def picture(self, decoded: "Decoded") -> np.ndarray:
-        """What is shown, uint8 [H,W,3]; VideoError where the frame is damaged, or its colour cannot be converted."""
+        """The picture that a player shows, uint8 [H,W,3]. VideoError for a damaged frame or unsupported colours."""
         if decoded.frame is None or decoded.frame.is_corrupt:
-            at = float(decoded.time)
-            raise VideoError(f"{self.name} is damaged at {at:.3f} seconds: write or download it again, or use another.")
+            seconds = float(decoded.time)
+            raise VideoError(
+                f"{self.name} is damaged at {seconds:.3f} seconds: write or download it again, or use another."
+            )
         if self.extras is None:
             self.extras = Extras.of(decoded.frame)
         return picture(decoded.frame, self.stream, self.extras, self.name)
 
 
 class Decoded(NamedTuple):
-    """A frame, None where its packet was there and it did not come out, and when it is shown."""
+    """The time at which a frame is shown, and the frame, or None where its packet did not decode."""
 
     time: Fraction
     frame: av.VideoFrame | None
@@ -66,10 +71,10 @@ class Decoded(NamedTuple):
 
 @contextlib.contextmanager
 def open_video(source: Path | bytes, expected: str):
-    """A `Video`, of a path or of a file's bytes; any failure in the block becomes a VideoError naming the source."""
+    """Opens a path or a file's bytes as a `Video`. Any failure in the block becomes a VideoError naming the source."""
     name = f"a clip of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise VideoError(f"{name} is no file, expected {expected}: check the path.")
+        raise VideoError(f"{name} is not a file, expected {expected}: check the path.")
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         raise VideoError(f"{name} is empty, expected {expected}: write or download it again.")
     try:
@@ -78,8 +83,8 @@ def open_video(source: Path | bytes, expected: str):
         reason = error.strerror
         raise VideoError(f"{name} cannot be opened ({reason}), expected {expected}: make it readable.") from error
     try:
-        # FFmpeg gets an open file, so that it takes no part of a name for a protocol, and opens none that a playlist
-        # names.
+        # FFmpeg gets an open file, so that it cannot read a file's name as a protocol, and the whitelist keeps it from
+        # opening files that a playlist names
         with file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
@@ -88,10 +93,10 @@ def open_video(source: Path | bytes, expected: str):
             yield Video(container, streams[0], name)
     except VideoError:
         raise
-    # Corrupt files surface as errors of many types, some of them not FFmpeg's.
+    # Corrupt files cause many types of error, some of them not FFmpeg's
     except Exception as error:
         if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
-            raise  # the machine's fault, not the file's
+            raise  # this machine is out of memory; the file may be fine
         raise VideoError(
             f"{name} cannot be read ({type(error).__name__}: {error}), expected {expected}: it is corrupt or not a "
             "video, so write or download it again, or use another."
@@ -99,7 +104,7 @@ def open_video(source: Path | bytes, expected: str):
 
 
 def length(video: Video) -> Fraction:
-    """Seconds, as the file states, or read off its packets where it does not, as browsers' recordings do not."""
+    """The length in seconds that the file states, or else that its packets span, as for recordings by browsers."""
     container, stream = video.container, video.stream
     if stream.duration:
         return stream.duration * stream.time_base
@@ -108,14 +113,14 @@ def length(video: Video) -> Fraction:
     packets = [packet for packet in container.demux(stream) if packet.size]
     stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets]
     if None in stamps or not stamps:
-        return len(packets) * video.usual
-    return (max(stamps) - min(stamps)) * stream.time_base + video.usual
+        return len(packets) * video.frame_seconds
+    return (max(stamps) - min(stamps)) * stream.time_base + video.frame_seconds
 
 
 def frames_at(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[np.ndarray] | None:
-    """The picture on show at each target, in seconds after the first frame, until the video ends.
+    """Yields the picture shown at each target, in seconds after the first frame, until the video ends.
 
-    None where it was asked to seek to the first target and that failed. Pictures are uint8 [H,W,3].
+    Returns None where `seek`, to the first target, fails. Pictures are uint8 [H,W,3].
     """
     container, stream, name = video.container, video.stream, video.name
     frames = decoded(video)
@@ -123,8 +128,8 @@ def frames_at(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[
     if first is None:
         raise VideoError(f"{name} has no frame that can be decoded: write or download it again, or use another.")
     stated = (stream.start_time or 0) * stream.time_base
-    if first.time - stated > 2 * video.usual and not video.by_dts:
-        log.warning("%s: its first %.2f seconds do not decode and are left out", name, float(first.time - stated))
+    if first.time - stated > 2 * video.frame_seconds and not video.by_dts:
+        log.warning("%s: its first %.2f seconds do not decode and are skipped", name, float(first.time - stated))
     targets = [first.time + target for target in targets]
     if seek:
         try:
@@ -139,47 +144,47 @@ def frames_at(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[
 
 
 def _chosen(video: Video, frames: Iterator[Decoded], targets: list[Fraction]) -> Iterator[np.ndarray]:
-    # Containers round timestamps, some of them to milliseconds.
-    slack = min(video.stream.time_base, video.usual / 4)
-    waiting = iter(targets)
-    target = next(waiting)
-    shown, last = None, video.usual
-    for found in frames:
+    # Containers round timestamps, some of them to milliseconds
+    slack = min(video.stream.time_base, video.frame_seconds / 4)
+    remaining = iter(targets)
+    target = next(remaining)
+    shown, seconds_shown = None, video.frame_seconds
+    for frame in frames:
         image = None
-        while shown is not None and found.time > target + slack:
-            # One conversion also where a frame is shown at several of the times.
+        while shown is not None and frame.time > target + slack:
+            # A frame that is shown at several targets is converted once
             image = video.picture(shown) if image is None else image
             yield image
-            target = next(waiting, None)
+            target = next(remaining, None)
             if target is None:
                 return
-        last = found.time - shown.time if shown is not None else video.usual
-        shown = found
-    # The last frame stays for as long as the one before it did, where the file does not say.
+        seconds_shown = frame.time - shown.time if shown is not None else video.frame_seconds
+        shown = frame
+    # Unless the file states its duration, the last frame is shown as long as the one before it
     stated = shown.frame is not None and shown.frame.duration
-    end = shown.time + (stated * video.stream.time_base if stated else last)
+    end = shown.time + (stated * video.stream.time_base if stated else seconds_shown)
     image = None
     while target is not None and target + slack < end:
         image = video.picture(shown) if image is None else image
         yield image
-        target = next(waiting, None)
+        target = next(remaining, None)
 
 
 def decoded(video: Video, *, after_seek: bool = False) -> Iterator[Decoded]:
-    """The frames from where the container is.
+    """Yields the frames from the container's current position on.
 
-    A frame without a timestamp follows the one before it at the usual rate; nothing is yielded after a seek where the
-    first frame has none. What cannot be decoded before the first key frame, as after a cut, is left out; later on it is
-    the decoder's error, or a frame that is None.
+    A frame without a timestamp follows the previous one after `frame_seconds`. After a seek, nothing is yielded if the
+    first frame has no timestamp. Packets before the first key frame that do not decode, as after a cut without
+    re-encoding, are skipped. Later ones raise the decoder's error, or are yielded as None.
     """
     container, stream = video.container, video.stream
     base = stream.time_base
-    whole = stream.codec_context.name in _ONE_FRAME_A_PACKET and not video.by_dts
+    track_missing = stream.codec_context.name in _ONE_FRAME_PER_PACKET and not video.by_dts
     missing: set[int] = set()
     time, shown, keyed = None, None, False
     for packet in container.demux(stream):
         keyed = keyed or packet.is_keyframe
-        if whole and packet.size and packet.pts is not None and not packet.is_discard:
+        if track_missing and packet.size and packet.pts is not None and not packet.is_discard:
             missing.add(packet.pts)
         try:
             frames = packet.decode()
@@ -189,13 +194,13 @@ def decoded(video: Video, *, after_seek: bool = False) -> Iterator[Decoded]:
             continue
         for frame in frames:
             if frame.interlaced_frame:
-                missing.clear()  # the two fields of a frame can be packets of their own
+                missing.clear()  # the two fields of a frame can be in separate packets
             stamp = frame.dts if video.by_dts or frame.pts is None else frame.pts
             if stamp is None and time is None and after_seek:
                 return
-            time = stamp * base if stamp is not None else Fraction(0) if time is None else time + video.usual
+            time = stamp * base if stamp is not None else Fraction(0) if time is None else time + video.frame_seconds
             if frame.pts is not None:
-                # Frames come out in the order in which they are shown.
+                # Frames are decoded in the order in which they are shown
                 before = {pts for pts in missing if pts < frame.pts}
                 missing -= before | {frame.pts}
                 yield from (Decoded(pts * base, None) for pts in sorted(before) if shown is not None and shown < pts)

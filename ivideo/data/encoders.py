@@ -1,4 +1,4 @@
-"""Encoders of clips, uint8 [T,H,W,3]: H.264 in .mp4 and .mov, VP9 in .webm, and .gif."""
+"""Encodes clips, uint8 [T,H,W,3]: H.264 in .mp4 and .mov, VP9 in .webm, and .gif."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from ivideo.data import colour
 from ivideo.errors import UserError
 
-# The format of each kind of file, with the encoder. faststart puts the index first: a browser plays while it loads.
+# The format and the encoder of each extension. faststart puts the index first, so a browser plays while it loads
 FORMATS = {
     ".mp4": dict(format="mp4", codec="libx264", options={"movflags": "faststart"}),
     ".mov": dict(format="mov", codec="libx264", options={"movflags": "faststart"}),
@@ -26,7 +26,7 @@ def check(suffix: str, frames: np.ndarray, crf: int) -> None:
     height, width = frames.shape[1:3]
     if suffix != ".gif" and (height % 2 or width % 2):
         raise UserError(
-            f"The frames are {height} x {width} pixels, expected even numbers: {suffix[1:]} keeps colour at half the "
+            f"The frames are {height} x {width} pixels, expected even numbers: {suffix[1:]} stores colour at half the "
             "resolution, so crop or pad by a pixel, or write a .gif."
         )
     if not 0 <= crf <= 51:
@@ -34,7 +34,7 @@ def check(suffix: str, frames: np.ndarray, crf: int) -> None:
 
 
 def write(path: pathlib.Path, suffix: str, frames: np.ndarray, fps: Fraction, comment: str, crf: int) -> None:
-    """Writes a file of the kind that `suffix` names. `path` is absolute: FFmpeg takes no part of it for a protocol."""
+    """Writes a file in the format of `suffix`. `path` is absolute, so that FFmpeg cannot read it as a protocol."""
     how = FORMATS[suffix]
     with av.open(str(path), "w", format=how["format"], options=how["options"]) as container:
         if comment:
@@ -44,7 +44,7 @@ def write(path: pathlib.Path, suffix: str, frames: np.ndarray, fps: Fraction, co
         for packet in _gif_packets(stream, frames, fps) if suffix == ".gif" else _packets(stream, frames, fps):
             container.mux(packet)
     if comment and suffix == ".gif":
-        # FFmpeg's GIF writer drops metadata.
+        # FFmpeg's GIF writer drops metadata
         data = path.read_bytes()
         path.write_bytes(data[:-1] + _gif_comment(comment) + data[-1:])
 
@@ -53,7 +53,7 @@ def mp4_bytes(frames: np.ndarray, fps: Fraction, crf: int) -> bytes:
     """The bytes of an .mp4 file, the same on every machine."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # The number of threads is otherwise that of the machine's cores, and changes the stream.
+        # By default there are as many threads as cores, and their number changes the bytes
         stream = container.add_stream("libx264", rate=fps, options={**_quality("libx264", crf), "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         for packet in _packets(stream, frames, fps):
@@ -63,7 +63,7 @@ def mp4_bytes(frames: np.ndarray, fps: Fraction, crf: int) -> bytes:
 
 def _quality(codec: str, crf: int) -> dict[str, str]:
     if codec == "libvpx-vp9":
-        # Its quality goes to 63, and is not the only goal unless the bit rate is 0.
+        # VP9's crf goes up to 63, and b=0 makes it the only target
         return {"crf": str(round(crf * 63 / 51)), "b": "0", "row-mt": "1", "cpu-used": "2"}
     return {"crf": str(crf)} if codec == "libx264" else {}
 
@@ -83,7 +83,7 @@ def _packets(stream, frames: np.ndarray, fps: Fraction) -> Iterator[av.Packet]:
 
 
 def _gif_packets(stream, frames: np.ndarray, fps: Fraction) -> Iterator[av.Packet]:
-    """Encodes with one palette of the whole clip: the encoder's own has 8 x 8 x 4 colours."""
+    """Encodes with one palette computed for the whole clip, instead of the encoder's fixed 8 x 8 x 4 colours."""
     stream.pix_fmt = "pal8"
     height, width = frames.shape[1:3]
     graph = av.filter.Graph()
@@ -114,7 +114,7 @@ def _gif_comment(comment: str) -> bytes:
 
 
 def gif_comments(data: bytes) -> list[bytes]:
-    """The comments of a GIF file, walking its blocks; IndexError where it is cut short."""
+    """The comments of a GIF file, found by walking its blocks. IndexError where the file is truncated."""
 
     def table(flags: int) -> int:
         return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0

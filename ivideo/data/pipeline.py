@@ -1,4 +1,4 @@
-"""From a source of captioned clips to batches, shuffled, sharded over processes and resumable (Grain).
+"""Turns a source of captioned clips into batches: shuffled, divided among processes, and resumable (Grain).
 
 Dimension letters: B batch (of this process), T frames, K packed images, H height, W width, L text tokens.
 """
@@ -16,19 +16,19 @@ from ivideo.errors import UserError
 from ivideo.prompts import one_line
 
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
-Readers = tuple[tuple[int, ...], ...]  # the numbers of a batch's equal parts that each of several readers has
+Readers = tuple[tuple[int, ...], ...]  # for each reader, the numbers of its parts of a batch
 
 
 class _Indexed:
-    """A source whose records carry their index, for choosing the other clips that images are taken from.
+    """Adds its index to every clip of a source; `_PackImages` uses it to choose other clips for images.
 
-    In the place of a clip that cannot be read is the next one that can (`ivideo.data.unreadable`).
+    A clip that cannot be read is replaced by the next one that can (`ivideo.data.unreadable`).
     """
 
     def __init__(self, source, max_unreadable: int):
         self._source, self._max_unreadable = source, max_unreadable
 
-    def __setstate__(self, state):  # what a data worker is sent is unpickled there
+    def __setstate__(self, state):  # runs in a data worker, where the source is unpickled
         self.__dict__.update(state)
         workers.attend()
 
@@ -45,13 +45,13 @@ class _Indexed:
 
 
 class _PackImages(grain.transforms.RandomMap):
-    """Adds `images` [K,H,W,3] and their captions, each a frame of another clip of the source."""
+    """Adds `images` [K,H,W,3] and their captions. Each image is a frame of another clip of the source."""
 
     def __init__(self, source, num_images: int, max_unreadable: int):
         self._source, self._num_images, self._max_unreadable = source, num_images, max_unreadable
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        # Steps of 1 .. n-1 around the source never come back to the clip itself, nor twice to another.
+        # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
         steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
         others = [(element["index"] + int(step)) % len(self._source) for step in steps]
         packed, left_out = [], [element[unreadable.KEY]]
@@ -77,7 +77,7 @@ def _image(source, index: int, rng: np.random.Generator) -> dict:
 
 
 class _Tokenize(grain.transforms.Map):
-    """Replaces captions by tokens, or a cache's embeddings, and masks, and keeps nothing but arrays."""
+    """Replaces captions by masks and tokens, or a cache's embeddings, and drops everything that is not an array."""
 
     def __init__(self, tokenize: Tokenize, text_length: int):
         self._tokenize, self._text_length = tokenize, text_length
@@ -89,7 +89,7 @@ class _Tokenize(grain.transforms.Map):
         if tokens.shape[:2] != expected or mask.shape != expected:
             raise UserError(
                 f"tokenize returned tokens {tokens.shape} and mask {mask.shape}, expected {expected} for both: "
-                "pad and cut to the length it is given."
+                "pad and truncate to the length argument."
             )
         if tokens.ndim == 3:
             return "text", tokens, mask.astype(bool)
@@ -107,10 +107,10 @@ class _Tokenize(grain.transforms.Map):
 
 
 class _PartOrder(grain.MapDataset):
-    """The order in which every n-th example, from the i-th, makes the i-th of n readers' parts of each batch.
+    """Reorders examples so that Grain's division of a batch among readers gives each reader its own parts.
 
-    Grain deals the examples of a batch out to its readers one by one; a device's part of an array is in one piece, and
-    which example has which place must not depend on the readers.
+    Grain gives reader i of n every n-th example, from the i-th. A device's part of an array is contiguous, and an
+    example's place in the batch must not depend on the number of readers.
     """
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, readers: Readers):
@@ -140,11 +140,10 @@ def make_dataset(
     shuffle: bool = True,
     max_unreadable: int = 0,
 ) -> grain.MapDataset:
-    """The endless set of single examples that `make_iterator` batches: dicts as there, without the B.
+    """The endless data set of examples that `make_iterator` batches: its dicts without the batch dimension.
 
-    They also hold which clips were left out (`unreadable.KEY`).
-    Clips are shuffled anew in every epoch. UserError where the source is empty, or too small for `num_images` images
-    of other clips.
+    An example also lists the clips that were left out for it (`unreadable.KEY`). Every epoch has a new order. UserError
+    where the source is empty, or too small for `num_images` images of other clips.
     """
     if len(source) == 0:
         raise UserError("The source has 0 clips, expected 1 or more: check its folder and split.")
@@ -180,30 +179,36 @@ def make_iterator(
     readers: Readers = ((0,),),
     max_unreadable: int = 0,
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches of numpy arrays, or of some parts of every batch.
+    """An endless iterator over batches of numpy arrays, or over one reader's parts of every batch.
 
-    `source`: see `ivideo.data.sources`. `batch_size`: clips over all parts together. `seed`: of the order and of
-    the choice of images. `tokenize(texts, length) -> (tokens [N,L], mask [N,L])`, or a `TextCache`. `num_workers`:
-    processes that prepare data; 0 prepares it in threads of this one. Workers are spawned: guard the main module, pass
-    a `source` and `tokenize` that pickle, and parse absl's flags first. `num_threads`: threads of each process (0:
-    none, in line); `prefetch`: batches kept ready by each process, which bounds the memory. `reader`: which one of
-    `readers` this is, where several processes read (`sharding.process_parts`); its parts come in their order.
-    `max_unreadable`: clips that cannot be read (VideoError) and are left out, with a warning for each; UserError at the
-    next one.
+    Args:
+      source: see `ivideo.data.sources`.
+      batch_size: clips per batch, of all readers together; UserError unless the number of parts divides it.
+      seed: of the order and of the choice of images.
+      num_images: K, images packed with each video.
+      tokenize: (texts, length) -> (tokens [N,L], mask [N,L]), or a `TextCache`.
+      text_length: L.
+      num_workers: processes that prepare data; 0 prepares it in threads of this process. Workers are spawned, so guard
+        the main module, pass a `source` and `tokenize` that pickle, and parse absl's flags first.
+      num_threads: threads of each process; 0 uses none.
+      prefetch: batches that each process keeps ready, which bounds the memory.
+      reader: the index in `readers` of this process's reader (`sharding.process_parts`).
+      readers: for each reader, the numbers of its parts of a batch, in the order in which it yields them.
+      max_unreadable: clips that may be left out because they cannot be read (VideoError), with a warning for each;
+        UserError at the next one.
 
-    A batch has `video` float32 [B,T,H,W,3], `tokens` int32 [B,L], `token_mask` bool [B,L] and, where num_images = K is
-    positive, `images` float32 [B,K,H,W,3], `image_tokens` int32 [B,K,L], `image_token_mask` bool [B,K,L]: frames of K
-    other clips with their own captions. With a cache `text` [B,L,D] and `image_text` [B,K,L,D] stand for the tokens,
-    the bits of bfloat16 as uint16.
-
-    Save the state with `grain.checkpoint.CheckpointSave(iterator)` or `get_state()`. It is one number, good for any
-    count of readers and workers. UserError where batch_size does not divide among the parts.
+    Returns:
+      An iterator over dicts of `video` float32 [B,T,H,W,3], `tokens` int32 [B,L] and `token_mask` bool [B,L]. With
+      K > 0 they also have frames of K other clips with their own captions: `images` float32 [B,K,H,W,3], `image_tokens`
+      int32 [B,K,L], `image_token_mask` bool [B,K,L]. With a cache, `text` [B,L,D] and `image_text` [B,K,L,D], bfloat16
+      bits as uint16, take the place of the tokens. Save its state with `grain.checkpoint.CheckpointSave(iterator)` or
+      `get_state()`: it is one number, valid for any number of readers and workers.
     """
     shard, parts = grain.sharding.ShardOptions(reader, len(readers)), sum(map(len, readers))
     if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"batch_size is {batch_size} in {parts} parts, expected a positive multiple of {parts}: the batch is of "
-            "all processes together."
+            f"batch_size is {batch_size} in {parts} parts, expected a positive multiple of {parts}: it counts the "
+            "clips of all processes."
         )
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
@@ -213,7 +218,7 @@ def make_iterator(
     )  # fmt: skip
     if len(readers) > 1:
         dataset = _PartOrder(dataset, batch_size, readers)
-    # Grain keeps 500 elements ready unless told, here whole batches of video.
+    # Grain's default is to keep 500 elements ready, and an element here is a batch of videos
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     processes = None
     if num_workers:
@@ -225,19 +230,19 @@ def make_iterator(
 
 
 def load_state(iterator: grain.DatasetIterator, directory: str | pathlib.Path) -> None:
-    """Sets `iterator` to the state that Orbax saved in `directory`, whatever number of processes saved it.
+    """Sets `iterator` to the state that Orbax saved in `directory`, whatever the number of processes that saved it.
 
-    `grain.checkpoint.CheckpointRestore` finds its file only where the number of processes is the one that saved.
-    FileNotFoundError where the folder holds no state.
+    `grain.checkpoint.CheckpointRestore` works only with the same number of processes. FileNotFoundError where the
+    folder has no state.
     """
     iterator.set_state(read_state(directory))
 
 
 def read_state(directory: str | pathlib.Path) -> dict[str, Any]:
-    """The iterator state that Orbax saved in `directory`; all processes save the same one."""
+    """The iterator's state that Orbax saved in `directory`. All processes save the same state."""
     files = sorted(pathlib.Path(directory).glob("process_*.json"))
     if not files:
         raise FileNotFoundError(
-            f"{directory} holds no process_*.json, expected a saved data iterator: pass the checkpoint's data folder."
+            f"{directory} has no process_*.json, expected a saved data iterator: pass the checkpoint's data folder."
         )
     return json.loads(files[0].read_text())

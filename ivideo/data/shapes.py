@@ -1,10 +1,10 @@
 """The captioned-shapes world: one anti-aliased shape on a plain background, drawn from (attributes, seed) at any size.
 
-The world is small enough to train a cascade on one machine and exact enough to score its samples without a judge
-(`ivideo.evaluation.prompt_following`). There are 480 captions, 48 of them held out of all training.
+The world is small enough to train a cascade on one machine, and exact enough to score samples without human judgement
+(`ivideo.evaluation.prompt_following`). There are 480 captions; 48 of them are held out of all training.
 
-Dimension letters: T frames, H height, W width. Places are in pixels, y downwards, pixel (i, j) covering
-[i, i+1] x [j, j+1]. numpy only: data workers import this file.
+Dimension letters: T frames, H height, W width. Positions are in pixels, with y downwards; pixel (i, j) covers
+[i, i+1] x [j, j+1]. Data workers import this module, so it imports numpy alone.
 """
 
 import functools
@@ -32,18 +32,18 @@ BACKGROUNDS = {
 }
 MOTIONS = ("left", "right", "up", "down", "still")
 
-# A clip lasts as long as the paper's: 128 frames at 24 frames a second.
+# Seconds of a clip, as in the paper: 128 frames at 24 frames per second
 DURATION = 16 / 3
-RADIUS = (0.22, 0.30)
-TRAVEL = (0.35, 0.60)
-# The (x, y) direction of each motion.
+RADIUS = (0.22, 0.30)  # smallest and largest, in units of the frame's shorter side
+TRAVEL = (0.35, 0.60)  # shortest and longest path, in units of the frame's side along the motion
+# The (x, y) direction of each motion
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 
 _SUPERSAMPLES = 8
 
 
 class Attributes(NamedTuple):
-    """What a caption says: shape, colour, background, motion, each one of this file's constants."""
+    """The content of a caption: shape, colour, background and motion, each one of this module's constants."""
 
     shape: str
     colour: str
@@ -52,7 +52,7 @@ class Attributes(NamedTuple):
 
 
 def check_attributes(attrs: Attributes) -> Attributes:
-    """Returns `attrs` as an `Attributes`; ValueError where a value is not one of this world's."""
+    """Returns `attrs` as an `Attributes`. ValueError where a value does not exist in this world."""
     attrs = Attributes(*attrs)
     for name, value, known in zip(Attributes._fields, attrs, (SHAPES, COLOURS, BACKGROUNDS, MOTIONS), strict=True):
         if value not in known:
@@ -68,9 +68,9 @@ def caption(attrs: Attributes) -> str:
 
 
 def parse_caption(text: str) -> Attributes | None:
-    """The attributes that a caption states, or None where `text` is not a caption of this world.
+    """The attributes of a caption, or None where `text` is not a caption of this world.
 
-    Case, surrounding space and a final full stop are ignored; nothing else is guessed.
+    Case, surrounding space and a final full stop are ignored; other deviations are not.
     """
     match = _caption_pattern().fullmatch(" ".join(text.lower().split()))
     if match is None:
@@ -90,12 +90,12 @@ def _caption_pattern() -> re.Pattern:
 
 @functools.cache
 def all_attributes() -> tuple[Attributes, ...]:
-    """All 480 attributes in their fixed order: shape slowest, motion fastest."""
+    """All 480 combinations in a fixed order: the shape changes slowest, the motion fastest."""
     return tuple(Attributes(*values) for values in itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS))
 
 
 def held_out(attrs: Attributes) -> bool:
-    """Whether the attributes are kept from all training: 48 combinations whose every part is seen in others.
+    """Whether the attributes are held out of all training: 48 combinations whose parts all occur in other ones.
 
     Red stars and blue triangles (20 each), white circles standing still and purple squares moving left (4 each).
     """
@@ -117,9 +117,9 @@ def _regular_normals(count: int, first: float) -> np.ndarray:
 
 
 class _Geometry(NamedTuple):
-    """A shape of radius 1: the points where the `rank`-th largest of (normals @ point - offsets) is negative.
+    """A shape of radius 1: the points for which the `rank`-th largest of (normals @ point - offsets) is negative.
 
-    The point is relative to the centre of the shape's bounding box.
+    Points are relative to the centre of the shape's bounding box.
     """
 
     normals: np.ndarray
@@ -130,25 +130,28 @@ class _Geometry(NamedTuple):
 
 
 def _polygon(sides: int, first: float, apothem: float, *, rank: int, box: tuple[float, float, float]) -> _Geometry:
-    """A regular polygon (rank 1) or star polygon (rank 2); `box`: half width, top, bottom about its circle's centre."""
+    """A regular polygon (rank 1) or star polygon (rank 2).
+
+    `box` is its half width, top and bottom relative to the centre of its circumscribed circle.
+    """
     half_width, top, bottom = box
     normals = _regular_normals(sides, first)
     offsets = apothem - normals @ np.array([0.0, (top + bottom) / 2])
     return _Geometry(normals, offsets, rank, half_width, (bottom - top) / 2)
 
 
-# Every shape is placed by the centre of its bounding box, which is at most two radii wide and high: triangle and star
-# span two radii in width, and the square has the circle's area.
+# A shape's position is the centre of its bounding box, which is at most two radii wide and high. Triangle and star are
+# two radii wide; the square has the area of the circle.
 _SIDE = math.sqrt(math.pi) / 2
 _TRIANGLE_CIRCLE = 2 / math.sqrt(3)
 _STAR_CIRCLE = 1 / math.cos(math.pi / 10)
 _POLYGONS = {
     "square": _polygon(4, 0.0, _SIDE, rank=1, box=(_SIDE, -_SIDE, _SIDE)),
-    # The first normal points down: a horizontal base.
+    # The first normal points down, so the base is horizontal
     "triangle": _polygon(
         3, math.pi / 2, _TRIANGLE_CIRCLE / 2, rank=1, box=(1.0, -_TRIANGLE_CIRCLE, _TRIANGLE_CIRCLE / 2)
     ),
-    # A point is in a pentagram when it lies beyond at most one of its five lines, hence the second largest.
+    # A point is in a pentagram if it is outside of at most one of its five lines, hence the second largest
     "star": _polygon(
         5,
         -math.pi / 2,
@@ -168,7 +171,7 @@ def half_extent(shape: str) -> tuple[float, float]:
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Negative inside the shape, positive outside, and never changing faster than the distance moved (1-Lipschitz)."""
+    """A function of points that is negative inside the shape, positive outside, and 1-Lipschitz."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius
     geometry = _POLYGONS[shape]
@@ -191,14 +194,14 @@ def coverage(
 ) -> np.ndarray:
     """The share of each pixel that the shape covers, float32 [T,H,W] in [0, 1].
 
-    `x`, `y` [T]: the centre of the shape's bounding box in each frame, in pixels; it may lie outside the frame.
-    `radius`: in pixels, one number or [T]. Pixels that the outline crosses are sampled 8 x 8 times, others once.
+    `x`, `y` [T] are the centre of the shape's bounding box in each frame, in pixels; it may be outside the frame.
+    `radius` is in pixels, one number or [T]. Pixels on the outline are sampled 8 x 8 times, others once.
     """
     x, y = np.atleast_1d(np.asarray(x, np.float64)), np.atleast_1d(np.asarray(y, np.float64))
     radius = np.broadcast_to(np.asarray(radius, np.float64), x.shape)
     extent_x, extent_y = (half * radius for half in half_extent(shape))
 
-    # Only a box around the shape is looked at; it has one size for all frames, so that they are one array.
+    # Only a box around the shape is computed. It has the same size in all frames, so that they form one array
     box_h = min(height, math.ceil(2 * extent_y.max()) + 2)
     box_w = min(width, math.ceil(2 * extent_x.max()) + 2)
     rows = np.clip(np.floor(y - extent_y).astype(int), 0, height - box_h)[:, None] + np.arange(box_h)
@@ -210,7 +213,7 @@ def coverage(
     distance = _inside(shape, dx[:, None, :], dy[:, :, None], radius[:, None, None])
     covered = (distance < 0).astype(np.float32)
 
-    # Half a pixel's diagonal: further away than this the outline cannot cross the pixel.
+    # 0.7072 is half a pixel's diagonal: if the outline is further away, it cannot cross the pixel
     t, i, j = np.nonzero(np.abs(distance) < 0.7072)
     offsets = ((np.arange(_SUPERSAMPLES) + 0.5) / _SUPERSAMPLES - 0.5).astype(np.float32)
     samples = _inside(
@@ -227,7 +230,7 @@ def coverage(
 
 
 class Trajectory(NamedTuple):
-    """Where a clip's shape is: the centres `x`, `y` [T] of its bounding box and its `radius`, in pixels (float64)."""
+    """The centres `x`, `y` [T] of a shape's bounding box in a clip, and its `radius`, in pixels (float64)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -235,16 +238,15 @@ class Trajectory(NamedTuple):
 
 
 def trajectory(attrs: Attributes, seed: int, times: np.ndarray, *, height: int, width: int) -> Trajectory:
-    """The shape's path at `times` [T], each in [0, 1) of the clip's 16/3 s, drawn from the seed.
+    """The shape's path at `times` [T], in [0, 1) as shares of the clip's 16/3 s; the seed determines it.
 
-    At one aspect ratio the path is the same at every size. The radius is 0.22-0.30 of the height (of the shorter
-    side, where that is the width). The path is 35-60% of the frame's extent along the motion's axis, or as much of
-    that as leaves the shape whole.
+    For one aspect ratio the path is the same at every size. The radius is 0.22-0.30 of the frame's shorter side. The
+    path is 35-60% of the frame's side along the motion, or less where the shape would leave the frame.
     """
     attrs = check_attributes(attrs)
     size, travel, along, across = np.random.default_rng(seed).random(4)
     aspect = width / height
-    # In units of the frame's height.
+    # In units of the frame's height
     extent = (aspect, 1.0)
     radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * size) * min(aspect, 1.0)
     place = {}
@@ -257,23 +259,23 @@ def trajectory(attrs: Attributes, seed: int, times: np.ndarray, *, height: int, 
         longest = min(TRAVEL[1] * extent[axis], room)
         path = abs(step) * (TRAVEL[0] * extent[axis] + (longest - TRAVEL[0] * extent[axis]) * travel)
         first = half_extent(attrs.shape)[axis] * radius + (room - path) * draw
-        # Backwards motion runs the same interval from its other end.
+        # Motion to the left or upwards runs over the same interval in the other direction
         place[axis] = first + path * (np.asarray(times) if step >= 0 else 1 - np.asarray(times))
     return Trajectory(place[0] * height, place[1] * height, radius * height)
 
 
 def frame_times(frames: int) -> np.ndarray:
-    """The times k / frames of a clip's frames, float64 [T], so that every second frame of 2T is a clip of T."""
+    """The times k / frames of a clip's frames, float64 [T]: every second frame of a clip of 2T is a clip of T."""
     return np.arange(frames) / frames
 
 
 def level(rgb: tuple[int, int, int]) -> np.ndarray:
-    """An sRGB colour of 0..255 in the video's range, float32 [3] in [-1, 1]."""
+    """Converts an sRGB colour of 0..255 to the video's range, float32 [3] in [-1, 1]."""
     return np.asarray(rgb, np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def render_at(attrs: Attributes, seed: int, times: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Draws the frames at `times` [T], each in [0, 1) of the clip, as float32 [T,H,W,3] in [-1, 1]."""
+    """Draws the frames at `times` [T], in [0, 1) as shares of the clip, as float32 [T,H,W,3] in [-1, 1]."""
     attrs = check_attributes(attrs)
     if height < 4 or width < 4:
         raise ValueError(f"A frame is {height} x {width} pixels, expected at least 4 x 4: ask for larger frames.")
@@ -284,11 +286,11 @@ def render_at(attrs: Attributes, seed: int, times: np.ndarray, *, height: int, w
 
 
 def render(attrs: Attributes, seed: int, *, frames: int, height: int, width: int) -> np.ndarray:
-    """Draws the clip of the attributes and the seed, float32 [T,H,W,3] in [-1, 1], spanning 16/3 s.
+    """Draws the clip of these attributes and seed, float32 [T,H,W,3] in [-1, 1], spanning 16/3 s.
 
-    Frame k shows time k / frames. A clip of fewer frames is the longer one with frames skipped, exactly; a smaller
-    clip is the larger one averaged over boxes, to within the anti-aliasing. ValueError on unknown attributes, fewer
-    than one frame, or frames under 4 x 4 pixels.
+    Frame k shows time k / frames. A clip with fewer frames is exactly a longer one with frames skipped. A smaller clip
+    is a larger one averaged over boxes, up to anti-aliasing. ValueError for unknown attributes, fewer than one frame,
+    or frames smaller than 4 x 4 pixels.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}, expected 1 or more: ask for a longer clip.")

@@ -1,9 +1,9 @@
-"""Random-access sources of captioned clips: drawn on the fly (shapes), or read from a set prepared with TFDS.
+"""Random-access sources of captioned clips: rendered on the fly (shapes), or read from a set prepared with TFDS.
 
 A source has `__len__`, `__getitem__(i) -> {"video": float32 [T,H,W,3] in [-1, 1], "caption": str}` and
-`image(i, rng) -> {"image": float32 [H,W,3], "caption": str}`, one frame of clip i that `rng` chooses. Both depend on
-nothing but their arguments, so that a run that is stopped and resumed sees the same data.
-No jax: data workers import this file. TFDS takes seconds to import and is, where it is used.
+`image(i, rng) -> {"image": float32 [H,W,3], "caption": str}`, one frame of clip i that `rng` chooses. Both depend only
+on their arguments, so a run that is stopped and resumed sees the same data.
+Data workers import this module, so it does not import jax. TFDS takes seconds to import, and is imported on first use.
 """
 
 import functools
@@ -22,9 +22,9 @@ from ivideo.errors import UserError
 
 
 class Crop(NamedTuple):
-    """A part of a clip to train on: its size, and `space` and `time`, of which its place is a multiple.
+    """The size of a training crop, and the factors `space` and `time` that its position is a multiple of.
 
-    A crop then is made of whole pixels and frames of the clip that is `space` and `time` times smaller.
+    So a crop covers whole pixels and frames of the low-resolution clip, which is smaller by these factors.
     """
 
     frames: int
@@ -34,27 +34,29 @@ class Crop(NamedTuple):
     time: int = 1
 
     def place(self, rng: np.random.Generator, *, frames: int, height: int, width: int) -> tuple[slice, slice, slice]:
-        """Where in a clip of this size the crop is, drawn by `rng`; UserError where it does not fit."""
+        """Draws the crop's position in a clip of this size. UserError where the crop does not fit."""
         slices = []
-        for name, part, whole, step in (
+        for name, size, length, step in (
             ("frames", self.frames, frames, self.time),
             ("height", self.height, height, self.space),
             ("width", self.width, width, self.space),
         ):
-            if not 0 < part <= whole:
-                raise UserError(f"the crop's {name} is {part} in a clip of {whole}, expected 1 to {whole}.")
-            start = step * int(rng.integers((whole - part) // step + 1))
-            slices.append(slice(start, start + part))
+            if not 0 < size <= length:
+                raise UserError(
+                    f"the crop's {name} is {size} in a clip of {length}, expected 1 to {length}: change it."
+                )
+            start = step * int(rng.integers((length - size) // step + 1))
+            slices.append(slice(start, start + size))
         return tuple(slices)
 
 
 class ShapesSource:
-    """Clips of the captioned-shapes world, rendered when asked for; clip i is the same in every run.
+    """Clips of the captioned-shapes world, rendered on access; clip i is the same in every run.
 
-    `attributes`: what to draw, e.g. `shapes.TRAIN`; clip i has attributes[i % len(attributes)], so every caption comes
-    equally often where `num_clips` is a multiple of their number (and to within one clip elsewhere).
-    `frames`, `height`, `width`: the size of every clip. UserError where a number is not positive. `crop`: the part of
-    each clip that is drawn, at a place that follows from the clip.
+    Clip i has attributes[i % len(attributes)], so captions occur equally often (to within one clip, unless `num_clips`
+    is a multiple of their number). `attributes` is, for instance, `shapes.TRAIN`. `frames`, `height`, `width` are the
+    size of every clip; UserError where a number is not positive. With `crop`, only that part of each clip is rendered,
+    at a position that the clip's seed determines.
     """
 
     def __init__(
@@ -81,16 +83,16 @@ class ShapesSource:
         return self.num_clips
 
     def clip(self, index: int) -> tuple[shapes.Attributes, int]:
-        """The attributes and the seed that clip `index` is rendered from."""
+        """The attributes and the seed of clip `index`."""
         if not 0 <= index < self.num_clips:
             raise IndexError(f"clip {index} of a source of {self.num_clips}: ask for 0 to {self.num_clips - 1}.")
-        # Sources of different seeds share no clip, as long as they have under 2^32 clips each.
+        # Sources with different seeds share no clip, as long as each has fewer than 2^32 clips
         return self.attributes[index % len(self.attributes)], (self.seed << 32) + int(index)
 
     def __getitem__(self, index: int) -> dict:
         attrs, seed = self.clip(index)
-        when, rows, columns = self._place(np.random.default_rng((seed, 1)))
-        times = shapes.frame_times(self.frames)[when]
+        frames, rows, columns = self._place(np.random.default_rng((seed, 1)))
+        times = shapes.frame_times(self.frames)[frames]
         video = shapes.render_at(attrs, seed, times, height=self.height, width=self.width)[:, rows, columns]
         return {"video": video, "caption": shapes.caption(attrs)}
 
@@ -100,7 +102,7 @@ class ShapesSource:
         return self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
-        """One frame of clip `index`, chosen by `rng`, and the clip's caption; the other frames are not drawn."""
+        """One frame of clip `index`, chosen by `rng`, and the clip's caption. The other frames are not rendered."""
         attrs, seed = self.clip(index)
         time = shapes.frame_times(self.frames)[[rng.integers(self.frames)]]
         _, rows, columns = self._place(rng)
@@ -109,13 +111,13 @@ class ShapesSource:
 
 
 class TFDSSource:
-    """Clips of a set prepared with TFDS as array_record, whose `video` is an encoded file's bytes and `caption` text.
+    """Clips of a set prepared with TFDS as array_record; its feature `video` is a file's bytes, and `caption` a text.
 
-    `data_dir`: the folder of one prepared set, with its dataset_info.json. `fps`: the rate the frames are taken at;
-    None spreads them over the whole clip. `start`: seconds of a clip that are left out. Frames are cut to the aspect
-    ratio asked for about their middle, then resized by an antialiased bilinear filter.
-    UserError where there is no set, or its features have other names; VideoError at a clip that cannot be read or is
-    too short: such clips should be gone when a set is prepared.
+    `data_dir` is the folder of one prepared set, with its dataset_info.json. `fps` is the rate at which frames are
+    taken; None spreads them over the whole clip. `start` is the number of seconds to skip. Frames are cropped about
+    their centre to the target aspect ratio, then resized by an antialiased bilinear filter.
+    UserError where there is no set, or its features have other names. VideoError for a clip that cannot be read or is
+    too short; remove such clips when you prepare the set.
     """
 
     def __init__(
@@ -155,8 +157,8 @@ class TFDSSource:
     def _check_folder(data_dir: str | os.PathLike) -> None:
         if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
             return
-        below = sorted(str(p.parent) for p in pathlib.Path(data_dir).glob("**/dataset_info.json"))[:3]
-        advice = f"did you mean {' or '.join(below)}?" if below else "prepare the set first."
+        prepared = sorted(str(p.parent) for p in pathlib.Path(data_dir).glob("**/dataset_info.json"))[:3]
+        advice = f"did you mean {' or '.join(prepared)}?" if prepared else "prepare the set first."
         raise UserError(f"data_dir is {str(data_dir)!r}, expected a folder with dataset_info.json: {advice}")
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ class TFDSSource:
         return bytes(video), caption.decode() if isinstance(caption, bytes) else str(caption)
 
     def _decode(self, index: int, data: bytes, pick: int | None = None) -> np.ndarray:
-        """The clip's frames, or only the one that is picked, resized."""
+        """The clip's frames, or only the frame of index `pick`, resized."""
         try:
             frames = video_io.iter_frames(data, frames=self.frames, fps=self.fps, start=self.start, pick=pick)
             return resize_video(frames, height=self.height, width=self.width)
@@ -179,7 +181,7 @@ class TFDSSource:
         data, caption = self._read(index)
         video = self._decode(index, data)
         if self.crop is not None:
-            # At a place that follows from the clip
+            # The crop's position depends on the clip's index alone
             rng = np.random.default_rng(int(index))
             video = video[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)]
         return {"video": video, "caption": caption}
@@ -206,9 +208,9 @@ def make_source(
     fps: video_io.Rate | None = None,
     crop: Crop | None = None,
 ) -> ShapesSource | TFDSSource:
-    """The source called 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
+    """The source named 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
 
-    The shapes have the splits 'train' (432 captions) and 'held_out' (48). UserError on other names.
+    The shapes have the splits 'train' (432 captions) and 'held_out' (48). UserError for other names.
     """
     if name == "shapes":
         attributes = {"train": shapes.TRAIN, "held_out": shapes.HELD_OUT}
@@ -228,30 +230,30 @@ def _check_positive(**values: int) -> None:
 
 
 def resize_video(video: Iterable[np.ndarray], *, height: int, width: int) -> np.ndarray:
-    """Frames, uint8 [h,w,3] each of a size of its own, to float32 [T,height,width,3] in [-1, 1], keeping their shapes.
+    """Crops and resizes frames, uint8 [h,w,3] of any sizes, to float32 [T,height,width,3] in [-1, 1].
 
-    The middle of the frame that has the new aspect ratio is resized as `jax.image.resize` does with 'linear' and
-    antialias, so that stages trained on different sizes of a clip agree.
+    Each frame is cropped about its centre to the new aspect ratio, then resized as by `jax.image.resize` with 'linear'
+    and antialias, so that stages trained on different sizes of a clip agree. Nothing is distorted.
     """
     return np.stack([_resize_frame(frame, height=height, width=width) for frame in video])
 
 
 def _resize_frame(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:
     old_height, old_width = frame.shape[:2]
-    # Whole pixels are cut off: the ratio can be off by one of them.
+    # Whole pixels are cropped, so the aspect ratio can be off by one pixel
     crop_height = min(old_height, max(1, round(old_width * height / width)))
     crop_width = min(old_width, max(1, round(old_height * width / height)))
     top, left = (old_height - crop_height) // 2, (old_width - crop_width) // 2
     rows, columns = _resize_weights(crop_height, height), _resize_weights(crop_width, width)
-    cut = video_io.to_float(frame[top : top + crop_height, left : left + crop_width])
-    tall = rows @ cut.reshape(crop_height, -1)
-    across = tall.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
-    return (columns @ across).reshape(width, height, 3).transpose(1, 0, 2)
+    cropped = video_io.to_float(frame[top : top + crop_height, left : left + crop_width])
+    resized_rows = rows @ cropped.reshape(crop_height, -1)
+    columns_first = resized_rows.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
+    return (columns @ columns_first).reshape(width, height, 3).transpose(1, 0, 2)
 
 
 @functools.lru_cache(maxsize=64)
 def _resize_weights(old: int, new: int) -> scipy.sparse.csr_array:
-    """The sparse [new, old] matrix of a triangle filter, widened where it shrinks, with rows that sum to 1."""
+    """The sparse [new, old] matrix of a triangle filter, widened for downsampling, with rows that sum to 1."""
     scale = old / new
     centres = (np.arange(new)[:, None] + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(centres - np.arange(old)) / max(scale, 1))
@@ -270,9 +272,9 @@ def prepare_shapes(
     seed: int = 0,
     crf: int = 18,
 ) -> str:
-    """Builds the captioned shapes as a TFDS set of mp4 files under `data_dir` and returns its folder, for `TFDSSource`.
+    """Builds the captioned shapes as a TFDS set of mp4 files under `data_dir`; returns its folder, for `TFDSSource`.
 
-    Needs neither TensorFlow nor the network. A set that is there already is kept. UserError on odd sizes.
+    It needs neither TensorFlow nor the network. An existing set is kept. UserError for odd sizes.
     """
     config_type, builder_type = _captioned_shapes()
     config = config_type(
@@ -286,14 +288,14 @@ def prepare_shapes(
         seed=seed,
         crf=crf,
     )
-    # array_record is the format that needs no TensorFlow.
+    # array_record is the format that does not need TensorFlow
     builder = builder_type(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare()
     return os.fspath(builder.data_path)
 
 
 def __getattr__(name: str):
-    # TFDS's classes are needed to define these, and importing it is slow.
+    # The two classes derive from TFDS's, which is slow to import, so they are defined on first use
     if name in ("CaptionedShapesConfig", "CaptionedShapes"):
         return _captioned_shapes()[name == "CaptionedShapes"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -308,7 +310,7 @@ def _captioned_shapes() -> tuple[type, type]:
 
     @dataclasses.dataclass(eq=False, kw_only=True)
     class CaptionedShapesConfig(tfds.core.BuilderConfig):
-        """How many clips each split has, their size (frames, pixels), their seed, and the mp4's quality."""
+        """The number of clips in each split, their size (frames, pixels), their seed, and the quality of the mp4."""
 
         num_train: int
         num_held_out: int
@@ -355,7 +357,7 @@ def _captioned_shapes() -> tuple[type, type]:
         def _split_generators(self, dl_manager):
             del dl_manager
             config = self.builder_config
-            # Two seeds of a source share no clip.
+            # Sources with different seeds share no clip
             return {
                 "train": self._generate_examples(shapes.TRAIN, config.num_train, 2 * config.seed),
                 "held_out": self._generate_examples(shapes.HELD_OUT, config.num_held_out, 2 * config.seed + 1),

@@ -1,7 +1,7 @@
-"""Clips that cannot be read: each is left out, and the next one that can be read stands in its place.
+"""Clips that cannot be read are left out: each is replaced by the next clip that can be read.
 
-Which clips can be read is a fact of the data, so the stand-in is the same one in every run, worker and process. A batch
-carries which clips were left out, and the process that trains names and counts them.
+The replacement depends on the data alone, so it is the same in every run, worker and process. A batch lists the clips
+that were left out; the training process names and counts them.
 """
 
 import logging
@@ -16,14 +16,15 @@ from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
 
-KEY = "unreadable"  # of a batch, int32 [B,N,2]: for each of N reads a clip, and how many from it on were left out
-ADVICE = "--mode=check_data lists all"
+# A batch's key, int32 [B,N,2]: for each of N reads, a clip and the number of clips from it on that were left out
+KEY = "unreadable"
+ADVICE = "--mode=check_data lists all of them"
 
 
 def first_readable(read: Callable[[int], Any], index: int, length: int, limit: int) -> tuple[Any, int, int]:
-    """(`read(i)`, i, how many clips were left out) for the first clip i from `index` on that can be read.
+    """Reads the first readable clip i from `index` on. Returns (`read(i)`, i, the number of clips left out).
 
-    UserError where more than `limit` clips in a row cannot.
+    UserError where more than `limit` clips in a row cannot be read.
     """
     for count in range(length):
         clip = (index + count) % length
@@ -36,35 +37,35 @@ def first_readable(read: Callable[[int], Any], index: int, length: int, limit: i
 
 
 class WarnUnreadable(grain.DatasetIterator):
-    """An iterator over batches without `KEY`, that warns of each clip that was left out, once.
+    """Removes `KEY` from batches and warns once of each clip that was left out.
 
-    UserError where they are more than `limit`.
+    UserError where more than `limit` clips were left out.
     """
 
     def __init__(self, parent: grain.DatasetIterator, source, limit: int):
         super().__init__(parent)
-        self._source, self._limit, self._found = source, limit, set()
+        self._source, self._limit, self._left_out = source, limit, set()
 
     def __next__(self) -> dict:
         batch = next(self._parent)
         for first, count in np.asarray(batch.pop(KEY)).reshape(-1, 2):
             for i in range(count):
-                self._name(int(first + i) % len(self._source))
+                self._report(int(first + i) % len(self._source))
         return batch
 
-    def _name(self, index):
-        if index in self._found:
+    def _report(self, index):
+        if index in self._left_out:
             return
-        self._found.add(index)
+        self._left_out.add(index)
         try:
             self._source[index]
-            problem = f"clip {index} could not be read"  # and can be now, on storage that fails at times
+            problem = f"clip {index} could not be read"  # but can be now: the storage fails at times
         except VideoError as e:
             problem = str(e)
-        count = f"{len(self._found)} unreadable, config.data.max_unreadable = {self._limit}"
-        if len(self._found) > self._limit:
+        count = f"{len(self._left_out)} unreadable, config.data.max_unreadable = {self._limit}"
+        if len(self._left_out) > self._limit:
             raise UserError(f"{problem} ({count}; {ADVICE})")
-        log.warning("%s Another clip stands in its place (%s)", problem, count)
+        log.warning("%s Another clip is used in its place (%s)", problem, count)
 
     def get_state(self) -> dict:
         return self._parent.get_state()

@@ -1,20 +1,24 @@
-"""What a data worker, a process of its own, does about signals and about the process that it works for."""
+"""How data workers, which are separate processes, handle signals and the end of the process they work for."""
 
 import multiprocessing
 import os
 import signal
 import threading
 
-# Ctrl-C, a terminal that closes and Slurm's notices reach all processes of a run; a worker ends when the run closes it
-LEFT_TO_THE_RUN = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Ctrl-C, a closing terminal and Slurm's notices reach all processes of a run. The main process handles them, and ends
+# its workers
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def attend() -> None:
-    """In a worker: leaves those signals to the run, and ends with it, also where it was killed. Elsewhere nothing."""
+    """Makes a worker ignore `IGNORED_SIGNALS` and end with the main process, even if that is killed.
+
+    Outside a worker it does nothing.
+    """
     parent = multiprocessing.parent_process()
     if parent is None or threading.current_thread() is not threading.main_thread():
         return
-    for number in LEFT_TO_THE_RUN:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def follow():
