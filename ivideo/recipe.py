@@ -24,7 +24,7 @@ _COMPUTING = (
 
 
 def flat(config) -> dict:
-    """A config's values by dotted keys (a.b.c), as JSON represents them. `config` is a ConfigDict or a dict from JSON."""
+    """A config's values by dotted keys (a.b.c), as JSON represents them. It is a ConfigDict, or a dict from JSON."""
 
     def leaves(node, prefix):
         for name, value in node.items():

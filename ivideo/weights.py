@@ -1,4 +1,7 @@
-"""Reads and writes weights as safetensors files, the format in which trained networks are exported and shipped."""
+"""Reads and writes weights as safetensors files, the format in which trained networks are exported and shipped.
+
+The paper's own weights were not released (Section 3).
+"""
 
 import contextlib
 import hashlib
