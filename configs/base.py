@@ -1,12 +1,12 @@
-"""The base stage: text to 16 × 24 × 40 at 3 frames a second. Section 2.3.
+"""The base stage: text to 16 × 24 × 40 at 3 frames per second. Section 2.3.
 
 paper  5.6B parameters. python -m ivideo.main --config=configs/base.py --config.data.dir=DIR --workdir=DIR
-       44 GB of float32 parameters and their average (Adafactor keeps little more), divided over the devices.
-       64 chips of v5p or v6e take 256 videos a step: docs/tpu.md.
-demo   the base of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER makes it from
-       nothing: about two hours for 5,700 steps on two cores of an AMD EPYC (0.8 steps a second). The weights in the
-       package took as many steps, but not all with this network: until step 2,320 it had no temporal attention at its
-       finer level, and until step 2,858 data_std = 1; logsnr_max was 20 throughout. The text encoder's second part
+       44 GB of float32 parameters and their average (Adafactor's state adds little), divided over the devices.
+       64 chips of v5p or v6e take 256 videos per step: docs/tpu.md.
+demo   the base of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER trains it from
+       scratch: about two hours for 5,700 steps on two cores of an AMD EPYC (0.8 steps per second). The weights in the
+       package took as many steps, but the network changed on the way: until step 2,320 it had no temporal attention at
+       its finer level, and until step 2,858 data_std = 1; logsnr_max was 20 throughout. The text encoder's second part
        was trained after them.
 small  a network of a few thousand parameters, for tests.
 """
@@ -19,7 +19,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """Text to 16 × 24 × 40. The paper prints the parameter count alone; widths and depths are ours, to meet it."""
+    """Text to 16 × 24 × 40. The paper prints the parameter count alone; our widths and depths match it."""
     config = common.stage("base", "paper")
     config.model.channels = (960, 1920, 3840)
     config.model.blocks = (3, 4, 3)
@@ -44,13 +44,13 @@ def demo(variant="demo"):
     config.model.head_dim = 32
     config.model.max_distance = 16
     config.model.frame_positions = True
-    config.model.data_std = 0.1  # plain colours: what a caption leaves open is mostly flat
+    config.model.data_std = 0.1  # given its caption, a clip of plain colours varies little
     common.on_one_machine(config)
     config.train.steps = 5700
     config.train.learning_rate = 8e-4
-    # 16 frames of one object: its place is settled where a single frame is still noise
+    # 16 frames show one object: together they determine its position at noise levels where a single frame is just noise
     config.diffusion.logsnr_shift = -2.5
-    config.diffusion.logsnr_max = 5.0  # sampling on to 20 doubles the grain that is left on plain colours
+    config.diffusion.logsnr_max = 5.0  # sampling up to 20 would double the grain that remains on plain colours
     config.train.sample_every = 1000
     config.sample.steps = 64
     config.sample.weight = 0.0  # guidance makes colours drift over the clip

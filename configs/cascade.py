@@ -1,6 +1,6 @@
-"""The cascade of seven stages: text to 128 × 768 × 1280 at 24 frames a second. Section 2.2.
+"""The cascade of seven stages: text to 128 × 768 × 1280 at 24 frames per second. Section 2.2.
 
-Every value of a stage can be set through it: --config.stages.ssr3.sample.steps=64.
+Every value of a stage can be set, as in --config.stages.ssr3.sample.steps=64.
 """
 
 import ml_collections
@@ -17,8 +17,9 @@ def get_config(variant: str = "paper"):
     config.stage = "cascade"
     config.variant = variant
     config.order = tuple(common.CASCADE[variant])  # the stages as they run; a ConfigDict sorts its keys
-    # Prompts that a stage makes its videos of before the next stage does. Each stage's weights and the text encoder are
-    # loaded once for each group; a group's videos between two stages are in the host's memory: 47 MB each of 64×192×320
+    # Prompts per group. A stage samples the videos of a whole group before the next stage starts. The weights of every
+    # stage and the text encoder are loaded once per group, and a group's clips are kept in the host's memory between
+    # two stages: 47 MB per clip of 64×192×320
     config.sample = ml_collections.ConfigDict()
     config.sample.group = 32
     config.stages = ml_collections.ConfigDict()
@@ -30,9 +31,10 @@ def get_config(variant: str = "paper"):
 
 
 def _expect_generated(stages):
-    """The small stages' sampling of what another stage made, where their own configs expect true clips.
+    """Sets how the demo stages sample from generated clips; their own configs are for true low-resolution clips.
 
-    The base draws blobs of the right colour, place and motion. Blur and guidance let ssr1 draw the text's shape.
+    The base generates blobs of the right colour, position and motion. Blur and guidance make ssr1 draw the shape that
+    the text names.
     """
     stages.ssr1.sample.augmentation_snr = 2000.0
     stages.ssr1.sample.augmentation_blur = 1.0

@@ -1,11 +1,12 @@
-"""What the stages share. A stage's file says only what differs."""
+"""The values that the stages share. A stage's file sets only those that differ."""
 
 import ml_collections
 
 PLACEHOLDER = ml_collections.config_dict.placeholder
 
-# The cascade (Section 2.2): what each stage makes, as (frames, height, width, frames a second). Every stage spans the
-# same 16/3 s, and is conditioned on what the stage before it makes. Its super-resolution is in time or in space.
+# The cascade (Section 2.2): each stage's output as (frames, height, width, frames per second). Every output lasts the
+# same 16/3 s. A super-resolution stage is conditioned on the previous stage's output, and adds to it in time or in
+# space.
 CASCADE = {
     "paper": {
         "base": (16, 24, 40, 3),
@@ -38,9 +39,9 @@ CASCADE = {
 
 
 def stage(name: str, variant: str) -> ml_collections.ConfigDict:
-    """The config of a stage of the cascade, with the paper's training recipe; its network is still to be described."""
+    """The config of a stage of the cascade with the paper's training recipe. The caller adds the network's levels."""
     stages = list(CASCADE[variant])
-    before = stages[stages.index(name) - 1] if name != stages[0] else None
+    previous = stages[stages.index(name) - 1] if name != stages[0] else None
 
     config = ml_collections.ConfigDict()
     config.stage = name
@@ -50,79 +51,79 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.phase = ""
     config.seed = 0  # of initialisation, noise and data order in training; --seed is the sampler's
 
-    config.video = _size(*CASCADE[variant][name])  # what the stage makes
-    config.cond = _size(*(CASCADE[variant][before] if before else (0, 0, 0, 0)))  # what it is given; base: nothing
-    config.cond.fill = "repeat"  # the frames between those given: 'repeat' them, or 'blank' with a mask channel
+    config.video = _size(*CASCADE[variant][name])  # the stage's output
+    # The low-resolution clip that the stage is conditioned on; all 0 for the base, which has none
+    config.cond = _size(*(CASCADE[variant][previous] if previous else (0, 0, 0, 0)))
+    config.cond.fill = "repeat"  # upsampling in time: 'repeat' each frame, or insert 'blank' ones with a mask channel
 
-    config.model = (
-        ml_collections.ConfigDict()
-    )  # the fields of ivideo.models.unet.VideoUNet; one entry a level, finest first
-    config.model.head_dim = 64  # channels a head, as Imagen
-    config.model.max_distance = 64  # frames; relative positions further apart share one
-
-    config.model.frame_positions = (
-        False  # whether a frame is told its place in the clip; attention's are relative either way
-    )
-    config.model.prediction = "v"  # what the last layer stands for: 'v', or 'eps' to compare (Section 2.4)
-    config.model.data_std = 1.0  # of the data given its conditioning; 1 leaves all of v to the network
-    config.model.guidance_input = False  # whether the network is told the guidance weight (distilled models)
-    config.model.max_guidance = 16.0  # the largest guidance weight a distilled model is asked for
-    config.model.remat = "full"  # what the backward pass recomputes: 'none', 'dots' (all but products), 'full'
-    config.model.scan_unroll = (
-        1  # blocks of a level laid out at a time; 0: all, for CPUs, whose convolutions crawl in loops
-    )
+    # Fields of ivideo.models.unet.VideoUNet. Tuples, which a stage's file sets, have one entry per level, finest first
+    config.model = ml_collections.ConfigDict()
+    config.model.head_dim = 64  # channels per head, as Imagen
+    config.model.max_distance = 64  # frames; larger distances between frames share one relative position
+    # Whether the embedding of a frame includes its position in the clip; attention's positions are relative either way
+    config.model.frame_positions = False
+    config.model.prediction = "v"  # of the last layer: 'v', or 'eps' for comparison (Section 2.4)
+    config.model.data_std = 1.0  # standard deviation of the data given its conditioning; 1: the last layer predicts v
+    config.model.guidance_input = False  # whether the guidance weight is an input of the network (distilled models)
+    config.model.max_guidance = 16.0  # largest guidance weight that such a network accepts
+    config.model.remat = "full"  # recomputed by the backward pass: 'none', 'dots' (all but matrix products), 'full'
+    # Blocks of a level per iteration of the compiled loop; 0: all blocks, without a loop. On CPUs convolutions in loops
+    # are slow
+    config.model.scan_unroll = 1
     config.model.dtype = "bfloat16"  # of activations: 'bfloat16' or 'float32'; parameters are float32
 
     config.text = t5_xxl()
 
     config.diffusion = ml_collections.ConfigDict()
-    config.diffusion.logsnr_min = -20.0  # the cosine schedule's ends, as Video Diffusion Models
-    config.diffusion.logsnr_max = 20.0
-    # Added to the schedule: below 0 for clips whose many frames or pixels tell the same (arXiv 2301.11093)
+    config.diffusion.logsnr_min = -20.0  # of the cosine schedule at t = 1, as Video Diffusion Models
+    config.diffusion.logsnr_max = 20.0  # at t = 0
+    # Added to the schedule's log-SNR: below 0 for clips whose frames or pixels are redundant (arXiv 2301.11093)
     config.diffusion.logsnr_shift = 0.0
     config.diffusion.loss = "v"  # 'v', 'eps' (as Section 2.1 prints it), 'x', 'truncated_snr'
 
     config.data = ml_collections.ConfigDict()
-    config.data.source = (
-        "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, drawn as needed
-    )
-    config.data.dir = ""  # folder of the prepared data set, with its version
+    config.data.source = "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, rendered
+    config.data.dir = ""  # folder of the prepared data set, including its version
     config.data.split = "train"
-    config.data.num_clips = 0  # shapes: how many different clips
+    config.data.num_clips = 0  # of 'shapes': the number of different clips
     config.data.text_cache = ""  # folder of embeddings made by mode encode_text; empty: the encoder runs in training
-    # Clips that cannot be read and are left out, with a warning each, before a run stops; each process counts its own
+    # Unreadable clips that a process leaves out, with a warning for each, before the run stops
     config.data.max_unreadable = 100
-    config.data.workers = 8  # processes that prepare data; 0: threads of this one
+    config.data.workers = 8  # processes that prepare data; 0: threads of the main process
     config.data.num_images = 8  # independent images packed behind each video (Section 2.6); the paper prints no number
 
     config.train = ml_collections.ConfigDict()
     config.train.mesh = mesh(fsdp=-1)
-    config.train.max_skipped = 100  # updates of a run left out since their gradient was not finite, before it stops
-    config.train.spike = 0.0  # mean losses so many times the usual take the run back to its checkpoint; 0: none do
-    config.train.max_rollbacks = 3  # such rollbacks before the run stops
-    config.train.hang_seconds = 1800.0  # that one step or checkpoint may take before the run leaves; 0: any
-    config.train.batch_size = 2048  # videos a step over all devices, as Imagen; Imagen Video prints none
-    config.train.accumulate = 1  # parts a batch is split into, whose gradients are averaged
+    config.train.max_skipped = 100  # updates skipped because of gradients that are not finite, before the run stops
+    config.train.spike = (
+        0.0  # roll back to the checkpoint when the loss exceeds this many times the usual one; 0: never
+    )
+    config.train.max_rollbacks = 3  # rollbacks before the run stops
+    config.train.hang_seconds = 1800.0  # limit for one step or checkpoint, after which the run exits; 0: no limit
+    config.train.batch_size = 2048  # videos per step, on all devices together, as Imagen; Imagen Video prints none
+    config.train.accumulate = 1  # equal parts of a batch that run one after the other; their gradients are averaged
     config.train.steps = 1_000_000
-    config.train.start = ""  # safetensors file of weights to begin with, of the same network; empty: none
+    config.train.start = ""  # safetensors file of initial weights for the same network; empty: random initialisation
     config.train.optimizer = "adam"  # 'adam' or 'adafactor'
-    config.train.learning_rate = 1e-4  # follows the step, counting also those whose update was left out
+    config.train.learning_rate = 1e-4  # a function of the step, which also counts skipped updates
     config.train.warmup = 10_000  # steps
     config.train.decay = "constant"  # after warm-up: 'constant', or 'cosine' to zero
     config.train.clip = 1.0  # largest global norm of a gradient
-    config.train.ema = 0.9999
-    config.train.text_dropout = 0.1  # share of texts left out, for guidance; one draw for each video and packed image
+    config.train.ema = 0.9999  # decay of the parameters' average per step
+    config.train.text_dropout = 0.1  # share of texts dropped, for guidance; drawn for each video and each packed image
     config.train.augmentation_min = -20.0  # log-SNR of the strongest noise on the conditioning video (Section 2.5)
-    # Largest deviation in pixels of a random blur on it, as Cascaded Diffusion Models; the paper names noise alone
+    # Largest standard deviation, in pixels, of a random blur of the conditioning video, as Cascaded Diffusion Models;
+    # this paper mentions noise alone
     config.train.augmentation_blur = 0.0
-    config.train.crop_frames = 0  # frames of the clips trained on; 0: as many as the stage makes
-    config.train.crop_height = 0  # pixels of the random crops trained on; 0: the whole frame
+    config.train.crop_frames = 0  # frames of the training clips; 0: all frames of the stage's output
+    config.train.crop_height = 0  # pixels of the random training crops; 0: the whole frame
     config.train.crop_width = 0
-    config.train.image_weight = 1.0  # a packed image's weight in the loss, against a video frame's
+    config.train.image_weight = 1.0  # weight of a packed image in the loss, relative to a video frame
     config.train.log_every = 100  # steps
     config.train.checkpoint_every = 1000  # steps
     config.train.keep = 3  # checkpoints
-    config.train.sample_every = 0 if before else 5000  # steps between sample grids of the base in TensorBoard; 0: none
+    # Steps between samples of the base in TensorBoard; 0: none
+    config.train.sample_every = 0 if previous else 5000
     config.train.sample_prompts = (
         "a red star moving right on a teal background",
         "a blue circle moving up on a black background",
@@ -130,26 +131,28 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
         "a green triangle moving left on a gray background",
     )
 
-    config.distill = distillation(steps=128 if before else 256)
+    config.distill = distillation(steps=128 if previous else 256)
 
     config.sample = ml_collections.ConfigDict()
     config.sample.mesh = mesh(data=-1)
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
-    config.sample.steps = 128 if before else 256
-    config.sample.batch = 8  # videos made at a time
-    config.sample.group = 32  # prompts embedded before their videos are made; a cascade's own value counts there
-    config.sample.augmentation_snr = 3.0  # signal to noise of the conditioning video; "such as 3 or 5" (Section 2.5)
-    config.sample.augmentation_blur = 0.0  # pixels of a Gaussian's deviation, on it before the noise
-    # Frames, height, width of the windows a large clip is made in; 0: all of it. Multiples of the stage's factor in
-    # time, and in space of its factor and its network's strides
+    config.sample.steps = 128 if previous else 256
+    config.sample.batch = 8  # videos sampled at a time
+    config.sample.group = (
+        32  # prompts embedded at a time, before their videos are sampled; a cascade uses its own value
+    )
+    config.sample.augmentation_snr = 3.0  # signal-to-noise ratio of the conditioning video: 3 or 5 (Section 2.5)
+    config.sample.augmentation_blur = 0.0  # pixels: standard deviation of a Gaussian blur before that noise
+    # Frames, height, width of the windows in which a large clip is sampled; 0: the clip's. Frames are a multiple of the
+    # stage's factor in time, height and width of its factor in space and of its network's strides
     config.sample.window = (0, 0, 0)
-    config.sample.overlap = (0, 0, 0)  # of neighbouring windows
+    config.sample.overlap = (0, 0, 0)  # of neighbouring windows: frames, height, width
     config.sample.gamma = 0.3  # of the ancestral sampler, as Video Diffusion Models
-    oscillating = name in ("base", "tsr1", "ssr1")  # beyond 48 × 80 pixels it adds artifacts (Section 2.6.2)
+    oscillating = name in ("base", "tsr1", "ssr1")  # above 48 × 80 pixels it adds artifacts (Section 2.6.2)
     config.sample.guidance = "oscillating" if oscillating else "constant"
-    config.sample.weight = 6.0  # w of 'constant' guidance; 0 is none
-    config.sample.high_weight = 15.0  # w that 'oscillating' guidance starts with, and alternates with the low one
-    config.sample.low_weight = 1.0
+    config.sample.weight = 6.0  # w of 'constant' guidance; 0: no guidance
+    config.sample.high_weight = 15.0  # w of the first steps of 'oscillating' guidance, and then of every other turn
+    config.sample.low_weight = 1.0  # w of the turns between
     config.sample.constant_share = 0.1  # share of steps before the oscillation; the paper prints none
     config.sample.alternate_every = 1  # steps that each weight then lasts, low first
     config.sample.threshold = "dynamic"  # of the predicted video: 'none', 'static', 'dynamic'
@@ -189,15 +192,15 @@ def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.Conf
     size.frames = frames
     size.height = height  # pixels
     size.width = width  # pixels
-    size.fps = fps  # frames a second
+    size.fps = fps  # frames per second
     return size
 
 
 def mesh(**sizes: int) -> ml_collections.ConfigDict:
-    """Devices per mesh axis (ivideo.devices.sharding); -1 takes all that are left. The product is the device count."""
+    """Devices per mesh axis (ivideo.devices.sharding), with product the device count. -1: all remaining devices."""
     mesh = ml_collections.ConfigDict()
     mesh.data = sizes.get("data", 1)  # copies of the parameters, each with a part of the batch
-    mesh.fsdp = sizes.get("fsdp", 1)  # parts of the batch, and of parameters, their average and optimizer state
+    mesh.fsdp = sizes.get("fsdp", 1)  # parts of the batch, the parameters, their average and the optimizer's state
     mesh.tensor = sizes.get("tensor", 1)  # parts of heads and inner channels
     mesh.frames = sizes.get("frames", 1)  # parts of a video's frames
     mesh.height = sizes.get("height", 1)  # parts of a frame's rows
@@ -205,20 +208,20 @@ def mesh(**sizes: int) -> ml_collections.ConfigDict:
 
 
 def t5_xxl() -> ml_collections.ConfigDict:
-    """The paper's text encoder, T5-XXL. Its weights are not in the package: `checkpoint` says where they are."""
+    """The paper's text encoder, T5-XXL. Its weights are not in the package; `checkpoint` is their path."""
     text = ml_collections.ConfigDict()
     text.checkpoint = PLACEHOLDER(str)  # T5X or Hugging Face directory, or safetensors file; empty: the package's
-    text.tokenizer = ""  # sentencepiece model; empty: spiece.model in that directory, or bytes where it has 384 ids
+    text.tokenizer = ""  # sentencepiece model; empty: spiece.model in that directory, or bytes if it has 384 ids
     text.length = 256  # tokens
     text.dtype = "bfloat16"  # of parameters and arithmetic: 'bfloat16' or 'float32'
-    text.mesh = mesh(data=-1)  # of mode encode_text, over each process's devices: a copy on every one
-    text.batch = 256  # texts encoded at a time, by mode encode_text
+    text.mesh = mesh(data=-1)  # of each process's devices, in mode encode_text; here every device has a copy
+    text.batch = 256  # texts per batch, in mode encode_text
     text.vocab, text.dim, text.layers, text.heads, text.head_dim, text.ff = 32128, 4096, 24, 64, 64, 10240
     return text
 
 
 def shipped_text() -> ml_collections.ConfigDict:
-    """The small byte encoder in the package, which knows the captioned shapes."""
+    """The small byte-level encoder in the package, trained on captions of the captioned shapes."""
     text = ml_collections.ConfigDict()
     text.checkpoint = ""
     text.tokenizer = ""
@@ -231,7 +234,7 @@ def shipped_text() -> ml_collections.ConfigDict:
 
 
 def on_one_machine(config: ml_collections.ConfigDict) -> None:
-    """Float32 on the captioned shapes, for a processor with a few cores."""
+    """Sets float32 and the captioned shapes, for training on a processor with a few cores."""
     config.model.remat = "none"
     config.model.scan_unroll = 0
     config.model.dtype = "float32"
@@ -259,7 +262,7 @@ def on_one_machine(config: ml_collections.ConfigDict) -> None:
 
 
 def refining_on_one_machine(config: ml_collections.ConfigDict) -> None:
-    """As on_one_machine, for a super-resolution: one step from the video that is given, which tells nearly all."""
+    """As on_one_machine, for super-resolution: samples in one step, since the low-resolution clip determines most."""
     on_one_machine(config)
     config.diffusion.logsnr_shift = 2.0
     config.diffusion.logsnr_max = 14.0
@@ -270,7 +273,7 @@ def refining_on_one_machine(config: ml_collections.ConfigDict) -> None:
 
 
 def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A demo stage as one level with the layers of its coarsest, to compile and train in seconds, for tests."""
+    """Reduces a demo stage to its coarsest level's layers, for tests that compile and train in seconds."""
     config.model.channels = (8,)
     config.model.blocks = (1,)
     config.model.strides = (2,)
@@ -303,7 +306,7 @@ def variant(name: str, **variants) -> ml_collections.ConfigDict:
 
 
 def unknown_variant(variant: str, choices) -> ValueError:
-    """The error of a stage file asked for a variant that it does not have."""
+    """The error for a variant that a config file does not have."""
     return ValueError(
         f"variant {variant!r} is unknown: choose from {', '.join(choices)}, as in --config=FILE:{next(iter(choices))}"
     )

@@ -2,11 +2,11 @@
 
 paper  1.4B parameters. python -m ivideo.main --config=configs/ssr1.py --config.data.dir=DIR --workdir=DIR
        22 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr1 makes it:
-       about 55 minutes for 6,000 steps on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package are of
-       as many steps, but until step 1,205 the blur was up to 1.5, spread evenly, and the learning rate fell to zero
-       at step 3,000 before its second half. Their loss was not yet in units of data_std.
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr1 trains it:
+       about 55 minutes for 6,000 steps on two cores of an AMD EPYC, 1.7 GB of memory. The weights in the package took
+       as many steps, but until step 1,205 the blur was uniform up to 1.5, and the learning rate fell to zero at step
+       3,000 and started again. Their loss was not yet in units of data_std.
 small  a network of a few thousand parameters, for tests.
 """
 
@@ -18,7 +18,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """24 × 40 to 48 × 80 pixels. Widths and depths are ours, to meet the printed parameter count."""
+    """24 × 40 to 48 × 80 pixels. Our widths and depths match the printed parameter count."""
     config = common.stage("ssr1", "paper")
     config.model.channels = (256, 512, 1024, 1024)
     config.model.blocks = (2, 4, 6, 8)
@@ -40,13 +40,13 @@ def demo(variant="demo"):
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
-    config.model.data_std = 0.15  # about the video that is given
+    config.model.data_std = 0.15  # of a clip about its upsampled low-resolution clip
     common.refining_on_one_machine(config)
     config.train.steps = 6000
     config.train.learning_rate = 1e-3
     config.train.crop_frames = 3
     config.train.augmentation_min = 2.0
-    config.train.augmentation_blur = 3.0  # the base draws blobs: shapes have to come from the text
+    config.train.augmentation_blur = 3.0  # the base generates blobs, so shapes have to come from the text
     config.sample.augmentation_snr = 1e4
     return config
 

@@ -2,8 +2,8 @@
 
 paper  1.2B parameters. python -m ivideo.main --config=configs/ssr2.py --config.data.dir=DIR --workdir=DIR
        19 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr2 makes it:
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr2 trains it:
        20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory. The loss of the weights in the
        package was not yet in units of data_std.
 small  a network of a few thousand parameters, for tests.
@@ -17,7 +17,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """48 × 80 to 192 × 320 pixels. Widths and depths are ours, to meet the printed parameter count."""
+    """48 × 80 to 192 × 320 pixels. Our widths and depths match the printed parameter count."""
     config = common.stage("ssr2", "paper")
     config.model.channels = (224, 448, 896, 1344)
     config.model.blocks = (2, 4, 4, 6)
@@ -39,7 +39,7 @@ def demo(variant="demo"):
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
-    config.model.data_std = 0.05  # about the video that is given
+    config.model.data_std = 0.05  # of a clip about its upsampled low-resolution clip
     common.refining_on_one_machine(config)
     config.train.steps = 1500
     config.train.learning_rate = 2e-3

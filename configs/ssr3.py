@@ -2,8 +2,8 @@
 
 paper  340M parameters. python -m ivideo.main --config=configs/ssr3.py --config.data.dir=DIR --workdir=DIR
        5.4 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr3 makes it:
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER ssr3 trains it:
        15 minutes for 1,000 steps on two cores of an AMD EPYC, 1.7 GB of memory.
 small  a network of a few thousand parameters, for tests.
 """
@@ -16,7 +16,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """192 × 320 to 768 × 1280 pixels, by convolutions alone. Widths and depths are ours, to meet the printed count."""
+    """192 × 320 to 768 × 1280 pixels, by convolutions alone. Our widths and depths match the printed count."""
     config = common.stage("ssr3", "paper")
     config.model.channels = (128, 256, 512, 1024)
     config.model.blocks = (2, 2, 4, 4)
@@ -24,7 +24,7 @@ def paper():
     config.model.spatial_attention = (False, False, False, False)
     config.model.cross_attention = (False, False, False, False)
     config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
-    config.train.crop_frames = 16  # short clips; the paper prints no number
+    config.train.crop_frames = 16  # short clips; the paper prints no length
     config.train.crop_height, config.train.crop_width = 256, 256
     config.sample.mesh = common.mesh(frames=4, height=-1)
     config.sample.batch = 1  # bounds memory
@@ -40,7 +40,7 @@ def demo(variant="demo"):
     config.model.spatial_attention = (False, False)
     config.model.cross_attention = (False, False)
     config.model.temporal = ("convolution", "convolution")
-    config.model.data_std = 0.03  # about the video that is given
+    config.model.data_std = 0.03  # of a clip about its upsampled low-resolution clip
     common.refining_on_one_machine(config)
     config.train.steps = 1000
     config.train.learning_rate = 2e-3

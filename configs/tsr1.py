@@ -1,9 +1,9 @@
-"""The first temporal super-resolution: 16 to 32 frames of 24 × 40, 3 to 6 a second. Section 2.3.
+"""The first temporal super-resolution: 16 to 32 frames of 24 × 40, 3 to 6 per second. Section 2.3.
 
 paper  1.7B parameters. python -m ivideo.main --config=configs/tsr1.py --config.data.dir=DIR --workdir=DIR
        27 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr1 makes it:
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr1 trains it:
        20 minutes or less on two cores of an AMD EPYC, 1.7 GB of memory. The loss of the weights in the
        package was not yet in units of data_std.
 small  a network of a few thousand parameters, for tests.
@@ -17,7 +17,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """16 to 32 frames of 24 × 40. Widths and depths are ours, to meet the printed parameter count."""
+    """16 to 32 frames of 24 × 40. Our widths and depths match the printed parameter count."""
     config = common.stage("tsr1", "paper")
     config.model.channels = (640, 1280, 1280)
     config.model.blocks = (4, 6, 6)
@@ -39,7 +39,7 @@ def demo(variant="demo"):
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
-    config.model.data_std = 0.02  # about the video that is given
+    config.model.data_std = 0.02  # of a clip about its upsampled low-resolution clip
     common.refining_on_one_machine(config)
     config.train.steps = 2000
     config.train.learning_rate = 1.5e-3

@@ -1,9 +1,9 @@
-"""The second temporal super-resolution: 32 to 64 frames of 192 × 320, 6 to 12 a second. Section 2.3.
+"""The second temporal super-resolution: 32 to 64 frames of 192 × 320, 6 to 12 per second. Section 2.3.
 
 paper  780M parameters. python -m ivideo.main --config=configs/tsr2.py --config.data.dir=DIR --workdir=DIR
        12 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr2 makes it:
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr2 trains it:
        25 minutes for 1,800 steps on two cores of an AMD EPYC, 1.7 GB of memory.
 small  a network of a few thousand parameters, for tests.
 """
@@ -16,7 +16,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """32 to 64 frames of 192 × 320. Widths and depths are ours, to meet the printed parameter count."""
+    """32 to 64 frames of 192 × 320. Our widths and depths match the printed parameter count."""
     config = common.stage("tsr2", "paper")
     config.model.channels = (128, 256, 512, 1024)
     config.model.blocks = (2, 2, 6, 8)
@@ -38,7 +38,7 @@ def demo(variant="demo"):
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
-    config.model.data_std = 0.025  # about the video that is given
+    config.model.data_std = 0.025  # of a clip about its upsampled low-resolution clip
     common.refining_on_one_machine(config)
     config.train.steps = 1800
     config.train.learning_rate = 2e-3

@@ -1,10 +1,10 @@
-"""The third temporal super-resolution: 64 to 128 frames of 192 × 320, 12 to 24 a second. Section 2.3.
+"""The third temporal super-resolution: 64 to 128 frames of 192 × 320, 12 to 24 per second. Section 2.3.
 
 paper  630M parameters. python -m ivideo.main --config=configs/tsr3.py --config.data.dir=DIR --workdir=DIR
        10 GB of float32 parameters, their average and Adam's moments, divided over the devices. 64 chips of v5p
-       or v6e take 256 videos a step: docs/tpu.md.
-demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr3 makes it,
-       beginning with the weights of tsr2: 25 minutes for 1,500 steps on two cores of an AMD EPYC, 1.7 GB of memory.
+       or v6e take 256 videos per step: docs/tpu.md.
+demo   a stage of the small cascade in the package, on the captioned shapes. launch/train_demo.sh FOLDER tsr3 trains it,
+       starting from the weights of tsr2: 25 minutes for 1,500 steps on two cores of an AMD EPYC, 1.7 GB of memory.
 small  a network of a few thousand parameters, for tests.
 """
 
@@ -16,7 +16,7 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """64 to 128 frames of 192 × 320. Widths and depths are ours, to meet the printed parameter count."""
+    """64 to 128 frames of 192 × 320. Our widths and depths match the printed parameter count."""
     config = common.stage("tsr3", "paper")
     config.model.channels = (128, 256, 512, 1024)
     config.model.blocks = (2, 4, 6, 6)
@@ -38,7 +38,7 @@ def demo(variant="demo"):
     config.model.cross_attention = (False, True)
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
-    config.model.data_std = 0.025  # as tsr2, whose weights it begins with
+    config.model.data_std = 0.025  # as tsr2, whose weights it starts from
     common.refining_on_one_machine(config)
     config.train.steps = 1500
     config.train.learning_rate = 1e-3

@@ -1,4 +1,4 @@
-"""What the values of a stage's config must be, so that a mistake is one line before anything is compiled or written."""
+"""Validates configs, so that a mistake is reported in one line, before anything is compiled or written."""
 
 import difflib
 import functools
@@ -18,19 +18,19 @@ from ivideo.values import Value, choice, number, several, whole
 SWITCH = Value("True or False", lambda value: isinstance(value, bool))
 NAME = Value("a name", lambda value: isinstance(value, str) and value.strip() != "")
 TEXT = Value("a text", lambda value: isinstance(value, str))
-# "None" on a command line is meant as no path. A file of that name can be given as ./None
+# On a command line, "None" is usually meant as no path, so it is refused. A file of that name can be given as ./None
 PATH = Value(
     "a path, or nothing after the = for none", lambda value: isinstance(value, str) and value.lower() != "none"
 )
 PATH_OR_NONE = Value(PATH.expected, lambda value: value is None or PATH.allows(value))
-SIZE, COUNT, SEED = whole(1), whole(0), whole(0, 2**32 - 2)  # a seed and the next one are 32 bits
+SIZE, COUNT, SEED = whole(1), whole(0), whole(0, 2**32 - 2)  # both a seed and seed + 1 have to fit 32 bits
 ANY, NOT_NEGATIVE = number("a number"), number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 SHARE = number("a share from 0 to 1", lambda value: 0 <= value <= 1)
 PERCENT = number("a number above 0, up to 100", lambda value: 0 < value <= 100)
 SPIKE = number("0 for none, or a number above 1", lambda value: value == 0 or value > 1)
 DEVICES = Value(
-    "a whole number, 1 or more, or -1 for all devices that are left", lambda value: value == -1 or SIZE.allows(value)
+    "a whole number, 1 or more, or -1 for all remaining devices", lambda value: value == -1 or SIZE.allows(value)
 )
 DTYPE = choice("float32", "bfloat16")
 MESH = dict.fromkeys(sharding.AXES, DEVICES)
@@ -151,19 +151,18 @@ KEYS = {
 
 
 def check(config) -> None:
-    """UserError for the first value of a stage's or the cascade's config that cannot work.
+    """UserError for the first invalid value in a stage's or the cascade's config, and for missing or unknown keys.
 
-    It names the key as it is set on the command line. Nothing is compiled, allocated or written. Raises it too where a
-    key is missing, or is one that nothing reads.
+    It names the key as it is set on the command line. Nothing is compiled, allocated or written.
     """
     if "stages" not in config:
         return _check_stage(config)
     order = several(choice(*config.stages))
     any_stages = Value("stages", lambda value: True)
-    whole_cascade = {
+    cascade_keys = {
         "stage": NAME, "variant": NAME, "order": order, "sample": {"group": SIZE}, "stages": any_stages,
     }  # fmt: skip
-    _check_keys(config, whole_cascade, "config")
+    _check_keys(config, cascade_keys, "config")
     for name, stage in config.stages.items():
         try:
             _check_stage(stage)
@@ -181,7 +180,7 @@ def check_original(config) -> None:
 
 
 def expand_home(config) -> None:
-    """Replaces ~ at the head of every path in a stage's or the cascade's config by the home folder."""
+    """Replaces ~ at the start of every path in a stage's or the cascade's config by the home folder."""
     for stage in config.stages.values() if "stages" in config else [config]:
         for group, keys in KEYS.items():
             for name in keys if isinstance(keys, dict) else ():
@@ -193,7 +192,7 @@ def _check_stage(config) -> None:
     _check_keys(config, KEYS, "config")
     for group in ("train", "sample", "text"):
         if list(config[group].mesh.values()).count(-1) > 1:
-            raise UserError(f"config.{group}.mesh has -1 more than once: one axis alone can take all that are left")
+            raise UserError(f"config.{group}.mesh has -1 more than once: only one axis can take all remaining devices")
     if config.diffusion.logsnr_min >= config.diffusion.logsnr_max:
         raise UserError(
             f"config.diffusion.logsnr_min = {config.diffusion.logsnr_min}: expected less than "
@@ -211,17 +210,17 @@ def _check_stage(config) -> None:
 
 
 def _check_keys(node, keys: dict, where: str) -> None:
-    """UserError where a part of a config lacks a key, has one that nothing reads, or has a wrong value."""
+    """UserError where a group of a config, named `where`, lacks a key, has an unknown one, or has an invalid value."""
     if not hasattr(node, "items"):
         raise UserError(f"{where} = {node!r}: expected the keys {', '.join(keys)}, such as --{where}.KEY=…")
-    for name, wanted in keys.items():
+    for name, constraint in keys.items():
         if name not in node:
             raise UserError(f"{where}.{name} is missing: compare your config with the one in configs/")
-        value, inside = node[name], f"{where}.{name}"
-        if isinstance(wanted, dict):
-            _check_keys(value, wanted, inside)
-        elif not wanted.allows(value):
-            raise UserError(f"{inside} = {value!r}: expected {wanted.expected}")
+        value, key = node[name], f"{where}.{name}"
+        if isinstance(constraint, dict):
+            _check_keys(value, constraint, key)
+        elif not constraint.allows(value):
+            raise UserError(f"{key} = {value!r}: expected {constraint.expected}")
     for name in node:
         if name not in keys:
             close = difflib.get_close_matches(name, keys, n=1)
@@ -306,15 +305,15 @@ def _check_windows(config) -> None:
     if not config.cond.frames:
         if any(window):
             raise UserError(
-                f"config.sample.window = {window}: stage {config.stage} makes its videos whole, expected 0,0,0"
+                f"config.sample.window = {window}: stage {config.stage} does not sample in windows, expected 0,0,0"
             )
         return
     time, space = stages.window_multiple(config)
     for size, lap, unit in zip(window, overlap, (time, space, space), strict=True):
         if size % unit:
             raise UserError(
-                f"config.sample.window = {window}: {size} is no multiple of {unit}. Frames must be a multiple of "
-                f"{time}, height and width of {space}; 0 stands for all of the clip"
+                f"config.sample.window = {window}: {size} is not a multiple of {unit}. Frames must be a multiple of "
+                f"{time}, height and width of {space}; 0 stands for the clip's size"
             )
         if 0 < size <= lap:
             raise UserError(
@@ -323,7 +322,7 @@ def _check_windows(config) -> None:
 
 
 def _check_without_conditioning(config) -> None:
-    """Of a stage that makes videos from noise."""
+    """Checks a stage without conditioning, which generates videos from noise."""
     zero = ("cond.height", "cond.width", "cond.fps", "train.crop_frames", "train.crop_height", "train.crop_width")
     for key in zero:
         if value := _value(config, key):
@@ -338,40 +337,41 @@ def _value(config, key: str):
 
 
 def _check_conditioning(config) -> None:
-    """Of a stage that enlarges a video."""
+    """Checks a super-resolution stage."""
     if config.train.sample_every:
         raise UserError(
-            f"config.train.sample_every = {config.train.sample_every}: stage {config.stage} makes nothing from "
+            f"config.train.sample_every = {config.train.sample_every}: stage {config.stage} cannot sample from "
             "prompts alone, expected 0"
         )
-
     if config.cond.fps < 1:
-        raise UserError(f"config.cond.fps = {config.cond.fps}: expected frames a second, 1 or more")
+        raise UserError(f"config.cond.fps = {config.cond.fps}: expected 1 or more frames per second")
     for axis in ("frames", "height", "width"):
-        given, made, trained = config.cond[axis], config.video[axis], config.train[f"crop_{axis}"]
-        if given < 1 or made % given:
-            raise UserError(f"config.cond.{axis} = {given} does not divide config.video.{axis} = {made}: choose a part")
-        if trained > made or trained % (made // given):
+        low_res, output, crop = config.cond[axis], config.video[axis], config.train[f"crop_{axis}"]
+        if low_res < 1 or output % low_res:
             raise UserError(
-                f"config.train.crop_{axis} = {trained}: expected a multiple of {made // given}, up to {made}, or 0"
+                f"config.cond.{axis} = {low_res} does not divide config.video.{axis} = {output}: choose a divisor"
+            )
+        if crop > output or crop % (output // low_res):
+            raise UserError(
+                f"config.train.crop_{axis} = {crop}: expected a multiple of {output // low_res}, up to {output}, or 0"
             )
     if config.video.height * config.cond.width != config.video.width * config.cond.height:
         raise UserError(
-            f"frames of {config.cond.height}×{config.cond.width} cannot become {config.video.height}×"
+            f"frames of {config.cond.height}×{config.cond.width} cannot be upsampled to {config.video.height}×"
             f"{config.video.width}: config.cond must have the aspect ratio of config.video"
         )
     if config.cond.fill == "blank" and config.model.data_std != 1:
         raise UserError(
-            f"config.model.data_std = {config.model.data_std} counts on frames like those given: with config.cond.fill "
-            "= 'blank' it must be 1"
+            f"config.model.data_std = {config.model.data_std} is about the upsampled low-resolution clip: with "
+            "config.cond.fill = 'blank', which inserts blank frames in it, data_std must be 1"
         )
     if not config.train.augmentation_min < np.log(config.sample.augmentation_snr) < config.diffusion.logsnr_max:
         raise UserError(
             f"config.sample.augmentation_snr = {config.sample.augmentation_snr}: expected a ratio whose logarithm is "
-            f"among the levels trained on, {config.train.augmentation_min} to {config.diffusion.logsnr_max}"
+            f"in the range of training, {config.train.augmentation_min} to {config.diffusion.logsnr_max}"
         )
     if not 0 <= config.sample.augmentation_blur <= config.train.augmentation_blur:
         raise UserError(
-            f"config.sample.augmentation_blur = {config.sample.augmentation_blur}: expected pixels from 0 to those "
-            f"trained on, config.train.augmentation_blur = {config.train.augmentation_blur}"
+            f"config.sample.augmentation_blur = {config.sample.augmentation_blur}: expected pixels from 0 to the "
+            f"largest of training, config.train.augmentation_blur = {config.train.augmentation_blur}"
         )

@@ -1,6 +1,6 @@
-"""From a stage's config to its parts: the network, its inputs, its denoiser, its sampler. Sections 2.1 to 2.3, 2.6.
+"""Builds a stage's network, inputs, denoiser and sampler from its config. Sections 2.1 to 2.3, 2.6.
 
-The only place, with `train`, that reads a config: what it calls takes explicit arguments.
+This module and training read configs; the functions that they call take explicit arguments.
 B batch · T frames · H, W height, width · C channels · L text tokens · D text channels
 """
 
@@ -25,7 +25,7 @@ from ivideo.models.unet import VideoUNet
 SAMPLERS = {"guidance": "ddim", "deterministic": "ddim", "stochastic": "distilled"}
 PHASE = re.compile(r"guidance|([1-9]\d*)(_stochastic)?")
 
-# Folded into a video's key for the noise on its conditioning video: a number that no sampler step has
+# Folded into a video's key for the noise on its conditioning video. No sampler step has this number
 _AUGMENTATION = np.uint32(2**32 - 2)
 
 
@@ -78,19 +78,19 @@ def distilled(config, phase: str = "", *, only: Sequence[str] = ()):
 
 
 def video_shape(config) -> tuple[int, int, int, int]:
-    """[T, H, W, 3] of what the stage makes."""
+    """The shape of the stage's output, (T, H, W, 3)."""
     return (config.video.frames, config.video.height, config.video.width, 3)
 
 
 def training_shape(config) -> tuple[int, int, int, int]:
-    """[T, H, W, 3] of what the stage is trained on: what it makes, or crops of it."""
+    """The shape of the stage's training clips, (T, H, W, 3): that of its output, or of crops of it."""
     t = config.train
     crop = (t.crop_frames, t.crop_height, t.crop_width)
-    return tuple(part or whole for part, whole in zip((*crop, 0), video_shape(config), strict=True))
+    return tuple(size or full_size for size, full_size in zip((*crop, 0), video_shape(config), strict=True))
 
 
 def factors(config) -> dict[str, int]:
-    """How much larger in `space` and in `time` a super-resolution stage makes what it is given."""
+    """The factors in `space` and `time` by which a super-resolution stage upsamples its low-resolution clip."""
     return {"space": config.video.height // config.cond.height, "time": config.video.frames // config.cond.frames}
 
 
@@ -102,16 +102,16 @@ def cond_channels(config) -> int:
 
 
 def window_multiple(config) -> tuple[int, int]:
-    """What sampling windows begin at and measure multiples of, in time and in space.
+    """The (time, space) that positions and sizes of sampling windows are multiples of.
 
-    A window holds whole frames and pixels of the clip that the stage is given, as the crops of training do.
+    So a window covers whole frames and pixels of the low-resolution clip, as training crops do.
     """
     sizes = factors(config)
     return sizes["time"], math.lcm(sizes["space"], math.prod(config.model.strides))
 
 
 def model_inputs(config, batch: int) -> tuple[tuple, dict]:
-    """Shapes of the network's arguments for a batch of videos, to trace it without memory: positional, by keyword."""
+    """Shapes of the network's arguments for a batch of videos, to trace it without memory: (positional, keyword)."""
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
@@ -128,7 +128,7 @@ def model_inputs(config, batch: int) -> tuple[tuple, dict]:
 
 
 def param_shapes(config):
-    """The tree of the network's parameters as shapes; nothing is allocated."""
+    """The tree of shapes of the network's parameters; nothing is allocated."""
     args, optional = model_inputs(config, 1)
     model = build_model(config)
     return jax.eval_shape(lambda key, *a, **k: model.init(key, *a, **k), jax.random.key(0), *args, **optional)["params"]
@@ -142,13 +142,13 @@ def init_params(config, key):
 
 
 def logsnr_fn(config):
-    """The stage's schedule, time -> log-SNR: the cosine schedule, shifted as the config asks."""
-    return lambda time: cosine_logsnr(time, **_ends(config)) + config.diffusion.logsnr_shift
+    """The stage's schedule, time -> log-SNR: the cosine schedule plus the config's shift."""
+    return lambda time: cosine_logsnr(time, **_range(config)) + config.diffusion.logsnr_shift
 
 
 def time_fn(config):
     """The inverse of the stage's schedule, log-SNR -> time."""
-    return lambda logsnr: cosine_time(logsnr - config.diffusion.logsnr_shift, **_ends(config))
+    return lambda logsnr: cosine_time(logsnr - config.diffusion.logsnr_shift, **_range(config))
 
 
 def denoiser(model, params, text, text_mask, **conditioning):
@@ -192,22 +192,22 @@ def guided_denoiser(config, model, params, text, text_mask, **conditioning):
     return guidance.classifier_free(with_text, without, weight)
 
 
-def conditioning_video(config, low, key, logsnr, *, time: int | None = None):
-    """The network's `cond` [B, T, H, W, C] from clips of the stage before [B, t, h, w, 3], through noise of logsnr [B].
+def conditioning_video(config, low_res, key, logsnr, *, time: int | None = None):
+    """The network's `cond` [B, T, H, W, C]: low-resolution clips [B, t, h, w, 3] with noise of logsnr [B], upsampled.
 
-    `key` is one, or [B]. `time` is the factor in time where it is not the config's: 1 for packed images.
+    `key` is one key, or keys [B]. `time` replaces the config's factor in time: 1 for packed images.
     """
     sizes = factors(config) if time is None else {**factors(config), "time": time}
-    # Where they are resized, rows stay together: every row of the enlarged video is a sum over those near it
+    # Rows are not split where they are resized, since each row of the result is a sum over several rows of the clip
     rows = "height" if sizes["space"] == 1 else None
-    low = sharding.constrain(augment.augment(key, low, logsnr), "batch", "frames", rows)
-    return sharding.constrain(conditioning.enlarge(low, **sizes, fill=config.cond.fill), *sharding.VIDEO)
+    noisy = sharding.constrain(augment.augment(key, low_res, logsnr), "batch", "frames", rows)
+    return sharding.constrain(conditioning.enlarge(noisy, **sizes, fill=config.cond.fill), *sharding.VIDEO)
 
 
 def video_keys(config, seeds):
-    """Keys [B] for sampling, one for each (seed, number, …). Every super-resolution stage has noise of its own.
+    """Keys [B] for sampling, one for each tuple (seed, number, …) of `seeds`. Every super-resolution stage has its own.
 
-    Each number is from 0 to 2³² - 1, the seed from 0 to 2⁶⁴ - 1.
+    Each number is from 0 to 2³² - 1, and the seed from 0 to 2⁶⁴ - 1.
     """
 
     def key(seed, *numbers):
@@ -223,10 +223,10 @@ def video_keys(config, seeds):
 
 
 def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=None, **given):
-    """Videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L], from keys [B], one a video.
+    """Samples videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L] and keys [B], one per video.
 
-    `low` [B, t, h, w, 3] is what a super-resolution stage is given, of any size that its network can work at.
-    A video depends on its own key, text and `low` alone, not on the batch it is sampled in.
+    A super-resolution stage needs `low`, clips [B, t, h, w, 3] of any size that its network supports. A video depends
+    only on its own key, text and clip, not on its batch.
     """
     shape = video_shape(config)
     if low is None:
@@ -277,5 +277,5 @@ def _threshold(config):
     }[config.sample.threshold]
 
 
-def _ends(config):
+def _range(config):
     return {"logsnr_min": config.diffusion.logsnr_min, "logsnr_max": config.diffusion.logsnr_max}

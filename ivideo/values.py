@@ -1,4 +1,4 @@
-"""Kinds of values that a config may hold."""
+"""The kinds of values that config keys may have."""
 
 import dataclasses
 import math
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What a key's value must be: `expected` says it to a reader, `allows` tells whether a value is so."""
+    """A constraint on a key's value: `expected` describes it in messages, and `allows` tests a value."""
 
     expected: str
     allows: Callable[[Any], bool]
 
 
 def whole(least: int, most: int | None = None) -> Value:
-    """A whole number from `least` to `most`, or of any size above `least`."""
+    """A whole number from `least` to `most`, or from `least` upwards."""
 
     def allows(value):
         integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -35,7 +35,7 @@ def number(expected: str, allows: Callable[[float], bool] = lambda value: True) 
 
 
 def choice(*options: str) -> Value:
-    """One of some words."""
+    """One of the words `options`."""
     return Value(f"one of {', '.join(options)}", lambda value: value in options)
 
 

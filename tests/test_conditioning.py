@@ -124,6 +124,6 @@ def test_small_training_blur_is_the_configs():
     config = ssr1.get_config("small")
     config.sample.augmentation_blur = 4.0
     with pytest.raises(
-        UserError, match="augmentation_blur = 4.0: expected pixels from 0 to those trained on, .* = 3.0"
+        UserError, match="augmentation_blur = 4.0: expected pixels from 0 to the largest of training, .* = 3.0"
     ):
         checks.check(config)

@@ -321,7 +321,7 @@ def test_small_beam_makes_the_same_cache(config, tmp_path, monkeypatch):
     with pytest.raises(Exception, match="is a cache with another set of captions: choose another folder"):
         beam.encode_captions(config, str(tmp_path / "part*.txt"), str(tmp_path / "out"), shards=shards, options=options)
     for pattern, runner, message in (
-        ("part*.txt", "Nope", "Beam does not take --beam=--runner=Nope"),
+        ("part*.txt", "Nope", "Beam rejects --beam=--runner=Nope"),
         ("prat*.txt", "DirectRunner", "matches no file: give a pattern"),
     ):
         with pytest.raises(UserError, match=message):

@@ -114,9 +114,14 @@ def test_small_windows_begin_at_whole_frames_of_what_is_given(length, window):
 @pytest.mark.parametrize(
     ("stage", "window", "overlap", "message"),
     [
-        (tsr1, (3, 0, 0), (0, 0, 0), r"window = \(3, 0, 0\): 3 is no multiple of 2. Frames must be a multiple of 2, "),
-        (ssr1, (0, 9, 0), (0, 0, 0), r"9 is no multiple of 2"),
-        (base, (2, 0, 0), (0, 0, 0), r"window = \(2, 0, 0\): stage base makes its videos whole, expected 0,0,0"),
+        (
+            tsr1,
+            (3, 0, 0),
+            (0, 0, 0),
+            r"window = \(3, 0, 0\): 3 is not a multiple of 2. Frames must be a multiple of 2, ",
+        ),
+        (ssr1, (0, 9, 0), (0, 0, 0), r"9 is not a multiple of 2"),
+        (base, (2, 0, 0), (0, 0, 0), r"window = \(2, 0, 0\): stage base does not sample in windows, expected 0,0,0"),
         (ssr1, (4, 8, 8), (4, 0, 0), r"overlap = \(4, 0, 0\) of .*: expected less than the window"),
     ],
 )
@@ -132,5 +137,7 @@ def test_small_windows_of_a_paper_sized_stage_are_taken():
     config.sample.window, config.sample.overlap = (16, 256, 256), (4, 64, 64)
     checks.check(config)
     config.sample.window = (16, 256, 264)  # a multiple of its factor, 4, but not of its strides
-    with pytest.raises(UserError, match="264 is no multiple of 16. .* height and width of 16; 0 stands for all"):
+    with pytest.raises(
+        UserError, match="264 is not a multiple of 16. .* height and width of 16; 0 stands for the clip's size"
+    ):
         checks.check(config)
