@@ -63,7 +63,7 @@ def test_small_sentencepiece_cuts_with_a_warning(model, caplog):
     np.testing.assert_array_equal(cut[0, :-1], whole[0, : length - 2])
     assert cut[0, -1] == 1 and mask.all()
     assert (
-        f"has {length - 1} tokens and the text encoder takes {length - 2}: truncated after 'a red star moving"
+        f"has {length - 1} tokens, but the text encoder takes {length - 2}: truncated after 'a red star moving"
         in caplog.text
     )
     caplog.clear()
