@@ -221,7 +221,7 @@ def test_small_every_broken_file_is_a_video_error(tmp_path):
         "text.mp4": "cannot be read",
         "one.mp4": "has 1 frames, expected 2 or more",
         "sound.wav": "has audio streams and no video",
-        "missing.mp4": "is no file",
+        "missing.mp4": "is not a file",
     }
     for name, message in expected.items():
         path = tmp_path / name
