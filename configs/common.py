@@ -46,8 +46,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.stage = name
     config.variant = variant
-    # What the network is: '' as trained, or the phase of distillation that made it (Section 2.7): 'guidance', '8',
-    # '8_stochastic'. A variant with _distilled sets it, and all that follows from it (ivideo.stages.distilled)
+    # '' for an original network, or the phase of distillation that trained it (Section 2.7), such as 'guidance', '8' or
+    # '8_stochastic'. A variant with _distilled sets it and the values that depend on it (ivideo.stages.distilled)
     config.phase = ""
     config.seed = 0  # of initialisation, noise and data order in training; --seed is the sampler's
 

@@ -171,11 +171,11 @@ def check(config) -> None:
 
 
 def check_original(config) -> None:
-    """UserError where a stage's config is of a distilled network: only original ones are trained, and distilled."""
+    """UserError where a stage's config is a distilled network's: only original networks are trained and distilled."""
     if config.phase:
         raise UserError(
-            f"config.phase = {config.phase!r}: the config is of a distilled network, expected the original's; choose "
-            "the variant without _distilled. Mode distill makes the students"
+            f"config.phase = {config.phase!r}: the config is a distilled network's, expected the original's; choose "
+            "the variant without _distilled (mode distill trains the students)"
         )
 
 
@@ -253,17 +253,17 @@ def _check_distillation(config) -> None:
 
 
 def _check_student(config) -> None:
-    """Of a network that is distilled, or not: all that follows from `config.phase` agrees with it."""
+    """Checks that the values that `config.phase` determines agree with it, for distilled and original networks."""
     sample, advice = config.sample, "choose a variant, such as --config=FILE:demo or --config=FILE:demo_distilled"
     if config.model.guidance_input != bool(config.phase):
         raise UserError(
             f"config.model.guidance_input = {config.model.guidance_input} of config.phase = {config.phase!r}: "
-            f"distilled networks alone are told the guidance weight; {advice}"
+            f"distilled networks alone take the guidance weight as an input; {advice}"
         )
     if not config.phase:
         return
     kind, steps = stages.student(config, config.phase)
-    if kind == "guidance":  # as the original: in any number of steps, but for jumps over two of them
+    if kind == "guidance":  # like the original: any number of steps, any sampler but the one that jumps over two steps
         wrong = sample.sampler == stages.SAMPLERS["stochastic"]
     else:
         wrong = (sample.sampler, sample.steps) != (stages.SAMPLERS[kind], steps)

@@ -21,7 +21,7 @@ from ivideo.diffusion.windows import windowed
 from ivideo.errors import UserError
 from ivideo.models.unet import VideoUNet
 
-# The kinds of student that distillation makes, and the sampler that each is for (Section 2.7)
+# The kinds of student, and the sampler that each kind is trained for (Section 2.7)
 SAMPLERS = {"guidance": "ddim", "deterministic": "ddim", "stochastic": "distilled"}
 PHASE = re.compile(r"guidance|([1-9]\d*)(_stochastic)?")
 
@@ -63,9 +63,9 @@ def student(config, phase: str) -> tuple[str, int]:
 def distilled(config, phase: str = "", *, only: Sequence[str] = ()):
     """The config of a student that is distilled from the stage, or from the stages of a cascade.
 
-    It sets together all that differs from the original's config: the phase, that the network is told the guidance
-    weight, and the sampler and the number of steps that the student is for. `phase`: the last of `phases` unless given.
-    `only`: the cascade's stages that are distilled, all unless given.
+    It differs from the original's config in the phase, in the guidance weight as an input of the network, and in the
+    sampler and the number of steps that the student is for. `phase` defaults to the last of `phases`, and `only`, the
+    names of the cascade's stages to distil, to all of them.
     """
     config = config.copy_and_resolve_references()
     chosen = [config.stages[name] for name in only or config.stages] if "stages" in config else [config]
@@ -161,7 +161,7 @@ def denoiser(model, params, text, text_mask, **conditioning):
 
 
 def guidance_weight(config):
-    """The config's guidance weight: a number, or of oscillating guidance a function logsnr [B] -> w [B]."""
+    """The config's guidance weight: a number, or for oscillating guidance a function logsnr [B] -> w [B]."""
     if config.sample.guidance == "constant":
         return config.sample.weight
     return guidance.oscillating_weight(
@@ -177,7 +177,7 @@ def guidance_weight(config):
 def guided_denoiser(config, model, params, text, text_mask, **conditioning):
     """The denoiser with the config's guidance: constant, or oscillating from step to step.
 
-    A distilled network is told the weight and evaluated once; others are evaluated with and without the text.
+    A distilled network takes the weight as an input and is evaluated once; others are evaluated with and without text.
     """
     weight = guidance_weight(config)
     if config.model.guidance_input:
@@ -222,7 +222,7 @@ def video_keys(config, seeds):
     return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
 
 
-def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=None, **given):
+def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=None, **conditioning):
     """Samples videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L] and keys [B], one per video.
 
     A super-resolution stage needs `low`, clips [B, t, h, w, 3] of any size that its network supports. A video depends
@@ -230,7 +230,7 @@ def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=No
     """
     shape = video_shape(config)
     if low is None:
-        v_fn = guided_denoiser(config, model, params, text, text_mask, **given)
+        v_fn = guided_denoiser(config, model, params, text, text_mask, **conditioning)
     else:
         aug_logsnr = augment.sampling_logsnr(config.sample.augmentation_snr, low.shape[0])
         noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, _AUGMENTATION))(keys)
@@ -240,7 +240,7 @@ def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=No
         shape = (*cond.shape[1:4], 3)
 
         def denoise(z, cond, logsnr):
-            inputs = {"cond": cond, "aug_logsnr": aug_logsnr, **given}
+            inputs = {"cond": cond, "aug_logsnr": aug_logsnr, **conditioning}
             return guided_denoiser(config, model, params, text, text_mask, **inputs)(z, logsnr)
 
         denoise = windowed(

@@ -519,5 +519,7 @@ def test_small_interlaced_frames_are_read():
 def test_small_dolby_vision_that_only_its_players_show_is_refused():
     frame = types.SimpleNamespace(colorspace=2, side_data={"DOVI_RPU_BUFFER": b""})
     extras = pictures.Extras.of(frame)
-    with pytest.raises(VideoError, match="is Dolby Vision without a layer for other players, expected one: convert it: ffmpeg"):
+    with pytest.raises(
+        VideoError, match="is Dolby Vision without a layer for other players, expected one: convert it: ffmpeg"
+    ):
         pictures._yuv(frame, colour.UNSPECIFIED, extras, "x.mp4")

@@ -171,13 +171,13 @@ def distilled(
 ) -> jax.Array:
     """Stochastic N-step sampler of distilled models: two steps forward, one step of noise back. Section 2.7.
 
-    A DDIM step of length 2 / N to k = t - 2 / N, then noise from k back to s = t - 1 / N. From t = 1 / N there is
-    no room for it: one plain step to 0. (arXiv 2210.03142.)
+    Each step is a DDIM step of length 2 / N to k = t - 2 / N, followed by noise from k back to s = t - 1 / N. The last
+    step, from t = 1 / N, is a DDIM step to 0 (arXiv 2210.03142).
 
     Args:
       v_fn: denoiser, (z [B, ...], logsnr [B]) -> v [B, ...].
       z: [B, ...] standard normal noise, see `initial_noise`.
-      keys: [B] typed keys, one a sample; ValueError for anything else.
+      keys: [B] typed keys, one per sample; ValueError for anything else.
       num_steps: N, evaluations of `v_fn`; ValueError below 1. 8 for every model of the paper's distilled cascade.
       threshold, logsnr_fn, on_step: as in `ddim`.
 

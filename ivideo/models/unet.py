@@ -98,17 +98,17 @@ class VideoUNet(nn.Module):
         """
         self.check(*z.shape[2:4])
         text, text_mask = _per_segment(text, text_mask, num_images)
-        given = {"cond": cond, "aug_logsnr": aug_logsnr, "guidance_weight": guidance_weight}
-        wanted = {
+        inputs = {"cond": cond, "aug_logsnr": aug_logsnr, "guidance_weight": guidance_weight}
+        needed = {
             "cond": self.conditioned,
             "aug_logsnr": self.conditioned,
             "guidance_weight": self.guidance_input,
         }
-        for name, value in given.items():
-            if (value is not None) != wanted[name]:
+        for name, value in inputs.items():
+            if (value is not None) != needed[name]:
                 raise ValueError(
                     f"{name} was {'not ' * (value is None)}given, but this stage's network "
-                    f"{'needs' if wanted[name] else 'has no input for'} it: see its model config"
+                    f"{'needs' if needed[name] else 'has no input for'} it: see its model config"
                 )
 
         text = constrain(nn.LayerNorm(dtype=self.dtype, name="text_norm")(text), "batch")
