@@ -222,21 +222,21 @@ def video_keys(config, seeds):
     return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
 
 
-def sample(config, model, params, text, text_mask, keys, *, low=None, on_step=None, **conditioning):
+def sample(config, model, params, text, text_mask, keys, *, low_res=None, on_step=None, **conditioning):
     """Samples videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L] and keys [B], one per video.
 
-    A super-resolution stage needs `low`, clips [B, t, h, w, 3] of any size that its network supports. A video depends
-    only on its own key, text and clip, not on its batch.
+    A super-resolution stage needs `low_res`, clips [B, t, h, w, 3] of any size that its network supports. A video
+    depends only on its own key, text and clip, not on its batch.
     """
     shape = video_shape(config)
-    if low is None:
+    if low_res is None:
         v_fn = guided_denoiser(config, model, params, text, text_mask, **conditioning)
     else:
-        aug_logsnr = augment.sampling_logsnr(config.sample.augmentation_snr, low.shape[0])
+        aug_logsnr = augment.sampling_logsnr(config.sample.augmentation_snr, low_res.shape[0])
         noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, _AUGMENTATION))(keys)
         if config.sample.augmentation_blur:
-            low = augment.blur(low, jnp.full(low.shape[:1], config.sample.augmentation_blur))
-        cond = conditioning_video(config, low, noise_keys, aug_logsnr)
+            low_res = augment.blur(low_res, jnp.full(low_res.shape[:1], config.sample.augmentation_blur))
+        cond = conditioning_video(config, low_res, noise_keys, aug_logsnr)
         shape = (*cond.shape[1:4], 3)
 
         def denoise(z, cond, logsnr):

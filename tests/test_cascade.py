@@ -68,7 +68,7 @@ def test_small_paper_cascade_chains():
         text = jax.ShapeDtypeStruct((1, config.text.length, config.text.dim), jnp.float32)
         mask = jax.ShapeDtypeStruct((1, config.text.length), bool)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-        given = {} if low is None else {"low": low}
+        given = {} if low is None else {"low_res": low}
         low = jax.eval_shape(
             lambda params, text, mask, keys, given, config=config, model=model: stages.sample(
                 config, model, params, text, mask, keys, **given

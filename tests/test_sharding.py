@@ -187,7 +187,7 @@ def test_small_sampling_does_not_depend_on_the_mesh(sizes):
         def sample(params, text, low):
             with sharding.layout(mesh):
                 keys = jax.random.split(jax.random.key(0), 1)
-                return stages.sample(config, stages.build_model(config), params, text, mask, keys, low=low)
+                return stages.sample(config, stages.build_model(config), params, text, mask, keys, low_res=low)
 
         return jax.jit(sample)(params, text, low)
 

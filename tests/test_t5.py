@@ -121,5 +121,5 @@ def test_small_wrong_encoder_files_are_named(tmp_path):
         text.load_encoder(config.text)
     config.text.checkpoint = ""
     config.text.ff = 128
-    with pytest.raises(text.UserError, match="of another model: its ff is 256, and config.text.ff = 128"):
+    with pytest.raises(text.UserError, match="another model's: its ff is 256, and config.text.ff = 128"):
         text.load_encoder(config.text)

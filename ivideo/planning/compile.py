@@ -135,7 +135,7 @@ def sampling_program(config, mesh):
 
     def sample(params, text, text_mask, keys, low):
         with sharding.layout(mesh):
-            return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), low=low)
+            return stages.sample(one, model, params, text, text_mask, jax.random.wrap_key_data(keys), low_res=low)
 
     params = _with_shardings(args[0], sharding.param_shardings(mesh, args[0]))
     rest = jax.tree.map(lambda s: _with_sharding(s, sharding.input_sharding(mesh, s.shape)), args[1:])

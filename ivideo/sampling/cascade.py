@@ -92,7 +92,7 @@ class StageSampler:
         with sharding.layout(self.mesh):
             keys = jax.random.wrap_key_data(keys)
             on_step = self._advance_progress if sys.stderr.isatty() else None
-            return stages.sample(self.config, self._model, params, text, mask, keys, low=low_res, on_step=on_step)
+            return stages.sample(self.config, self._model, params, text, mask, keys, low_res=low_res, on_step=on_step)
 
     def _advance_progress(self, _):
         if self._progress is not None:
