@@ -1,4 +1,4 @@
-"""The training step of one stage, a pure function. Sections 2.1, 2.4 and 2.6.
+"""The training step of a stage: the loss, the gradient, the optimizer and the average. Sections 2.1, 2.4 and 2.6.
 
 B batch · T video frames · K packed images · H, W height, width · L text tokens · D text channels
 """
@@ -17,22 +17,26 @@ from ivideo.diffusion import augment, conditioning, joint, process
 from ivideo.errors import UserError
 from ivideo.text import encode, from_bits
 
+# The average's decay after n steps is at most (1 + n) / (10 + n): it starts at 0.1 and grows towards config.train.ema
+EMA_WARMUP = (1.0, 10.0)
+ADAFACTOR_MIN_FACTORED = 128  # Optax's default: Adafactor does not factor smaller dimensions
+
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes, or distillation. Randomness is not here: it follows from the seed and the step."""
+    """The state of training or distillation. Random numbers are not part of it: they follow from seed and step."""
 
-    step: jax.Array  # updates done, int32 []
+    step: jax.Array  # number of steps done, int32 []
     params: dict
-    ema: dict  # the parameters' exponential moving average, what sampling uses; empty in distillation
+    ema: dict  # exponential moving average of the parameters, for sampling; empty in distillation
     opt_state: optax.OptState
-    skipped: jax.Array  # updates left out since their gradient was not finite, int32 []
+    skipped: jax.Array  # number of updates skipped because their gradient was not finite, int32 []
 
 
 def learning_rate(config) -> optax.Schedule:
-    """Step -> rate: linear warm-up, then constant or a cosine to zero at the last step."""
+    """The schedule, step -> learning rate: linear warm-up, then constant or a cosine decay to zero at the last step."""
     t = config.train
-    warmup = min(t.warmup, t.steps - 1)  # a cosine needs a step of its own
+    warmup = min(t.warmup, t.steps - 1)  # the cosine needs at least one step
     if t.decay == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, warmup, t.steps)
     return optax.join_schedules(
@@ -41,16 +45,16 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Adam or Adafactor behind a clip of the gradient's global norm. Its schedule needs `at_step` before an update."""
+    """Adam or Adafactor, after clipping the gradient's global norm. Call `at_step` on its state before an update."""
     rate = learning_rate(config)
     if config.train.optimizer == "adafactor":
         optimizer = optax.adafactor(
             rate,
-            # Updates here are already of the learning rate's scale: no second scaling by the parameters' size
+            # Updates have the learning rate's scale already
             multiply_by_parameter_scale=False,
-            # Factors a kernel [blocks, C, heads, head_dim] of attention over its two largest dimensions, one matrix a
-            # head. Optax's default of 128 would keep its second moments whole.
-            min_dim_size_to_factor=min(128, config.model.head_dim),
+            # So that attention's kernels [blocks, C, heads, head_dim] are factored over their two largest dimensions,
+            # which Optax's default of 128 would not do
+            min_dim_size_to_factor=min(ADAFACTOR_MIN_FACTORED, config.model.head_dim),
         )
     else:
         optimizer = optax.adam(rate)
@@ -58,10 +62,11 @@ def make_optimizer(config) -> optax.GradientTransformation:
 
 
 def at_step(opt_state, step):
-    """The optimizer's state with the schedule's count at the training's step.
+    """The optimizer's state, with the count of its learning rate schedule set to `step`.
 
-    Optax counts the updates that were applied. That is right for the moments' bias correction, but a schedule that
-    stood still at each update that is left out would apply another rate than is logged, and never reach its end.
+    Optax counts applied updates. That is correct for the bias correction of the moments. But the schedule must also
+    advance at skipped updates. Otherwise the applied rate would differ from the logged one, and the schedule would
+    never reach its end.
     """
 
     def of_schedule(path, _):
@@ -71,20 +76,20 @@ def at_step(opt_state, step):
 
 
 def init_state(config, params=None) -> TrainState:
-    """The state before the first step: of the parameters given, or of those that `config.seed` draws."""
+    """The state before the first step, with the given parameters or with random ones from `config.seed`."""
     if params is None:
         params = stages.init_params(config, jax.random.key(config.seed))
     opt_state = make_optimizer(config).init(params)
-    # Every leaf is an array of its own: an array that is there twice cannot be donated
+    # Every leaf is a separate array, because an array cannot be donated twice
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
     return TrainState(step, params, jax.tree.map(jnp.copy, params), opt_state, skipped)
 
 
 def embed(text_module, text_params, batch, mesh=None):
-    """What the frozen encoder makes of a batch's tokens: `text` [B, L, D], and `image_text` [B, K, L, D] of images.
+    """A batch's embeddings from the frozen encoder: `text` [B, L, D], and with images `image_text` [B, K, L, D].
 
-    A program of its own, before the step: the encoder is larger than most stages and is not trained with them. Without
-    one, the batch has `text` from a cache.
+    This is a separate program before the step, because the encoder is larger than most stages and is not trained.
+    Without an encoder, the batch has embeddings from a cache.
     """
     if text_module is None:
         return {name: from_bits(batch[name]) for name in ("text", "image_text") if name in batch}
@@ -96,18 +101,19 @@ def embed(text_module, text_params, batch, mesh=None):
 
 
 def check_batch(config, mesh) -> None:
-    """UserError where a batch cannot be split over the mesh, or over the processes that its devices are of."""
+    """UserError if a batch cannot be split over the mesh, or over the processes of its devices."""
     parts, size = sharding.batch_parts(mesh), config.train.batch_size
     if size % (parts * config.train.accumulate):
         raise UserError(
-            f"config.train.batch_size = {size} in config.train.accumulate = {config.train.accumulate} parts over "
-            f"{parts} devices (config.train.mesh.data × fsdp): choose a multiple of {parts * config.train.accumulate}"
+            f"config.train.batch_size = {size} cannot be split over {parts} devices "
+            f"in config.train.accumulate = {config.train.accumulate} parts: choose a "
+            f"multiple of {parts * config.train.accumulate} (config.train.mesh.data × fsdp × accumulate)"
         )
     sharding.process_parts(mesh)
 
 
 def batch_shapes(config) -> dict:
-    """Shapes of a batch as the training step takes it, over all processes."""
+    """Shapes of a batch of the training step, over all processes."""
     size, images, text = config.train.batch_size, config.data.num_images, config.text
     frames, *pixels = stages.training_shape(config)
 
@@ -126,22 +132,22 @@ def batch_shapes(config) -> dict:
 
 
 def state_shapes(config) -> TrainState:
-    """Shapes of the training state; nothing is allocated."""
+    """Shapes of the training state. Nothing is allocated."""
     return jax.eval_shape(lambda: init_state(config))
 
 
 def model_flops(config) -> int:
-    """The model's FLOPs of a training step over all devices, without those that rematerialisation does again."""
+    """The model's FLOPs per training step over all devices, without those of rematerialization."""
     plain = config.copy_and_resolve_references()
     plain.model.remat = "none"
     return flops.count(make_train_step(plain), state_shapes(plain), batch_shapes(plain))
 
 
 def draws(key, count: int) -> dict:
-    """What is random of each of a batch's samples: its `time` [count] and a `key` [count] for all else.
+    """The random numbers of a batch: per sample its `time`, and a `key` for everything else, both [count].
 
-    Times are t ~ U(0, 1) each, spread evenly over the batch (arXiv 2107.00630, Appendix I). A sample's draws do not
-    depend on the parts that a batch is split into.
+    Each time is t ~ U(0, 1), and the times are spread evenly over the batch (arXiv 2107.00630, Appendix I). They do not
+    depend on how the batch is split into parts.
     """
     key_time, key_samples = jax.random.split(key)
     time = (jax.random.uniform(key_time) + jnp.arange(count) / count) % 1.0
@@ -149,21 +155,21 @@ def draws(key, count: int) -> dict:
 
 
 class Example(NamedTuple):
-    """What a network is trained on: a batch as the pipeline makes it with all that is random of it, but the times."""
+    """The inputs of a network in training: a batch of the pipeline with its random numbers, except the times."""
 
     video: jax.Array  # [B, T + K, H, W, 3], packed with its images
     eps: jax.Array  # noise, the same shape
     text: jax.Array  # [B, (1 + K,) L, D]
-    mask: jax.Array  # [B, (1 + K,) L], all False for a text that was left out
-    given: dict  # the network's other arguments by name: num_images, and of super-resolution cond, aug_logsnr
-    weights: np.ndarray | None  # of the frames in the loss, [T + K]
+    mask: jax.Array  # [B, (1 + K,) L], all False for a dropped text
+    given: dict  # the network's other arguments: num_images; for super-resolution cond, aug_logsnr
+    weights: np.ndarray | None  # weights of the frames in the loss, [T + K]
 
 
 def example(config, batch, keys) -> Example:
-    """A batch with its texts embedded (`embed`), ready for the network. `keys` [B]: one per sample, see `draws`.
+    """The network's inputs from a batch with embedded texts (`embed`). `keys` [B]: one per sample (`draws`).
 
-    Each text is left out with the same chance, a video's and those of the images packed behind it independently of one
-    another (Section 2.6.1).
+    Each text is dropped with the same probability. The texts of a video and of its packed images are dropped
+    independently (Section 2.6.1).
     """
     key_noise, key_text, key_cond = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     video, text, mask = batch["video"], batch["text"], batch["token_mask"]
@@ -187,7 +193,7 @@ def example(config, batch, keys) -> Example:
 
 
 def batch_loss(config, model, params, batch, drawn):
-    """The mean denoising loss of a batch (see `example`), a float32 number. `drawn`: what is random of it (`draws`)."""
+    """The mean denoising loss of a batch (see `example`), a float32 number. `drawn`: its random numbers (`draws`)."""
     logsnr = stages.logsnr_fn(config)(drawn["time"])
     video, eps, text, mask, given, weights = example(config, batch, drawn["key"])
     v_fn = stages.denoiser(model, params, text, mask, **given)
@@ -196,44 +202,44 @@ def batch_loss(config, model, params, batch, drawn):
 
 
 def mean_loss(config, losses, *, kind: str):
-    """The mean of losses [B] of one kind, that of x in units of the data's spread.
+    """The mean of losses [B]. The loss of x is divided by the data's variance.
 
-    Else its gradients shrink with the square of the spread, to below Adam's epsilon.
+    Otherwise its gradients would shrink with that variance, to below Adam's epsilon.
     """
     loss = losses.mean()
     return loss / config.model.data_std**2 if kind == "x" else loss
 
 
 def conditioning_inputs(config, batch, keys):
-    """What a super-resolution stage is given in training: a batch's own clips, reduced, through noise of random levels.
+    """The conditioning of a super-resolution stage in training: the batch's own clips, downsampled and with noise.
 
-    One level a clip (Section 2.5), and where the config asks one blur; a packed image is conditioned on itself, with
-    its clip's level and blur. `keys` [B]: one a sample. Returns the network's `cond` [B, T + K, H, W, C] and
-    `aug_logsnr` [B].
+    Each clip has one random noise level (Section 2.5), and one random blur if the config sets it. A packed image is
+    conditioned on itself, with the level and blur of its clip. `keys` [B]: one per sample. Returns the network's `cond`
+    [B, T + K, H, W, C] and `aug_logsnr` [B].
     """
     split = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
     key_level, key_video, key_images, key_blur = jnp.moveaxis(split, 1, 0)
     sizes = stages.factors(config)
-    ends = {"logsnr_min": config.train.augmentation_min, "logsnr_max": config.diffusion.logsnr_max}
-    level = jax.vmap(lambda key: augment.random_level(key, 1, **ends)[0])(key_level)
-    # Squared: sharp clips have to be common enough to learn to keep them sharp
+    level_range = {"logsnr_min": config.train.augmentation_min, "logsnr_max": config.diffusion.logsnr_max}
+    level = jax.vmap(lambda key: augment.random_level(key, 1, **level_range)[0])(key_level)
+    # Squared, so that sharp clips are common enough for the network to learn to keep them sharp
     deviation = config.train.augmentation_blur * jax.vmap(jax.random.uniform)(key_blur) ** 2
 
-    def reduced(video, time):
-        low = conditioning.reduce(video, space=sizes["space"], time=time)
-        return augment.blur(low, deviation) if config.train.augmentation_blur else low
+    def downsample(video, time):
+        low_res = conditioning.reduce(video, space=sizes["space"], time=time)
+        return augment.blur(low_res, deviation) if config.train.augmentation_blur else low_res
 
-    cond = stages.conditioning_video(config, reduced(batch["video"], sizes["time"]), key_video, level)
+    cond = stages.conditioning_video(config, downsample(batch["video"], sizes["time"]), key_video, level)
     if "images" in batch:
-        low = reduced(batch["images"], 1)
-        cond = joint.pack(cond, stages.conditioning_video(config, low, key_images, level, time=1))
+        low_res = downsample(batch["images"], 1)
+        cond = joint.pack(cond, stages.conditioning_video(config, low_res, key_images, level, time=1))
     return {"cond": cond, "aug_logsnr": level}
 
 
 def make_train_step(config, mesh=None):
     """The pure step (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `mesh`: where activations are laid out, see `sharding.constrain`. See `updated` for updates that are left out.
+    `mesh`: the mesh for the layouts of activations (`sharding.constrain`). See `updated` for skipped updates.
     """
     model, optimizer, rate = stages.build_model(config), make_optimizer(config), learning_rate(config)
 
@@ -250,8 +256,9 @@ def make_train_step(config, mesh=None):
             def update(grads, state):
                 updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
                 params = optax.apply_updates(state.params, updates)
-                # The average of the first steps would be of the initial values alone
-                decay = jnp.minimum(config.train.ema, (1.0 + state.step) / (10.0 + state.step))
+                # Without a warm-up, the average would consist of the initial parameters for thousands of steps
+                first, second = EMA_WARMUP
+                decay = jnp.minimum(config.train.ema, (first + state.step) / (second + state.step))
                 ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
                 return state.replace(params=params, ema=ema, opt_state=opt_state)
 
@@ -261,15 +268,15 @@ def make_train_step(config, mesh=None):
 
 
 def step_key(config, step):
-    """The key of all that is random of a step: it follows from the seed and the step alone."""
+    """The random key of a step. It depends only on the seed and the step."""
     return jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
 
 def updated(state: TrainState, loss, grads, update, rate):
     """The state after a step, and the step's metrics. `update`: (gradients, state) -> state with the update applied.
 
-    An update whose loss or gradient is not finite is left out and counted in `skipped`; the step counts nonetheless, so
-    that the next one sees other data, and so does the learning rate `rate`, which follows the step.
+    An update whose loss or gradient is not finite is skipped, and counted in `skipped`. The step still counts: the next
+    step uses other data, and the learning rate `rate` advances.
     """
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -280,7 +287,7 @@ def updated(state: TrainState, loss, grads, update, rate):
 
 
 def mean_gradient(loss_fn, params, whole, *, parts: int):
-    """The loss of a batch and its gradient, from `parts` equal parts of it one after the other.
+    """The loss of a batch and its gradient, as the mean over `parts` equal parts that are computed one after another.
 
     `loss_fn`: (params, *part) -> number. `whole`: a tuple of trees of arrays [B, ...].
     """
@@ -290,8 +297,7 @@ def mean_gradient(loss_fn, params, whole, *, parts: int):
 
     if parts == 1:
         return loss_and_grads(whole)
-    # A part takes every parts-th sample: each device then keeps the samples that it has, and the times of a part
-    # are spread evenly too
+    # Part i has the samples i, i + parts, …: each device keeps its samples, and a part's times are spread evenly too
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), whole)
 
     def add(total, part):
