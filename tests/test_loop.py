@@ -251,7 +251,7 @@ with Watchdog(0.5) as watchdog:
 
 def test_small_batch_has_to_divide(tmp_path):
     config = run_config(**{"train.batch_size": 12})
-    with pytest.raises(UserError, match=r"batch_size = 12 cannot be split over 8 devices .* 1 parts: choose a multiple of 8"):
+    with pytest.raises(UserError, match=r"size = 12 cannot be split over 8 devices .* 1 parts: choose a multiple of 8"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
