@@ -1,6 +1,7 @@
 """Settings of all tests: eight CPU devices, fast compilation, and the absl flags that Grain reads."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -27,9 +28,25 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import flags
+import pytest
+from absl import app, flags
 
 flags.FLAGS.mark_as_parsed()
 # Where a shell runs the tests in the background, or nohup does, these are ignored, and a run leaves them so
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def command_line():
+    """A test may parse flags and run the command line: flags and loggers are afterwards as before."""
+    app.define_help_flags()
+    before = dict(flags.FLAGS._flags())
+    levels = {name: logging.getLogger(name).level for name in ("ivideo", "absl", "asyncio")}
+    yield
+    flags.FLAGS._flags().clear()
+    flags.FLAGS._flags().update(before)
+    for name in before:
+        flags.FLAGS[name].unparse()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

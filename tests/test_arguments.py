@@ -11,7 +11,7 @@ import sys
 
 import jax
 import pytest
-from absl import app, flags
+from absl import flags
 
 from ivideo import arguments, checks, files, main
 from ivideo.errors import UserError
@@ -21,19 +21,13 @@ SMALL = "configs/base.py:small"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, command_line):
     """An empty folder as the current one; flags and what a config imports are afterwards as before."""
     for name in ("configs", *(f"configs.{path.stem}" for path in (ROOT / "configs").glob("*.py"))):
         if name in sys.modules:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
-    app.define_help_flags()
-    before = dict(flags.FLAGS._flags())
-    yield tmp_path
-    flags.FLAGS._flags().clear()
-    flags.FLAGS._flags().update(before)
-    for name in before:
-        flags.FLAGS[name].unparse()
+    return tmp_path
 
 
 def parsed(*args):

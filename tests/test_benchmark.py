@@ -3,6 +3,7 @@
 import json
 
 import jax
+import light_network
 import pytest
 
 from configs import base
@@ -15,7 +16,7 @@ from ivideo.training import step
 @pytest.fixture(scope="module")
 def small():
     config = base.get_config("small")
-    config.sample.weight = 1.0
+    config.update_from_flattened_dict({**light_network.OPTIONS, "sample.weight": 1.0})
     return config
 
 

@@ -60,7 +60,7 @@ def test_small_paper_stages_have_the_published_sizes():
         assert set(stage.model.temporal) == {temporal}
 
 
-def test_small_paper_cascade_chains():
+def test_paper_cascade_chains():
     """Traced from noise to 128 × 768 × 1280: each stage takes what the one before it makes; every clip lasts 16/3 s."""
     low = None
     for config in cascade.select(cascade_config.get_config("paper")):
@@ -101,7 +101,7 @@ def test_small_part_of_the_cascade_is_chosen():
         cascade.select(config.stages.ssr1, "ssr1")
 
 
-def test_small_text_becomes_a_video_through_all_stages(small, tmp_path):
+def test_text_becomes_a_video_through_all_stages(small, tmp_path):
     """From a sentence to the last stage's file, the stages' own beside it."""
     out = tmp_path / "out"
     paths = generate.generate(small, PROMPTS, str(out), seed=3, in_folder=True, save_stages=True)

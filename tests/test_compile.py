@@ -85,7 +85,7 @@ def test_small_sampling_is_of_one_evaluation_of_the_distilled_network():
     assert low.shape == (1, 32, 192, 320, 3)
 
 
-def test_small_models_flops_of_a_step_are_three_forward_passes():
+def test_models_flops_of_a_step_are_three_forward_passes():
     """A backward pass costs two forward ones: each product has two gradients, but for the first layers' inputs."""
     config = ssr1.get_config()
     config.train.batch_size = 256
@@ -97,7 +97,7 @@ def test_small_models_flops_of_a_step_are_three_forward_passes():
     assert step.model_flops(config) == plain
 
 
-def test_small_programs_run_as_they_are_compiled():
+def test_programs_run_as_they_are_compiled():
     """On this machine's devices, at the smallest size: the same programs, their results laid out as asked."""
     config = tsr_small()
     mesh = sharding.make_mesh({"fsdp": 2, "frames": 2, "height": 2})

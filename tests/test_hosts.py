@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import light_network
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ RUN = [
     "--config.train.learning_rate=3e-3",
     "--config.train.mesh.data=1",
     "--config.train.mesh.fsdp=-1",
+    *light_network.ARGUMENTS,
 ]
 
 
@@ -92,7 +94,7 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize("count", [2])
-def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count):
+def test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count):
     """Within a minute, with a message that says what to do; started again, the run ends as if nothing had happened."""
     workdir = tmp_path / "run"
     processes = start(workdir, count)
@@ -119,10 +121,10 @@ def test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path
 @pytest.mark.parametrize("count", [4])
 def test_four_processes(one, tmp_path, count):
     """The same with four, which takes minutes on two cores."""
-    test_small_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count)
+    test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count)
 
 
-def test_small_a_notice_to_one_process_stops_all_of_them(one, tmp_path):
+def test_a_notice_to_one_process_stops_all_of_them(one, tmp_path):
     """SIGTERM to the second of two: both save the same step and leave with 75; the run goes on in one process."""
     workdir = tmp_path / "two"
     processes = start(workdir, 2)
@@ -162,13 +164,13 @@ def start_shuffled(workdirs) -> list[subprocess.Popen]:
     return processes
 
 
-def test_small_processes_whose_parts_are_not_in_a_row(one, tmp_path):
+def test_processes_whose_parts_are_not_in_a_row(one, tmp_path):
     workdir = tmp_path / "run"
     assert wait(start_shuffled([workdir, workdir])) == [0, 0], logs(workdir, 2)
     assert_same(losses(workdir), one)
 
 
-def test_small_folders_that_are_not_shared_are_refused(tmp_path):
+def test_folders_that_are_not_shared_are_refused(tmp_path):
     """Each process with a folder of its own, as machines without shared storage have."""
     workdirs = [tmp_path / "a", tmp_path / "b"]
     assert wait(start_shuffled(workdirs), 100) == [2, 2]

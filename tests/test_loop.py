@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import light_network
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def run_config(**changes):
     config = base.get_config("small")
-    config.update_from_flattened_dict({"train.learning_rate": 3e-3, **changes})
+    config.update_from_flattened_dict({**light_network.OPTIONS, "train.learning_rate": 3e-3, **changes})
     return config
 
 

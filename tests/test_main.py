@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ivideo import main
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--config=configs/base.py:small"
 DEMO = "--config=configs/base.py:demo"
@@ -62,14 +64,33 @@ def ivideo(*arguments, **options):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **options)
 
 
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name != "mesh"])  # that one is of a single device
+def test_small_mistakes_are_one_line(name, tmp_path, command_line, monkeypatch, capsys, caplog):
+    def in_this_process(*arguments):
+        code, said = main.main(["ivideo", *arguments]), capsys.readouterr()
+        logged = [record.getMessage() for record in caplog.records]
+        return code, "\n".join([*logged, said.err])
+
+    monkeypatch.chdir(ROOT)
+    check_mistake(name, tmp_path, in_this_process)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_small_mistakes_are_one_line(name, tmp_path):
+def test_mistakes_are_one_line_of_a_process(name, tmp_path):
+    def in_its_own(*arguments):
+        done = ivideo(*arguments)
+        return done.returncode, done.stderr
+
+    check_mistake(name, tmp_path, in_its_own)
+
+
+def check_mistake(name, tmp_path, run):
     arguments, wanted = MISTAKES[name]
     (tmp_path / "old.mp4").write_bytes(b"kept")
-    done = ivideo(*(a.format(tmp=tmp_path) for a in arguments))
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+    code, said = run(*(a.format(tmp=tmp_path) for a in arguments))
+    assert code == 2, said
+    lines = said.strip().splitlines()
+    assert len(lines) == 1, said
     for part in wanted:
         assert part.format(tmp=tmp_path) in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == ["old.mp4"]  # nothing was written

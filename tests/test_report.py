@@ -6,6 +6,7 @@ import resource
 import shutil
 
 import jax
+import light_network
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +19,9 @@ from ivideo.training.board import TensorBoardLog
 
 def run_config(**changes):
     config = base.get_config("small")
-    config.update_from_flattened_dict({"train.steps": 6, "train.checkpoint_every": 3, **changes})
+    config.update_from_flattened_dict(
+        {**light_network.OPTIONS, "train.steps": 6, "train.checkpoint_every": 3, **changes}
+    )
     return config
 
 

@@ -152,7 +152,7 @@ def outcome(workdir):
     return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state)), losses
 
 
-def test_small_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_path):
+def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_path):
     """kill -9, then SIGTERM, then to the end: params, EMA, optimizer and every loss bit for bit those of one run."""
     assert interrupt(start(tmp_path), tmp_path, 11, signal.SIGKILL) == -signal.SIGKILL
     killed_at = len((tmp_path / "metrics.jsonl").read_text().splitlines())

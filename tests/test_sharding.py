@@ -88,7 +88,7 @@ def test_small_state_of_a_paper_sized_stage_is_fully_sharded():
     assert size["whole"] < 0.01 * size["split"]
 
 
-def test_small_compiled_step_keeps_the_layouts(monkeypatch):
+def test_compiled_step_keeps_the_layouts(monkeypatch):
     """What the compiled program itself says of its arguments and results, and its communication."""
     monkeypatch.setattr(sharding, "MIN_SHARDED", 1)
     config = base.get_config("small")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import fake_bucket
+import light_network
 import numpy as np
 import pytest
 import t5_files as files
@@ -105,7 +106,7 @@ def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
 def test_small_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, monkeypatch):
     config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
     config.text.checkpoint = None  # the encoder is not there
-    config.train.steps = config.train.log_every = 2
+    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 2, "train.log_every": 2})
     state = loop.train(config, str(tmp_path / "workdir"))
     assert int(state.step) == 2 and int(state.skipped) == 0
 
@@ -238,7 +239,7 @@ def test_small_shards_that_are_not_whole_are_named(damage, end, message, config,
     assert contents(made(config, tmp_path)) == whole
 
 
-def test_small_two_processes_make_the_same_files(config, tmp_path):
+def test_two_processes_make_the_same_files(config, tmp_path):
     """Each some of the shards; and with folders of their own they are told."""
     captions = tmp_path / "captions.txt"
     text_speed.write_captions(captions, 9000)

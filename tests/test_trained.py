@@ -5,6 +5,7 @@ import os
 import shutil
 
 import jax
+import light_network
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def run(tmp_path_factory):
     """A run of two steps."""
     workdir = str(tmp_path_factory.mktemp("run"))
     config = base.get_config("small")
-    config.train.steps = config.train.checkpoint_every = 2
+    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 2, "train.checkpoint_every": 2})
     train(config, workdir, devices=jax.devices()[:1])
     return config, workdir
 

@@ -412,6 +412,7 @@ def test_small_input_reads_no_more_frames_than_the_stage_takes(tmp_path, monkeyp
 def test_small_frames_that_were_read_are_let_go_without_the_garbage_collector():
     data = files.with_matrix(files.coded(np.concatenate([files.counting(24)] * 2)), files.UPSIDE_DOWN)
     gc.collect()
+    gc.freeze()  # get_objects() is to list what is made from here on
     gc.disable()
     try:
         alive = [
@@ -420,6 +421,7 @@ def test_small_frames_that_were_read_are_let_go_without_the_garbage_collector():
         ]
     finally:
         gc.enable()
+        gc.unfreeze()
     assert len(alive) == 48 and max(alive) < 24  # those that one packet yields, at the end
 
 
