@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 
 from ivideo.errors import UserError
 from ivideo.training import goodput
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Log:
@@ -224,4 +227,4 @@ def test_small_report_without_a_run(tmp_path):
 
 def test_small_goodput_needs_no_jax():
     code = "import sys; import ivideo.training.goodput; assert not {'jax', 'numpy'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

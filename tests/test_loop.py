@@ -114,9 +114,9 @@ def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, m
 
 def test_small_peaks_are_known_by_the_devices_names():
     device = collections.namedtuple("Device", "device_kind")
-    assert of_device(device("TPU v5 lite")) is CHIPS["v5e"]
-    assert of_device(device("TPU v5p")) is of_device(device("TPU v5")) is CHIPS["v5p"]
-    assert of_device(device("TPU v6 lite")) is CHIPS["v6e"]
+    assert of_device(device("TPU v5 lite")) == CHIPS["v5e"]
+    assert of_device(device("TPU v5p")) == of_device(device("TPU v5")) == CHIPS["v5p"]
+    assert of_device(device("TPU v6 lite")) == CHIPS["v6e"]
     assert of_device(device("TPU7x")) == CHIPS["tpu7x"].device()  # half a chip
     assert of_device(device("cpu")) is None
 
