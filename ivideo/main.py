@@ -111,8 +111,9 @@ flags.DEFINE_string("topology", None, "TPU slice for mode compile, such as v5e:4
 flags.DEFINE_enum(
     "what",
     "train",
-    ("train", "sample", "text"),
-    "Program for mode compile: a training step, a sampling step, or the text encoder.",
+    ("train", "distill", "distill-guidance", "distill-round", "sample", "text"),
+    "Program for mode compile: a training step, a distillation step (of the first phase and of a later one, or one of "
+    "the two), a sampling step, or the text encoder.",
 )
 flags.DEFINE_float(
     "effort",

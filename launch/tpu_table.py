@@ -39,6 +39,7 @@ TRAIN = {
 LARGE = {"v5p:4x4x4": {"accumulate": 4}}
 # More options for single stages
 SINGLE = {"v5e:16x16": {"tsr3": {"accumulate": 4, "mesh.height": 4}}}
+DISTILL = ("v5p:4x4x4",)
 TEXT = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
 
 
@@ -49,15 +50,21 @@ def rows():
             yield f"sample {stage} {topology}", [f"--config=configs/{stage}.py", "--what=sample"]
     for topology in TEXT:
         yield f"text t5_xxl {topology}", ["--config=configs/base.py", "--what=text"]
-    for topology, options in TRAIN.items():
-        for stage in STAGES:
-            stage_options = options | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
-            stage_options |= SINGLE.get(topology, {}).get(stage, {})
-            values = [f"--config.train.{name}={value}" for name, value in stage_options.items()]
-            yield (
-                f"train {stage} {topology}",
-                [f"--config=configs/{stage}.py", "--what=train", f"--config.train.batch_size={BATCH}", *values],
-            )
+    for what, topologies in (("train", TRAIN), ("distill-guidance", DISTILL), ("distill-round", DISTILL)):
+        for topology in topologies:
+            yield from _training_rows(what, topology)
+
+
+def _training_rows(what: str, topology: str):
+    """The rows of a step that updates parameters, for all stages on one slice."""
+    for stage in STAGES:
+        options = TRAIN[topology] | (LARGE.get(topology, {}) if stage in ("ssr2", "tsr2", "tsr3") else {})
+        options |= SINGLE.get(topology, {}).get(stage, {})
+        values = [f"--config.train.{name}={value}" for name, value in options.items()]
+        yield (
+            f"{what} {stage} {topology}",
+            [f"--config=configs/{stage}.py", f"--what={what}", f"--config.train.batch_size={BATCH}", *values],
+        )
 
 
 def compile_row(name: str, arguments: list[str]) -> dict:
@@ -85,6 +92,8 @@ def tables(found: dict) -> str:
     parts = []
     for what, topologies, title in (
         ("train", TRAIN, f"A training step, {BATCH} videos"),
+        ("distill-guidance", DISTILL, f"A step of the first phase of distillation (guidance), {BATCH} videos"),
+        ("distill-round", DISTILL, f"A step of a later phase of distillation, {BATCH} videos"),
         ("sample", SAMPLE, "A sampling step of the distilled stage, one video (one evaluation of the network)"),
         ("text", TEXT, "The text encoder in bfloat16, 256 texts of 256 tokens"),
     ):

@@ -1,6 +1,7 @@
 """Compiling for TPU slices without a TPU. Tests that need libtpu are skipped without it."""
 
 import ast
+import functools
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ import jax
 import pytest
 
 from configs import base, ssr1, tsr2
+from ivideo import stages
 from ivideo.devices import sharding
 from ivideo.devices.chips import CHIPS, of_device, slice_of
 from ivideo.errors import UserError
@@ -97,6 +99,37 @@ def test_models_flops_of_a_step_are_three_forward_passes():
     assert step.model_flops(config) == plain
 
 
+@pytest.mark.parametrize("what", ["distill-guidance", "distill-round"])
+def test_a_step_of_distillation_is_five_forward_passes(what):
+    """Two of the teacher, with and without text or at two times, and three of the student as in training."""
+    config = ssr1.get_config()
+    config.train.batch_size = 256
+    config.data.num_images = 0
+    forward = 256 * describe.forward_flops(config)
+    assert 4.98 < compile.count_flops(config, what) / forward < 5.01
+
+
+def test_small_programs_of_distillation_keep_the_states_layout(monkeypatch):
+    """The teacher is laid out as the student is, in its own type, and is not donated."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1)  # else nothing of a network this small is split
+    config = tsr_small()
+    config.distill.teacher_dtype = "bfloat16"
+    mesh = sharding.make_mesh({"fsdp": 8})
+    for what in compile.DISTILL:
+        _, (state, teacher, _, steps), (where, _), donated = compile.PROGRAMS[what](config, mesh)
+        assert donated == (0,) and steps.shape == () and state.ema == {}
+        jax.tree.map(lambda leaf, place: leaf.sharding == place or pytest.fail(f"{leaf} {place}"), state, where)
+        assert ("guidance_embedding" in teacher) == (what == "distill-round")
+        for path, leaf in jax.tree.leaves_with_path(teacher):
+            student = functools.reduce(lambda node, key: node[key.key], path, state.params)
+            assert leaf.dtype == "bfloat16" and leaf.sharding == student.sharding
+
+
+def test_small_a_student_is_no_config_to_distil_from():
+    with pytest.raises(UserError, match="choose the variant without _distilled"):
+        compile.check_what(stages.distilled(base.get_config("small")), "distill-round")
+
+
 def test_programs_run_as_they_are_compiled():
     """On this machine's devices, at the smallest size: the same programs, their results laid out as asked."""
     config = tsr_small()
@@ -163,6 +196,18 @@ def test_small_table_and_json(tmp_path):
     assert any(name.startswith("all-reduce") for name in found["collectives"])
     again = ivideo(*arguments)
     assert again.returncode == 2 and "exists" in again.stderr
+
+
+@libtpu
+def test_small_both_steps_of_distillation_compile(tmp_path):
+    out = tmp_path / "found.json"
+    done = ivideo("--config=configs/base.py:small", "--topology=v5e:2x2", "--what=distill", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for what in ("distill-guidance", "distill-round"):
+        assert f"base:small, a step to {what} on v5e:2x2 (4 chips: data 4), batch 8" in done.stdout
+    found = json.loads(out.read_text())
+    assert {name: row["what"] for name, row in found.items()} == {name: name for name in compile.DISTILL}
+    assert found["distill-round"]["memory"]["peak"] < 16 * 2**30
 
 
 @libtpu

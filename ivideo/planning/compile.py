@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ivideo import stages
+from ivideo import checks, stages
 from ivideo.devices import flops, sharding
 from ivideo.devices.chips import CHIPS, slice_of
 from ivideo.errors import UserError
@@ -23,21 +23,32 @@ from ivideo.files import refuse_existing, write_json
 from ivideo.planning.describe import columns, forward_flops, human, human_flops
 from ivideo.planning.hlo import Program
 from ivideo.text import encode, encoder_module
-from ivideo.training import step
+from ivideo.training import distill_step, step
 
 # Lowest optimization effort: compiling takes minutes instead of an hour on two cores. The compiler then keeps no
 # activations in on-chip memory between operations, so the bytes are an upper estimate
 EFFORT = -1.0
 # Options that make libtpu describe the same devices as jax finds on a real slice: a v4 chip's two cores are one device
 LIBTPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+# The programs of distillation, and the kind of student of each. A stochastic student's step costs the same
+DISTILL = {"distill-guidance": "guidance", "distill-round": "deterministic"}
 
 
 def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json=False, out=None, overwrite=False):
-    """Prints the result of `measure` as a table or as JSON, writes it to `out` as JSON, and returns it."""
+    """Prints the result of `measure` as a table or as JSON, writes it to `out` as JSON, and returns it.
+
+    `what`: as in `measure`, or 'distill' for both steps of distillation. The JSON is then an object of both results.
+    """
     if out is not None:
         refuse_existing([out], overwrite=overwrite)
-    found = measure(config, topology, what=what, effort=effort)
-    print(json.dumps(found, indent=2) if as_json else table(found))
+    both = {}
+    for program in DISTILL if what == "distill" else (what,):
+        both[program] = measure(config, topology, what=program, effort=effort)
+        if not as_json:
+            print(table(both[program]) + "\n" * (what == "distill"), flush=True)
+    found = both if what == "distill" else both[what]
+    if as_json:
+        print(json.dumps(found, indent=2))
     if out is not None:
         write_json(out, found)
     return found
@@ -46,22 +57,24 @@ def compile_stage(config, topology: str, *, what="train", effort=EFFORT, as_json
 def measure(config, topology: str, *, what: str = "train", effort: float = EFFORT) -> dict:
     """Compiles one program for a slice and returns its memory, FLOPs, memory traffic, communication and roofline.
 
-    `what`: 'train' is the training step, 'sample' is one step of the distilled sampler for one video, 'text' is the
-    text encoder for `config.text.batch` texts of maximum length.
+    `what`: 'train' is the training step, 'distill-guidance' a step of the first phase of distillation, 'distill-round'
+    a step of a later phase, 'sample' one step of the distilled sampler for one video, 'text' the text encoder for
+    `config.text.batch` texts of maximum length.
     `topology`: a slice's name, such as v5p:4x4x4. The mesh is `config.train.mesh`, `sample.mesh` or `text.mesh`.
     In the result, `flops`, `bytes`, `memory` and `peaks` are per device, which is a chip, or half a chip of TPU7x.
     `model_flops` are those of all devices together (`ivideo.devices.flops`), without rematerialization.
     UserError if Google offers no such slice, if the mesh or the batch does not fit it, or if the program does not fit
     the devices' memory; the message then suggests changes.
     """
+    check_what(config, what)
     devices, chip = topology_devices(topology)
-    mesh = sharding.make_mesh(config[what].mesh, devices)
-    if what == "train":
+    trains = what in ("train", *DISTILL)
+    mesh = sharding.make_mesh(config["train" if trains else what].mesh, devices)
+    if trains:
         step.check_batch(config, mesh)
-    program = {"train": training_program, "sample": sampling_program, "text": text_program}[what]
-    fn, args, out_shardings, donated = program(config, mesh)
+    fn, args, out_shardings, donated = PROGRAMS[what](config, mesh)
     model_flops = count_flops(config, what)
-    params = args[0].params if what == "train" else args[0]
+    params = args[0].params if trains else args[0]
     began = time.perf_counter()
     lowered = jax.jit(fn, donate_argnums=donated, out_shardings=out_shardings).lower(*args)
     try:
@@ -82,9 +95,9 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
         "stage": config.stage, "variant": config.variant, "what": what,
         "topology": topology, "chip": chip, "chips": len(devices) // CHIPS[chip].devices, "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "batch": {"train": config.train.batch_size, "sample": 1, "text": config.text.batch}[what],
-        "accumulate": config.train.accumulate if what == "train" else 1,
-        "remat": config.model.remat if what == "train" else "none",
+        "batch": config.train.batch_size if trains else {"sample": 1, "text": config.text.batch}[what],
+        "accumulate": config.train.accumulate if trains else 1,
+        "remat": config.model.remat if trains else "none",
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         "model_flops": model_flops, "flops": program.flops, "bytes": program.bytes,
         "memory": {
@@ -97,6 +110,12 @@ def measure(config, topology: str, *, what: str = "train", effort: float = EFFOR
         "mfu_bound": model_flops / (len(devices) * peak.flops * roofline),
         "compile_seconds": seconds, "effort": effort, "jax": jax.__version__,
     }  # fmt: skip
+
+
+def check_what(config, what: str) -> None:
+    """UserError where a step that updates parameters is asked for of a student's config."""
+    if what in ("train", *DISTILL):
+        checks.check_original(config)
 
 
 def topology_devices(topology: str):
@@ -126,6 +145,17 @@ def training_program(config, mesh):
     batch = _with_shardings(batch, sharding.batch_shardings(mesh, batch))
     results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     return step.make_train_step(config, mesh), (state, batch), results, (0,)
+
+
+def distillation_program(kind: str, config, mesh):
+    """As `training_program`, of the step of distillation that makes a student of this kind."""
+    state, teacher = distill_step.state_shapes(config), distill_step.teacher_shapes(config, kind)
+    batch = step.batch_shapes(config)
+    state, teacher = (_with_shardings(tree, sharding.param_shardings(mesh, tree)) for tree in (state, teacher))
+    batch = _with_shardings(batch, sharding.batch_shardings(mesh, batch))
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    results = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
+    return distill_step.make_distill_step(config, mesh, kind), (state, teacher, batch, steps), results, (0,)
 
 
 def sampling_program(config, mesh):
@@ -191,7 +221,17 @@ def count_flops(config, what: str) -> int:
     if what == "text":
         fn, shapes = _text_encoder(config)
         return flops.count(fn, *shapes)
+    if what in DISTILL:
+        return distill_step.model_flops(config, DISTILL[what])
     return step.model_flops(config) if what == "train" else forward_flops(one_step(config))
+
+
+PROGRAMS = {
+    "train": training_program,
+    **{what: functools.partial(distillation_program, kind) for what, kind in DISTILL.items()},
+    "sample": sampling_program,
+    "text": text_program,
+}
 
 
 def _with_shardings(shapes, shardings):
@@ -210,8 +250,11 @@ def _does_not_fit(error, config, topology: str, what: str) -> Exception:
         return error
     numbers = f": {used[1]} of {used[2]} per device" if used else ""
     change = {
-        "train": "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames "
-        "split over devices (config.train.mesh.height, frames)",
+        **dict.fromkeys(
+            ("train", *DISTILL),
+            "a larger slice, a larger config.train.accumulate, config.model.remat='full', or rows and frames "
+            "split over devices (config.train.mesh.height, frames)",
+        ),
         "sample": "a larger slice, more devices for config.sample.mesh.frames and height, or config.sample.window",
         "text": "a smaller config.text.batch, or split the parameters over devices (config.text.mesh.fsdp or tensor)",
     }[what]
