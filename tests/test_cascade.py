@@ -228,7 +228,7 @@ def test_small_windows_are_sampled_without_seams():
     config = cascade_config.get_config("small").stages.ssr3
     low = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 32, 3)).astype(np.float32)
     params = random_params(config)
-    options = {"seeds": [(0, 0)], "low": low}
+    options = {"seeds": [(0, 0)], "low_res": low}
     whole = cascade.sample_stage(config, params, PROMPTS[:1], **options)
     config.sample.window, config.sample.overlap = (0, 32, 64), (0, 16, 0)
     parts = cascade.sample_stage(config, params, PROMPTS[:1], **options)
