@@ -33,9 +33,7 @@ def test_small_no_images_is_the_video_alone(batch):
 def test_small_each_frame_finds_its_own_text(batch):
     text, mask = joint.pack_text(batch["text"], batch["text_mask"], batch["image_text"], batch["image_text_mask"])
     assert text.shape == (2, 4, 5, 6)
-    segments = joint.frame_segments(4, 3)
-    np.testing.assert_array_equal(segments, [0, 0, 0, 0, 1, 2, 3])
-    for frame, segment in enumerate(segments):
+    for frame, segment in enumerate([0, 0, 0, 0, 1, 2, 3]):
         own_text = batch["text"] if frame < 4 else batch["image_text"][:, frame - 4]
         own_mask = batch["text_mask"] if frame < 4 else batch["image_text_mask"][:, frame - 4]
         np.testing.assert_array_equal(text[:, segment], own_text)

@@ -1,6 +1,7 @@
 """Rules of the code: imports go downward, configs are locked, and every config key is used."""
 
 import ast
+import contextlib
 import graphlib
 import pathlib
 import re
@@ -66,6 +67,25 @@ def test_small_imports_go_downward():
                 assert level(parts[1]) < level(name), (
                     f"{path.relative_to(ROOT)} imports {imported}, which is not below it"
                 )
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "allowed"),
+    [
+        ("diffusion", "from ivideo import errors", False),  # of the same level
+        ("diffusion", "from ivideo.models.unet import VideoUNet", False),
+        ("models", "import ivideo.stages", False),
+        ("training", "def late():\n    from ivideo.sampling import generate", False),
+        ("training", "from ivideo import stages\nfrom ivideo.training import step", True),
+        ("sampling", "from ivideo.diffusion import samplers", True),
+    ],
+)
+def test_small_an_import_upward_is_refused(folder, line, allowed, tmp_path, monkeypatch):
+    (tmp_path / "ivideo" / folder).mkdir(parents=True)
+    (tmp_path / "ivideo" / folder / "new.py").write_text(line)
+    monkeypatch.setattr("test_structure.ROOT", tmp_path)
+    with contextlib.nullcontext() if allowed else pytest.raises(AssertionError, match="is not below it"):
+        test_small_imports_go_downward()
 
 
 def test_small_no_two_modules_need_each_other():

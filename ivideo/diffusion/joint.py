@@ -26,7 +26,7 @@ def pack(video, images) -> jax.Array:
 
 
 def pack_text(text, text_mask, image_text, image_text_mask) -> tuple[jax.Array, jax.Array]:
-    """The texts of a packed sequence: the video's first, then one for each image.
+    """The texts of a packed sequence: the first is that of the video's frames, text k + 1 that of image k.
 
     Args:
       text: [B, L, D] of the video.
@@ -48,19 +48,6 @@ def pack_text(text, text_mask, image_text, image_text_mask) -> tuple[jax.Array, 
         jnp.concatenate([text[:, None], image_text], axis=1),
         jnp.concatenate([text_mask[:, None], image_text_mask], axis=1),
     )
-
-
-def frame_segments(num_frames: int, num_images: int) -> np.ndarray:
-    """The index in `pack_text` of each frame's text: 0 for the frames of the video, k + 1 for image k.
-
-    Args:
-      num_frames: T.
-      num_images: K.
-
-    Returns:
-      int32 [T + K].
-    """
-    return np.concatenate([np.zeros(num_frames, np.int32), np.arange(1, num_images + 1, dtype=np.int32)])
 
 
 def frame_weights(num_frames: int, num_images: int, image_weight: float) -> np.ndarray:
