@@ -97,7 +97,7 @@ def test_small_part_of_the_cascade_is_chosen():
         cascade.select(config, "ssr4")
     with pytest.raises(UserError, match="--from_stage=ssr2 comes after --to_stage=tsr1"):
         cascade.select(config, "ssr2", "tsr1")
-    with pytest.raises(UserError, match="the config is of ssr1 alone"):
+    with pytest.raises(UserError, match="but the config has only ssr1"):
         cascade.select(config.stages.ssr1, "ssr1")
 
 
