@@ -6,6 +6,7 @@ import wave
 
 import jax
 import jax.numpy as jnp
+import light_network
 import numpy as np
 import pytest
 
@@ -45,6 +46,14 @@ def small(monkeypatch):
     monkeypatch.setattr(trained, "load", lambda config, source, **_: random_params(config))
     monkeypatch.setattr(trained, "check", lambda config, source: "random")
     return config
+
+
+@pytest.fixture
+def light(small):
+    """The small cascade with light networks."""
+    for name in small.order:
+        small.stages[name].update_from_flattened_dict(light_network.OPTIONS)
+    return small
 
 
 def test_small_paper_stages_have_the_published_sizes():
@@ -115,7 +124,7 @@ def test_text_becomes_a_video_through_all_stages(small, tmp_path):
             assert (frames.shape, fps) == (size, stage.video.fps)
 
 
-def test_small_cascade_goes_a_group_at_a_time(small, tmp_path, monkeypatch):
+def test_small_cascade_goes_a_group_at_a_time(light, tmp_path, monkeypatch):
     """A stage's weights are loaded once for each group; files of a group are there before the next begins."""
     loads = []
 
@@ -124,20 +133,20 @@ def test_small_cascade_goes_a_group_at_a_time(small, tmp_path, monkeypatch):
         return random_params(config)
 
     monkeypatch.setattr(trained, "load", load)
-    small.sample.group = 2
-    for name in small.order:
-        small.stages[name].sample.batch = 2
-        small.stages[name].sample.steps = 1
+    light.sample.group = 2
+    for name in light.order:
+        light.stages[name].sample.batch = 2
+        light.stages[name].sample.steps = 1
     prompts = [*PROMPTS, "a green star"]
     options = {"from_stage": "base", "to_stage": "ssr1", "in_folder": True, "save_stages": True}
-    generate.generate(small, prompts, str(tmp_path / "out"), **options)
+    generate.generate(light, prompts, str(tmp_path / "out"), **options)
     assert loads == [("base", 0), ("tsr1", 2), ("ssr1", 4), ("base", 6), ("tsr1", 7), ("ssr1", 8)]
     wanted = {path.name: video_io.read_video(path)[0] for path in (tmp_path / "out").iterdir()}
     assert len(wanted) == 9
     (tmp_path / "out" / "001.mp4").unlink()
     (tmp_path / "out" / "002.base.mp4").unlink()
     loads.clear()
-    generate.generate(small, prompts, str(tmp_path / "out"), resume=True, **options)
+    generate.generate(light, prompts, str(tmp_path / "out"), resume=True, **options)
     assert [name for name, _ in loads] == ["base", "tsr1", "ssr1", "base"]  # of the second group the base alone
     for path in (tmp_path / "out").iterdir():
         np.testing.assert_array_equal(video_io.read_video(path)[0], wanted[path.name])
@@ -167,14 +176,14 @@ def test_small_given_video_is_blurred_as_the_config_says(small):
     )
 
 
-def test_small_video_of_the_user_is_enlarged(small, tmp_path, caplog):
+def test_small_video_of_the_user_is_enlarged(light, tmp_path, caplog):
     """ssr1 is given 8 frames of 8 × 8 at 6 a second; the clip has 30 of 48 × 64 at 20."""
     rng = np.random.default_rng(0)
     clip = tmp_path / "clip.mp4"
     video_io.write_video(clip, rng.uniform(-1, 1, (30, 48, 64, 3)).astype(np.float32), fps=20)
     with caplog.at_level("INFO", logger="ivideo"):
         paths = generate.generate(
-            small, PROMPTS[:1], str(tmp_path / "new.mp4"), from_stage="ssr1", to_stage="ssr2", input_path=str(clip)
+            light, PROMPTS[:1], str(tmp_path / "new.mp4"), from_stage="ssr1", to_stage="ssr2", input_path=str(clip)
         )
     assert (
         "is 48×64 at 20 fps: its first 1.33 seconds are resampled to 8 frames of 8×8 at 6 fps for ssr1" in caplog.text
@@ -261,9 +270,9 @@ def test_small_describe_names_what_a_stage_is_given():
     assert found["output"] == {"frames": 64, "height": 192, "width": 320}
 
 
-def test_small_evaluation_of_a_super_resolution_stage(small, capsys):
+def test_small_evaluation_of_a_super_resolution_stage(light, capsys):
     """What it is compared with is the trivial way back, measured here again."""
-    config = small.stages.tsr2
+    config = light.stages.tsr2
     found = evaluate.evaluate(config, clips=3)
     assert [shapes.held_out(shapes.parse_caption(row["caption"])) for row in found["clips"]] == [True] * 3
     frames, height, width, _ = stages.video_shape(config)

@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import light_network
 import numpy as np
 import pytest
 
@@ -20,11 +21,10 @@ from ivideo.weights import config_metadata, file_identity, load_params, save_par
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
 
 
-@pytest.fixture
-def stage():
+def small_stage(**changes):
     """A small stage whose every layer counts, without training."""
     config = base.get_config("small")
-    config.sample.weight = 2.0
+    config.update_from_flattened_dict({"sample.weight": 2.0, **changes})
     rng = np.random.default_rng(1)
     return config, jax.tree.map(
         lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config)
@@ -32,9 +32,14 @@ def stage():
 
 
 @pytest.fixture
-def exported(stage, tmp_path):
-    """That stage, its weights in a file."""
-    config, params = stage
+def stage():
+    return small_stage()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A stage of a light network, its weights in a file."""
+    config, params = small_stage(**light_network.OPTIONS)
     path = str(tmp_path / "base.safetensors")
     save_params(path, params, metadata=config_metadata(config), dtype=np.float32)
     return config, path
