@@ -286,7 +286,7 @@ def test_small_evaluation_of_a_super_resolution_stage(light, capsys):
     assert "| tsr2 | 3 | " in capsys.readouterr().out
 
 
-def test_small_shipped_weights_fit_their_configs():
+def test_shipped_weights_fit_their_configs():
     """All stages and the text encoder, under 40 MB, each of the network its config describes."""
     config = cascade_config.get_config("demo")
     folder = importlib.resources.files("ivideo") / "demo" / "weights"
@@ -300,7 +300,7 @@ def test_small_shipped_weights_fit_their_configs():
 
 
 @pytest.mark.parametrize("name, gain", [("tsr1", 3), ("ssr1", 3)])
-def test_small_shipped_stage_is_better_than_the_trivial_way(name, gain):
+def test_shipped_stage_is_better_than_the_trivial_way(name, gain):
     """By decibels on held-out captions; the later stages, which take longer, are measured by --mode=evaluate."""
     config = cascade_config.STAGES[name].get_config("demo")  # in a cascade its settings are for what a stage made
     table = evaluate.super_resolution(config, clips=2, seed=5)["table"]

@@ -45,7 +45,7 @@ def exported(tmp_path):
     return config, path
 
 
-def test_small_video_depends_on_its_seed_and_prompt_alone(stage):
+def test_video_depends_on_its_seed_and_prompt_alone(stage):
     """In a batch of three, of two and alone: the same video. Another seed or prompt: another."""
     config, params = stage
     seeds = [(7, 0), (7, 0), (7, 0)]
@@ -228,7 +228,7 @@ def test_small_weights_without_a_folder_are_the_demo_alone(tmp_path):
         trained.load(config, str(tmp_path))
 
 
-def test_small_shipped_base_follows_its_captions():
+def test_shipped_base_follows_its_captions():
     """Background, colour and motion of a caption from training and of a held-out one, at half the config's steps."""
     config = base.get_config("demo")
     config.sample.steps = 16

@@ -58,7 +58,7 @@ def test_small_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_other_da
     assert sorted(int(p.name) for p in (spiked / "checkpoints").iterdir()) == [8, 12]
 
 
-def test_small_a_run_killed_after_a_rollback_leaves_the_spikes_data_out_too(spiked, tmp_path):
+def test_a_run_killed_after_a_rollback_leaves_the_spikes_data_out_too(spiked, tmp_path):
     """Between the rollback and the next checkpoint: it ends as the one that was not killed."""
     asked, numbers = [], loop._numbers
 

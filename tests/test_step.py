@@ -68,17 +68,12 @@ def one_device(parts):
     return run_step(*parts, data=1)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_one_device_and_any_eight_agree(parts, one_device, sizes, monkeypatch):
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "frames": 2, "height": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_one_device_and_eight_agree(parts, one_device, sizes, monkeypatch):
     """The same loss and gradient norm to 1e-5 on any mesh: the noise does not depend on it."""
-    assert_eight_agree(parts, one_device, sizes, monkeypatch)
-
-
-def test_small_one_device_and_eight_agree(parts, one_device, monkeypatch):
-    assert_eight_agree(parts, one_device, {"fsdp": 2, "frames": 2, "height": 2}, monkeypatch)
-
-
-def assert_eight_agree(parts, one_device, sizes, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED", 1)  # else nothing of a network this small is split
     (one, metrics_one), (eight, metrics_eight) = one_device, run_step(*parts, **sizes)
     for name in ("loss", "grad_norm"):

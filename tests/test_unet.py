@@ -136,7 +136,7 @@ def test_small_no_gradient_flows_between_packed_images():
     np.testing.assert_array_equal(video[T:], 0)
 
 
-def test_small_scan_is_the_loop_over_its_blocks():
+def test_scan_is_the_loop_over_its_blocks():
     """Rolled, unrolled and rematerialised levels are the same function of the same parameters, gradients too."""
     level = dict(channels=(8,), blocks=(3,), strides=(1,), spatial_attention=(False,), cross_attention=(True,))
     level["temporal"] = ("convolution",)
