@@ -99,7 +99,7 @@ def test_small_a_report_that_fails_is_said_once(what, tmp_path, monkeypatch, cap
     REPORTS[what](monkeypatch)
     assert train(run_config(**{"train.sample_every": 2}), tmp_path) == 6
     warnings = [r.getMessage() for r in caplog.records if f"{what} cannot be written" in r.getMessage()]
-    assert len(warnings) == 1 and "(RuntimeError: out of order): the training goes on" in warnings[0]
+    assert len(warnings) == 1 and "(RuntimeError: out of order): the training continues" in warnings[0]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
 
 

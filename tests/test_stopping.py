@@ -67,7 +67,7 @@ def test_small_the_second_ctrl_c_ends_the_process_at_once_also_in_a_compile():
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     said = process.stderr.read()
-    assert said.startswith("interrupted again: what the run did since its newest checkpoint is lost; ")
+    assert said.startswith("interrupted again: the steps since the newest checkpoint are lost; ")
     assert said.count("\n") == 1
 
 

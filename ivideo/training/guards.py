@@ -1,4 +1,4 @@
-"""What guards a training run: signals to stop, a watchdog for steps that hang, the profiler of chosen steps."""
+"""Runs around the training loop: handling of stop signals, a watchdog for hanging steps, and a profiler."""
 
 import faulthandler
 import logging
@@ -14,19 +14,19 @@ from ivideo.devices import hosts
 
 log = logging.getLogger("ivideo")
 
-# Exit codes of runs that the same command takes up again, with `hosts.LOST`. 75 is EX_TEMPFAIL
-PREEMPTED = 75  # told to stop, and saved
+# Exit codes after which the same command continues the run; `hosts.LOST` is another. 75 is EX_TEMPFAIL
+PREEMPTED = 75  # the run received a stop signal, saved and stopped
 HUNG = 76  # a step took longer than config.train.hang_seconds
 
 NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopping:
-    """Whether the run has been told to stop by a signal: to this process, or to any of several, which then agree.
+    """Records that this process received a signal to stop. Several processes agree on the step after which they stop.
 
-    The signals are SIGTERM, Ctrl-C (SIGINT), a terminal that closes (SIGHUP), and those by which Slurm and its wrappers
-    tell of the end of a job (SIGUSR1, SIGUSR2). One that is ignored from the start stays so: nohup ignores SIGHUP. A
-    second Ctrl-C ends the process at once, also in the middle of a compile.
+    The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes), and SIGUSR1 and SIGUSR2, which Slurm and its
+    wrappers send before the end of a job. A signal that is ignored at the start stays ignored: nohup ignores SIGHUP.
+    A second Ctrl-C ends the process at once, also during a compilation.
     """
 
     def __init__(self):
@@ -37,11 +37,12 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             return self
         self._several = jax.process_count() > 1
-        # Of several processes jax's own preemption service has SIGTERM, and agrees on a step to stop at
+        # With several processes jax's preemption service handles SIGTERM, and makes them agree on a step to stop at
         for number in NOTICES[1:] if self._several else NOTICES:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._tell)
-        # Python calls a handler when the main thread is in Python again: a compile can take minutes
+        # Python runs a handler only when the main thread is back in Python, and a compilation takes minutes. So a
+        # thread reads the numbers of signals from a socket
         receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -62,15 +63,15 @@ class Stopping:
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
                     hosts.exit_at_once(
-                        hosts.INTERRUPTED, "interrupted again: what the run did since its newest checkpoint is lost; "
+                        hosts.INTERRUPTED, "interrupted again: the steps since the newest checkpoint are lost; "
                     )
                 if self._several:
                     self.tell()
-                again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
-                log.warning("%s: the run saves and stops%s", signal.Signals(number).name, again)
+                hint = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+                log.warning("%s: the run saves and stops%s", signal.Signals(number).name, hint)
 
     def tell(self) -> None:
-        """Tells the run to stop, as the signal does that jax's preemption service waits for."""
+        """Requests a stop, by sending this process the signal that jax's preemption service waits for."""
         os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
@@ -90,13 +91,13 @@ class Stopping:
 
 
 class Watchdog:
-    """Ends the process, with every thread's stack on stderr, when no step ends for `seconds`; 0 is never.
+    """Ends the process if no step ends for `seconds`, and prints the stack of every thread. With 0, it does nothing.
 
-    It begins to watch at the first `beat`, after the compile.
+    It starts watching at the first `beat`, which comes after the compilation.
     """
 
     def __init__(self, seconds: float):
-        self._seconds, self._last, self._over = seconds, None, threading.Event()
+        self._seconds, self._last, self._ended = seconds, None, threading.Event()
 
     def __enter__(self):
         if self._seconds:
@@ -104,45 +105,46 @@ class Watchdog:
         return self
 
     def beat(self) -> None:
+        """Reports that a step has ended."""
         self._last = time.monotonic()
 
     def _watch(self):
-        while not self._over.wait(min(self._seconds / 10, 1.0)):
+        while not self._ended.wait(min(self._seconds / 10, 1.0)):
             if self._last is not None and time.monotonic() - self._last > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
                 hosts.exit_at_once(HUNG, f"no step ended for {self._seconds:g} s (config.train.hang_seconds): ")
 
     def __exit__(self, *_):
-        self._over.set()
+        self._ended.set()
 
 
 class Profile:
-    """Records the steps from the first to the last of `steps` in WORKDIR/profile, for xprof; None records nothing."""
+    """Profiles the steps from `steps[0]` to `steps[1]` for xprof, in WORKDIR/profile. With None, it does nothing."""
 
     def __init__(self, workdir: str, steps: tuple[int, int] | None):
         self._folder, self._steps = os.path.join(workdir, "profile"), steps
-        self._on = self._done = False
+        self._running = self._ran = False
 
     def __enter__(self):
         return self
 
     def before(self, step: int) -> None:
-        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._on:
+        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._running:
             jax.profiler.start_trace(self._folder)
-            self._on = self._done = True
+            self._running = self._ran = True
 
     def after(self, step: int, metrics) -> None:
-        if self._on and step >= self._steps[1]:
+        if self._running and step >= self._steps[1]:
             jax.block_until_ready(metrics)
             self._stop()
 
     def _stop(self):
         jax.profiler.stop_trace()
-        self._on = False
-        log.info("profile of steps %d to %d in %s; look at it with `xprof %s`", *self._steps, *[self._folder] * 2)
+        self._running = False
+        log.info("the profile of steps %d to %d is in %s; view it with `xprof %s`", *self._steps, *[self._folder] * 2)
 
     def __exit__(self, *_):
-        if self._on:  # the training ended first
+        if self._running:  # the training ended first
             self._stop()
-        elif self._steps and not self._done:
-            log.warning("nothing is profiled: no step from %d to %d was done", *self._steps)
+        elif self._steps and not self._ran:
+            log.warning("nothing was profiled: the run had no step from %d to %d", *self._steps)

@@ -1,4 +1,4 @@
-"""What a training run reports: the progress line, TensorBoard, metrics.jsonl and events.jsonl."""
+"""Reports the progress of a training run: the progress line, TensorBoard, metrics.jsonl and events.jsonl."""
 
 import contextlib
 import json
@@ -19,9 +19,9 @@ log = logging.getLogger("ivideo")
 
 
 class Reporter:
-    """The progress line, TensorBoard, metrics.jsonl and events.jsonl. Of several processes the first one writes.
+    """Writes the progress line, TensorBoard, metrics.jsonl and events.jsonl. Only the first process writes.
 
-    A report that fails never ends a run: the first failure of each kind is a warning.
+    A report that fails does not end the run. The first failure of each kind is logged as a warning.
     """
 
     def __init__(self, config, workdir: str, mesh):
@@ -40,31 +40,33 @@ class Reporter:
 
     @contextlib.contextmanager
     def _reporting(self, what: str):
-        """Turns an error of the block into a warning, the first time that `what` fails."""
+        """Turns an error in the block into a warning. Only the first failure of `what` is logged."""
         try:
             yield
         except Exception as e:
             if what not in self._failed:
                 self._failed.add(what)
-                log.warning("%s cannot be written (%s: %s): the training goes on without", what, type(e).__name__, e)
+                log.warning(
+                    "%s cannot be written (%s: %s): the training continues without it", what, type(e).__name__, e
+                )
 
     def event(self, event: str, **fields) -> None:
-        """Adds a line to events.jsonl: what happened, when, and its numbers. None follows an event `end`."""
+        """Adds a line to events.jsonl: the event's name, its time and its numbers. Events after `end` are dropped."""
         if self._writes and not self._ended:
             self._ended = event == "end"
             with self._reporting(self._events.path):
                 self._events.add({"event": event, "time": time.time(), "clock": time.monotonic(), **fields})
 
     def begin(self, step: int) -> None:
-        """The state of `step` is there, and the loop begins."""
+        """Reports that the loop begins, with the state of `step`."""
         self._began, self._first, self._start = time.perf_counter(), step, step
 
     def waited(self, seconds: float) -> None:
-        """The loop waited for data."""
+        """Reports that the loop waited for data."""
         self._input += seconds
 
     def stepped(self, step: int, metrics) -> None:
-        """A step is on its way. The first one carries the compile, and is waited for."""
+        """Reports that a step was dispatched. Waits for the first one, which includes the compilation."""
         if self._compiled is None:
             jax.block_until_ready(metrics)
             self._compiled = self._mark = time.perf_counter()
@@ -76,30 +78,30 @@ class Reporter:
         self._first, self._mark, self._input = step, time.perf_counter(), 0.0
 
     def back_at(self, step: int) -> None:
-        """The run is at an earlier step again; its speed is counted from here."""
+        """Reports that the run went back to an earlier step. The speed is measured from here."""
         self.go_on(step)
         self._start, self._compiled = step, self._mark
 
     def saved(self, step: int, save) -> None:
-        """Calls `save`, and counts the time that the loop is held up by it."""
+        """Calls `save`, and reports how long it blocks the loop."""
         began = time.perf_counter()
         save()
         self._mark = time.perf_counter()
         self.event("saved", step=step, seconds=self._mark - began)
-        self._keep()
+        self._sync()
 
     def report(self, step: int, metrics: list[dict]) -> float:
-        """Writes the metrics of the steps that end with `step`, and returns their mean loss.
+        """Writes the metrics of the steps up to `step`, one dict per step, and returns their mean loss.
 
-        FloatingPointError where more updates have been left out than the config allows.
+        FloatingPointError if more updates were skipped than the config allows.
         """
         if not metrics:
             return float("nan")
-        for at, values in enumerate(metrics, step - len(metrics) + 1):
+        for number, values in enumerate(metrics, step - len(metrics) + 1):
             if self._writes:
                 with self._reporting(self._metrics.path):
-                    self._metrics.add({"step": at, **values})
-            self._check_finite(at, values)
+                    self._metrics.add({"step": number, **values})
+            self._check_finite(number, values)
         finite = [m for m in metrics if np.isfinite([m["loss"], m["grad_norm"]]).all()] or metrics
         mean = {name: float(np.mean([m[name] for m in finite])) for name in metrics[0]}
         self._progress(step, mean)
@@ -114,11 +116,11 @@ class Reporter:
             if values["skipped"] > limit:
                 raise FloatingPointError(
                     f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and "
-                    f"{values['skipped']:.0f} updates were left out for that (config.train.max_skipped = {limit}): "
-                    "training stops, and the checkpoints are from before; lower config.train.learning_rate or look "
-                    "at the data of that step"
+                    f"{values['skipped']:.0f} updates were skipped for that reason "
+                    f"(config.train.max_skipped = {limit}): training stops, with the checkpoints from before; lower config.train.learning_rate or look at "
+                    "the data of that step"
                 )
-            log.warning("%s is %s at step %d: this update is left out", name, values[name], step)
+            log.warning("%s is %s at step %d: this update is skipped", name, values[name], step)
             return
 
     def _progress(self, step, mean):
@@ -154,9 +156,9 @@ class Reporter:
             print(line.ljust(100), end=end, file=sys.stderr, flush=True)
 
     def samples(self, step: int, make_videos) -> None:
-        """A grid in TensorBoard of what `make_videos()` returns: a row a video, its frames from left to right."""
+        """Adds the videos of `make_videos()` to TensorBoard as a grid, with one row of frames per video."""
         if jax.process_count() > 1:
-            # All processes make the samples together. If one went on alone after an error, the others would wait for it
+            # All processes make the samples together. A process that continued after an error would block the others
             videos = make_videos()
         with self._reporting("the grid of samples"):
             if jax.process_count() == 1:
@@ -166,52 +168,52 @@ class Reporter:
                 grid = videos.transpose(0, 2, 1, 3, 4).reshape(n * h, t * w, c)
                 self._board.image(step, "samples", ((grid + 1) * 127.5).astype(np.uint8))
 
-    def _keep(self):
-        """A disk may lose what it was not asked to keep; a mounted bucket has nothing of a file before."""
+    def _sync(self):
+        """Syncs the logs to disk. A mounted bucket stores a file only then."""
         if self._writes:
             for file in (self._metrics, self._events):
                 with self._reporting(file.path):
-                    file.keep()
+                    file.sync()
 
     def close(self) -> None:
-        """Writes what is not on disk yet. Events may follow, and metrics where a run goes on."""
+        """Writes everything to disk. Events may still follow, and metrics if the run continues."""
         if self._writes:
             with self._reporting("TensorBoard's log"):
                 self._board.close()
-            self._keep()
+            self._sync()
 
 
 class _Lines:
-    """A file that JSON objects are added to, a line each.
+    """A file of JSON objects, one per line.
 
-    It is opened by its name for each of them: a file that was deleted, or on storage that was away, is there again.
+    It is opened for each new line, so that writing works again after the file was deleted or the storage was away.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self._torn = True  # a killed process may have left a line without an end, and so may a disk that was full
+        self._partial = True  # whether the last line may be partial: after a kill, or on a full disk
 
     def add(self, value: dict) -> None:
-        """Adds a line, in one write. OSError where that cannot be."""
+        """Adds a line with one write. OSError if that fails."""
         line = json.dumps(value) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
-            if self._torn and _ends_torn(self.path):
+            if self._partial and _ends_in_partial_line(self.path):
                 line = "\n" + line
-            self._torn = True
+            self._partial = True
             data = line.encode()
             if file.write(data) < len(data):
-                raise OSError("the disk took a part of a line")
-            self._torn = False
+                raise OSError("only a part of the line was written")
+            self._partial = False
 
-    def keep(self) -> None:
-        """Returns once the lines are on the disk. OSError where that cannot be."""
+    def sync(self) -> None:
+        """Waits until the lines are on disk. OSError if that fails."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
 
-def _ends_torn(path) -> bool:
+def _ends_in_partial_line(path) -> bool:
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return False
