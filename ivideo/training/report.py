@@ -117,8 +117,8 @@ class Reporter:
                 raise FloatingPointError(
                     f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and "
                     f"{values['skipped']:.0f} updates were skipped for that reason "
-                    f"(config.train.max_skipped = {limit}): training stops, with the checkpoints from before; lower config.train.learning_rate or look at "
-                    "the data of that step"
+                    f"(config.train.max_skipped = {limit}): training stops, with the checkpoints from before; lower "
+                    "config.train.learning_rate or look at the data of that step"
                 )
             log.warning("%s is %s at step %d: this update is skipped", name, values[name], step)
             return
