@@ -15,6 +15,7 @@ import tempfile
 import time
 import venv
 
+import light_network
 import quick_compiles
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,6 +81,7 @@ def run(python, home, flags, arguments, code, said) -> str:
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env |= {"JAX_PLATFORMS": "cpu", "HOME": home, "XLA_FLAGS": flags}
     command = [python, *([] if arguments[0] == "-c" else ["-m", "ivideo.main"]), *arguments]
+    command += light_network.ARGUMENTS if SMALL in arguments else []
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=900)
     output = done.stdout + done.stderr
     problems = [f"exit code {done.returncode}, expected {code}"] if done.returncode != code else []
