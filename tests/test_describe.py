@@ -8,6 +8,22 @@ from configs import base
 from ivideo.planning import describe
 
 
+@pytest.fixture(scope="module", autouse=True)
+def described_once():
+    """An equal config is traced once for all tests."""
+    facts, found = describe.facts, {}
+
+    def once(config):
+        key = config.to_json_best_effort(sort_keys=True)
+        if key not in found:
+            found[key] = facts(config)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(describe, "facts", once)
+        yield
+
+
 @pytest.fixture
 def small():
     """The small base with two levels whose layers differ."""
