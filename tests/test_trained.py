@@ -39,7 +39,7 @@ def saved(config, path, dtype=np.float32, change=lambda p: p):
     return path
 
 
-def test_small_exported_weights_are_sampled_evaluated_and_continued_from(run, tmp_path, capsys):
+def test_exported_weights_are_sampled_evaluated_and_continued_from(run, tmp_path, capsys):
     config, workdir = run
     file = str(tmp_path / "base.safetensors")
     trained.export(config, workdir, file)
