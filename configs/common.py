@@ -183,6 +183,7 @@ def distillation(steps: int) -> ml_collections.ConfigDict:
     # Guidance weights are drawn from U[w_min, w_max] (arXiv 2210.03142, with [0, 4]). Samples can ask for these alone
     distill.w_min = 0.0
     distill.w_max = 8.0
+    distill.agreement_every = 1000  # updates between samples that are compared with the teacher's; 0: at the end alone
     distill.teacher_dtype = "bfloat16"  # of the teacher's parameters: 'bfloat16' or 'float32'
     return distill
 
@@ -256,6 +257,7 @@ def on_one_machine(config: ml_collections.ConfigDict) -> None:
     config.distill.guidance_updates, config.distill.round_updates, config.distill.late_round_updates = 2000, 1000, 2000
     config.distill.learning_rate = 3e-4
     config.distill.w_max = 4.0
+    config.distill.agreement_every = 500
     config.distill.teacher_dtype = "float32"
     config.sample.guidance = "constant"
     config.sample.threshold = "static"
@@ -290,6 +292,7 @@ def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.distill.teacher_steps, config.distill.end_steps = 16, 2
     config.distill.guidance_updates = config.distill.round_updates = 6
     config.distill.late_round_updates = 8
+    config.distill.agreement_every = 4
     config.distill.learning_rate = 1e-3
     config.sample.steps = 4
     for axis in ("frames", "height", "width"):

@@ -120,6 +120,7 @@ KEYS = {
             ("teacher_steps", "end_steps", "guidance_updates", "round_updates", "late_round_updates"), SIZE
         ),
         "stochastic": SWITCH,
+        "agreement_every": COUNT,
         "learning_rate": NOT_NEGATIVE,
         "clip": POSITIVE,
         "loss": choice(*LOSS_KINDS),

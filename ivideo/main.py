@@ -3,6 +3,7 @@ r"""ivideo: text to video with the cascade of diffusion models of Imagen Video (
 The modes (--mode):
 
 train        train a stage in --workdir; run the same command again to continue from the newest checkpoint
+distill      distil the stage trained in --teacher to 8 sampling steps, in --workdir; repeating the command continues
 sample       make videos for --prompt or --prompts_file and write them to --out
 evaluate     measure how well samples follow their captions, or a super-resolution stage's PSNR
 export       write the averaged weights of the run in --workdir to --out, a safetensors file
@@ -37,6 +38,7 @@ from ivideo.errors import UserError
 
 MODES = (
     "train",
+    "distill",
     "sample",
     "evaluate",
     "export",
@@ -50,7 +52,8 @@ MODES = (
 )
 # Flags that may differ between the processes of one run. The config is compared by its values
 PER_PROCESS = (
-    "config", "coordinator", "process_id", "workdir", "out", "captions", "prompts_file", "input", "compile_cache",
+    "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
+    "compile_cache",
 )  # fmt: skip
 FLAGS = flags.FLAGS
 
@@ -67,6 +70,10 @@ flags.DEFINE(
 flags.DEFINE(
     PATH, "weights", None, "Weights written by mode export, instead of --workdir: a .safetensors file for one stage, "
     "or a folder of STAGE.safetensors. In mode train, a new run starts from them.",
+)  # fmt: skip
+flags.DEFINE(
+    PATH, "teacher", None, "What mode distill distils: the folder of a stage's training run, or a .safetensors file of "
+    "its weights."
 )  # fmt: skip
 flags.DEFINE_string("prompt", None, 'The text prompt. --prompt="" samples without text.')
 flags.DEFINE(
@@ -188,7 +195,7 @@ def _run_mode(config, several: bool) -> None:
         raise UserError(
             f"mode {FLAGS.mode} needs one stage, not a cascade: use its own config, such as --config=configs/ssr2.py"
         )
-    if FLAGS.mode in ("train", "benchmark"):
+    if FLAGS.mode in ("train", "benchmark", "distill"):
         checks.check_original(config)
     if FLAGS.only_check_args:  # a flag of absl
         return
@@ -198,6 +205,10 @@ def _run_mode(config, several: bool) -> None:
         if FLAGS.weights:
             _set_start(FLAGS.weights, config)
         train(config, _needed("workdir"), profile_steps=_profile_steps())
+    elif FLAGS.mode == "distill":
+        from ivideo.training.phases import distill
+
+        distill(config, _needed("teacher"), _needed("workdir"))
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
         from ivideo.training.loop import data_source
@@ -214,9 +225,17 @@ def _run_mode(config, several: bool) -> None:
                 to_stage=FLAGS.to_stage, input_path=FLAGS.input, save_stages=FLAGS.save_stages,
             )  # fmt: skip
     elif FLAGS.mode == "evaluate":
+        from ivideo.evaluation.distillation import evaluate_phases
         from ivideo.evaluation.evaluate import evaluate
+        from ivideo.training import students
 
         with _exit_on_signal(several):
+            if not cascade.is_cascade(config) and not config.phase and students.is_distillation(FLAGS.workdir or ""):
+                evaluate_phases(
+                    config, FLAGS.workdir, clips=FLAGS.clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
+                    overwrite=FLAGS.overwrite,
+                )  # fmt: skip
+                return
             evaluate(
                 config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=FLAGS.clips, seed=FLAGS.seed,
                 out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, to_stage=FLAGS.to_stage,

@@ -16,6 +16,7 @@ RUN_CONFIG = "config.json"  # in a training run's folder: its resolved config
 NETWORK = (
     "stage", "model.", "cond.fill", "text.vocab", "text.dim", "text.layers", "text.heads", "text.head_dim", "text.ff",
 )  # fmt: skip
+SCHEDULE = ("diffusion.logsnr_min", "diffusion.logsnr_max", "diffusion.logsnr_shift")
 VIDEO = ("stage", "video.", "cond.", "model.", "diffusion.", "sample.", "text.")
 # How results are computed: these keys do not change a network, and change a video only by rounding
 _COMPUTING = (
@@ -83,6 +84,8 @@ def check_student(source: str, found, config) -> None:
     """
     there, here = found.get("phase", ""), config.phase
     if there == here:
+        if here:
+            _check_use(source, found, config)
         return
     of = [f"phase {phase} of distillation" if phase else "an original network" for phase in (there, here)]
     suffix = f"_distilled_{there}" if there else ""
@@ -90,6 +93,23 @@ def check_student(source: str, found, config) -> None:
         f"{source} is of {of[0]}, and the config of {of[1]}: choose the variant --config=FILE:"
         f"{config.variant}{suffix}, or other weights"
     )
+
+
+def _check_use(source, found, config):
+    """UserError if a student is used with a schedule or a guidance weight that it was not distilled for."""
+    for key, there, here in differences(found, config, SCHEDULE):
+        raise UserError(
+            f"{source} was distilled with config.{key} = {there!r}, and it is {here!r} in this config: a student needs "
+            "the schedule that it was distilled with"
+        )
+    recipe = found.get("distill", {})
+    low, high = recipe.get("w_min", config.distill.w_min), recipe.get("w_max", config.distill.w_max)
+    for key in ("weight",) if config.sample.guidance == "constant" else ("high_weight", "low_weight"):
+        if not low <= config.sample[key] <= high:
+            raise UserError(
+                f"config.sample.{key} = {config.sample[key]}: {source} was distilled for guidance weights from {low} "
+                f"to {high}; choose one of these"
+            )
 
 
 def read_run_config(workdir: str) -> dict | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save
+from safetensors.numpy import save_file
 
 from ivideo.devices import sharding
 from ivideo.errors import UserError
@@ -28,9 +28,13 @@ def save_params(path: str, params, *, metadata: dict[str, str], dtype=jnp.bfloat
     """Writes a tree of parameters, rounded to `dtype`, with string metadata, atomically."""
     refuse_existing([path], overwrite=overwrite)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    data = save({name: jnp.asarray(value, dtype) for name, value in flat.items()}, metadata=metadata)
-    with atomic_write(path) as temporary, open(temporary, "wb") as f:
-        f.write(data)
+    # On the host: the largest networks do not fit a device
+    flat = {name: np.asarray(value, dtype, order="C") for name, value in flat.items()}
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as f:
+            mode = os.fstat(f.fileno()).st_mode
+        save_file(flat, temporary, metadata=metadata)
+        os.chmod(temporary, mode)  # safetensors would leave it readable by its owner alone
 
 
 def load_params(path: str, like=None):

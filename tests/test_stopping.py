@@ -22,7 +22,7 @@ def test_small_each_notice_tells_and_the_handlers_come_back(number):
         assert not stopping.told
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert stopping.told and stopping.at(3)
+        assert stopping.told and stopping.should_stop()
     assert {n: signal.getsignal(n) for n in guards.NOTICES} == before
     assert signal.set_wakeup_fd(-1) == -1
 

@@ -40,3 +40,9 @@ def test_small_refusals(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(before[: len(before) // 2])
     with pytest.raises(UserError, match=r"cut.safetensors is not a complete safetensors file"):
         load_params(str(tmp_path / "cut.safetensors"))
+
+
+def test_small_a_file_can_be_read_by_whom_other_files_can(tmp_path):
+    (tmp_path / "other").write_text("")
+    save_params(str(tmp_path / "w.safetensors"), params(), metadata={})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -30,7 +30,7 @@ class Stopping:
     """
 
     def __init__(self):
-        self.told = False
+        self.told, self._asked = False, 0
         self._previous = {}
 
     def __enter__(self):
@@ -74,13 +74,15 @@ class Stopping:
         """Requests a stop, by sending this process the signal that jax's preemption service waits for."""
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def at(self, step: int) -> bool:
-        """Whether to stop before the step after this one; every process asks at every step."""
+    def should_stop(self) -> bool:
+        """Whether to stop before the next step. Every process asks before every step."""
         if jax.process_count() == 1:
             return self.told
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        # jax expects numbers that increase. Steps start again at 0 in each phase of a distillation
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():

@@ -1,4 +1,4 @@
-"""The training loop of one stage: data, steps, checkpoints, and what becomes of a run when things go wrong.
+"""The loop of training and of distillation: data, steps, checkpoints, and what happens when things go wrong.
 
 In the working folder: checkpoints/, digests/ and damaged/ (`ivideo.training.checkpoint`), metrics.jsonl (one line per
 step; where a step was done twice, its last line counts), events.jsonl (where the time went, `ivideo.training.goodput`),
@@ -6,10 +6,13 @@ tensorboard/, profile/.
 """
 
 import collections
+import contextlib
 import logging
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +22,23 @@ from ivideo import checks, stages
 from ivideo.data.pipeline import make_iterator
 from ivideo.data.sources import Crop, make_source
 from ivideo.devices import agreeing, hosts, sharding
+from ivideo.errors import UserError
 from ivideo.recipe import save_run_config
 from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
-from ivideo.training import lock, trained
+from ivideo.training import lock, students, trained
 from ivideo.training.checkpoint import Checkpoints, check_workdir
 from ivideo.training.guards import PREEMPTED, Profile, Stopping, Watchdog
-from ivideo.training.report import Reporter
-from ivideo.training.step import TrainState, check_batch, embed, init_state, make_train_step, state_shapes
+from ivideo.training.report import Reporter, learning_rate_key
+from ivideo.training.step import (
+    TrainState,
+    check_batch,
+    embed,
+    init_state,
+    make_train_step,
+    model_flops,
+    state_shapes,
+)
 from ivideo.weights import load_params
 
 log = logging.getLogger("ivideo")
@@ -34,16 +46,63 @@ log = logging.getLogger("ivideo")
 TEXT_KEYS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
+class Training:
+    """The task of training a stage.
+
+    A task is all that differs between training and distillation: the state, how it starts, and the step. `run` does the
+    rest. Each phase of a distillation is a task with the same attributes and methods. All processes call the methods in
+    the same order.
+    """
+
+    def __init__(self, config, mesh, encoder):
+        self.config, self.mesh, self.encoder = config, mesh, encoder
+        self.name = config.stage  # the name in the progress line
+        self.inspect_every = config.train.sample_every  # steps between calls of `inspect`; 0: none
+
+    def shapes(self) -> TrainState:
+        """Returns the shapes of the state. Nothing is allocated."""
+        return state_shapes(self.config)
+
+    def initial_state(self, shardings) -> TrainState:
+        """Returns the state of step 0, with these shardings."""
+        path = self.config.train.start
+        start = sharding.from_host(load_params(path, self.shapes().params), shardings.params) if path else None
+        return jax.jit(lambda params: init_state(self.config, params), out_shardings=shardings)(start)
+
+    def compile_step(self, shardings):
+        """Returns the step, a jitted function (state, batch) -> (state, metrics). It donates the state.
+
+        `shardings`: those of the state.
+        """
+        results = (shardings, sharding.replicated(self.mesh))
+        return jax.jit(make_train_step(self.config, self.mesh), donate_argnums=0, out_shardings=results)
+
+    def flops(self) -> int:
+        """Returns the model's FLOPs of a step over all devices."""
+        return model_flops(self.config)
+
+    def inspect(self, step: int, state: TrainState, reporter: Reporter) -> None:
+        """Reports the quality of the state, every `inspect_every` steps and after the last one."""
+        reporter.samples(step, lambda: sample_prompts(self.config, self.encoder, state.ema))
+
+
+class RunContext(NamedTuple):
+    """What a run needs besides its task."""
+
+    mesh: jax.sharding.Mesh
+    encoder: object  # the text encoder, or a cache of its embeddings
+    embed_texts: Callable  # jitted: adds the embedded texts to a batch that is on the devices
+    iterator: object  # over this process's parts of the batches
+    stopping: Stopping
+
+
 def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> TrainState:
     """Trains the stage in `workdir` to `config.train.steps`, going on from its newest checkpoint.
 
     Without a checkpoint it begins with the weights of the file `config.train.start`, or where that is empty with none;
     UserError where they are of another network, and where the mesh does not fit the devices or the batch.
-    `devices`: those to use, all unless given. `profile_steps`: first and last step that the profiler records. All
-    processes of `jax.distributed` call this together. A notice to stop (`Stopping`), or the loss of a data worker,
-    saves and leaves with exit code 75, a step that hangs leaves with 76, the loss of another process with 77.
-    FloatingPointError where more updates than `config.train.max_skipped` were not finite, or more than `max_rollbacks`
-    spikes of the loss were taken back: the checkpoints stay as they were.
+    `devices`: those to use, all unless given. `profile_steps`: first and last step that the profiler records.
+    See `prepared` for several processes and `run` for how a run ends.
     """
     checks.check(config)
     if config.train.warmup >= config.train.steps:
@@ -52,10 +111,27 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
             config.train.warmup, config.train.steps, config.train.steps - 1,
         )  # fmt: skip
     check_workdir(workdir)
+    if students.is_distillation(workdir):
+        raise UserError(f"--workdir={workdir} is of a distillation: give another folder for a training run")
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
     if config.train.start:
         trained.check_start(config)
+    with prepared(config, workdir, mesh) as context:
+        save_run_config(config, workdir)
+        state = run(Training(config, mesh, context.encoder), workdir, context, profile_steps=profile_steps)
+    exit_if_stopped(config, state, workdir)
+    return state
+
+
+@contextlib.contextmanager
+def prepared(config, workdir: str, mesh):
+    """Yields the `RunContext` of runs in `workdir`, and locks the folder for the block.
+
+    All processes of `jax.distributed` call this together. An error in one of them ends all, see
+    `hosts.exiting_together`. UserError, before anything is written, if the texts or the data cannot be read, if they
+    differ between processes, or if another run uses the folder.
+    """
     with Stopping() as stopping, hosts.exiting_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
@@ -64,41 +140,57 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         iterator = make_process_data(config, encoder, mesh)
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
-            save_run_config(config, workdir)
-            state = _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps)
+            yield RunContext(mesh, encoder, _text_embedder(encoder, mesh), iterator, stopping)
+
+
+def _text_embedder(encoder, mesh):
+    embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
+
+    def embed_texts(batch):
+        texts = {name: batch[name] for name in TEXT_KEYS if name in batch}
+        return {**batch, **embed_fn(encoder.params, texts)}
+
+    return embed_texts
+
+
+def exit_if_stopped(config, state: TrainState, workdir: str) -> None:
+    """Exits with code 75 if the run was told to stop before its last step."""
     if (step := int(state.step)) < config.train.steps:
         log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
         sys.exit(PREEMPTED)
-    return state
 
 
-def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> TrainState:
-    """The run from where it stands to its last step, or to the one after which it is told to stop: that is saved."""
+def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, int] | None = None) -> TrainState:
+    """Runs a task up to step `config.train.steps` and returns the last state. Starts from the newest checkpoint.
+
+    If the run is told to stop (`Stopping`) or loses a data worker, it saves the state and returns early. A step that
+    hangs exits with code 76, the loss of another process with 77. FloatingPointError if more updates than
+    `config.train.max_skipped` were not finite, or if the loss spiked more often than `config.train.max_rollbacks`. The
+    checkpoints stay as they were.
+    """
+    config, (mesh, encoder, embed_texts, iterator, stopping) = task.config, context
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
-    reporter, step = Reporter(config, workdir, mesh), 0
+    reporter, step = Reporter(config, workdir, mesh, name=task.name, flops=task.flops), 0
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
     try:
-        shapes = state_shapes(config)
+        shapes = task.shapes()
         where = sharding.param_shardings(mesh, shapes)
         like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
         began = time.perf_counter()
         restored = checkpoints.restore(like, iterator)
         agreeing.agree(lambda: {"the newest checkpoint": restored and restored[0]})
         if restored is None:
-            start = load_params(config.train.start, shapes.params) if config.train.start else None
-            state = jax.jit(lambda params: init_state(config, params), out_shardings=where)(start)
+            state = task.initial_state(where)
         else:
             state = restored[1]
             reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
             log.info("going on from step %d of %s", restored[0], workdir)
-            if restored[0] >= config.train.steps:
+            if restored[0] >= config.train.steps and not config.phase:
                 log.warning(
                     "nothing to do: config.train.steps = %d are done; a larger number goes on", config.train.steps
                 )
 
-        embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
-        results = (where, sharding.replicated(mesh))
-        step_fn = jax.jit(make_train_step(config, mesh), donate_argnums=0, out_shardings=results)
+        step_fn = task.compile_step(where)
 
         step = int(state.step)
         reporter.begin(step)
@@ -107,7 +199,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
         saving = True  # whether the newest step has been saved
         pending = []  # metrics of steps not looked at yet: looking waits for the device
         with Watchdog(config.train.hang_seconds) as watchdog, Profile(workdir, profile_steps) as profile:
-            while step < config.train.steps and not stopping.at(step):
+            while step < config.train.steps and not stopping.should_stop():
                 profile.before(step + 1)
                 waiting = time.perf_counter()
                 try:
@@ -127,8 +219,7 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
                     stopping.tell()
                     batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
-                texts = embed_fn(encoder.params, {name: batch[name] for name in TEXT_KEYS if name in batch})
-                state, metrics = step_fn(state, {**batch, **texts})
+                state, metrics = step_fn(state, embed_texts(batch))
                 step += 1
                 pending.append(metrics)
                 # One step is on its way while the next one is prepared, never more
@@ -156,9 +247,10 @@ def _run(config, workdir, mesh, encoder, iterator, stopping, profile_steps) -> T
                 if saving:
                     reporter.saved(step, lambda: checkpoints.save(step, state, iterator))  # noqa: B023 - called at once
                     watchdog.beat()
-                if config.train.sample_every and (last or step % config.train.sample_every == 0):
-                    reporter.samples(step, lambda: sample_prompts(config, encoder, state.ema))  # noqa: B023
-                    reporter.go_on(step)
+                if task.inspect_every and (last or step % task.inspect_every == 0):
+                    began = time.perf_counter()
+                    task.inspect(step, state, reporter)
+                    reporter.go_on(step, excluded=time.perf_counter() - began)
                     watchdog.beat()
             if not saving:
                 reporter.report(step, _numbers(pending))
@@ -241,7 +333,7 @@ def _roll_back(config, checkpoints, like, step, rollbacks):
         raise FloatingPointError(
             f"the loss of stage {config.stage} spiked again at step {step}, after {config.train.max_rollbacks} "
             "rollbacks (config.train.max_rollbacks): training stops, and the checkpoints are from before; lower "
-            "config.train.learning_rate"
+            f"{learning_rate_key(config)}"
         )
     checkpoints.finish()
     found = checkpoints.restore(like)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,13 +19,19 @@ from ivideo.training.step import model_flops
 log = logging.getLogger("ivideo")
 
 
+def learning_rate_key(config) -> str:
+    """The config key of the run's learning rate."""
+    return f"config.{'distill' if config.phase else 'train'}.learning_rate"
+
+
 class Reporter:
     """Writes the progress line, TensorBoard, metrics.jsonl and events.jsonl. Only the first process writes.
 
     A report that fails does not end the run. The first failure of each kind is logged as a warning.
     """
 
-    def __init__(self, config, workdir: str, mesh):
+    def __init__(self, config, workdir: str, mesh, *, name: str = "", flops: Callable[[], int] | None = None):
+        """`name`: of the run in the progress line. `flops`: counts the FLOPs of a step. Both default to training's."""
         self._config, self._mesh, self._writes = config, mesh, jax.process_index() == 0
         self._began = self._compiled = self._mark = self._first = None
         self._input = 0.0
@@ -36,7 +43,8 @@ class Reporter:
             self._metrics, self._events = (_Lines(folder / f"{name}.jsonl") for name in ("metrics", "events"))
         chip = chips.of_device(mesh.devices.flat[0])
         self._peak = chip and chip.flops * mesh.size
-        self._flops = model_flops(config) if chip else None
+        self._flops = (flops() if flops else model_flops(config)) if chip else None
+        self._name, self._note = name or config.stage, ""
 
     @contextlib.contextmanager
     def _reporting(self, what: str):
@@ -73,9 +81,14 @@ class Reporter:
             self.event("compiled", step=step, seconds=self._compiled - self._began)
             self._first, self._start, self._input = step, step, 0.0
 
-    def go_on(self, step: int) -> None:
-        """The time since the last report was not that of steps; those after `step` come next."""
+    def go_on(self, step: int, excluded: float = 0.0) -> None:
+        """The time since the last report was not that of steps; those after `step` come next.
+
+        `excluded`: seconds that do not count in the speed.
+        """
         self._first, self._mark, self._input = step, time.perf_counter(), 0.0
+        if excluded:
+            self._compiled += excluded
 
     def back_at(self, step: int) -> None:
         """Reports that the run went back to an earlier step. The speed is measured from here."""
@@ -118,7 +131,7 @@ class Reporter:
                     f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and "
                     f"{values['skipped']:.0f} updates were skipped for that reason "
                     f"(config.train.max_skipped = {limit}): training stops, with the checkpoints from before; lower "
-                    "config.train.learning_rate or look at the data of that step"
+                    f"{learning_rate_key(self._config)} or look at the data of that step"
                 )
             log.warning("%s is %s at step %d: this update is skipped", name, values[name], step)
             return
@@ -150,10 +163,19 @@ class Reporter:
                 scalars["speed/model_flops_utilisation"] = utilisation
         with self._reporting("TensorBoard's log"):
             self._board.scalars(step, scalars)
-        line = f"{self._config.stage} step {step}/{self._config.train.steps}  loss {mean['loss']:.4f}  {speed}  {eta}"
+        loss = f"{mean['loss']:.4f}" if mean["loss"] >= 0.01 else f"{mean['loss']:.2e}"
+        head = f"{self._name} step {step}/{self._config.train.steps}  loss {loss}"
+        line = "  ".join(part for part in (head, self._note, speed, eta) if part)
         with self._reporting("the progress line"):
             end = "\r" if sys.stderr.isatty() and step < self._config.train.steps else "\n"
             print(line.ljust(100), end=end, file=sys.stderr, flush=True)
+
+    def measured(self, step: int, scalars: dict[str, float], note: str) -> None:
+        """Adds numbers to TensorBoard by name. The progress line contains `note` from now on."""
+        self._note = note
+        if self._writes:
+            with self._reporting("TensorBoard's log"):
+                self._board.scalars(step, scalars)
 
     def samples(self, step: int, make_videos) -> None:
         """Adds the videos of `make_videos()` to TensorBoard as a grid, with one row of frames per video."""

@@ -1,6 +1,6 @@
 """Finds, checks, loads and exports a stage's weights.
 
-Weights come from a training run, from a safetensors file of mode export, or from the package (demo variant).
+Weights come from a training run or a distillation, from a safetensors file, or from the package (demo variant).
 `find` says where they are, `check` compares them with the config without reading them, and `load` reads them.
 """
 
@@ -18,6 +18,7 @@ from ivideo import recipe, stages
 from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.files import prepare_folders, refuse_existing
+from ivideo.training import students
 from ivideo.training.average import read_average
 from ivideo.training.checkpoint import checkpoint_shapes, steps_in, subtree
 from ivideo.weights import (
@@ -67,23 +68,37 @@ def packaged(config) -> str:
     return path
 
 
-def check(config, source: str | None, *, any_stage: bool = False) -> str:
+def check(config, source: str | None, *, any_stage: bool = False, flag: str = "--workdir") -> str:
     """Checks that the weights at `source` fit the config, without reading them. Returns their identity, a short text.
 
     UserError if there are no weights at `source` (see `find`), or if they belong to another network: the config saved
-    with them is compared first, then the shape of every leaf. `any_stage` as in `recipe.check_network`.
+    with them is compared first, then the shape of every leaf. `any_stage` as in `recipe.check_network`. `flag` is the
+    flag that names a folder, for the errors.
     """
-    source = packaged(config) if source is None else source
+    source = _locate(config, source)
     wanted = shapes_of(stages.param_shapes(config))
     if source.endswith(SUFFIX):
         found, shapes, identity = _file_config(source), read_shapes(source), file_identity(source)
     else:
-        found, shapes, identity = recipe.read_run_config(source), *_newest_checkpoint(source)
+        found, shapes, identity = recipe.read_run_config(source), *_newest_checkpoint(source, flag)
     if found is not None:
         recipe.check_network(source, found, config, any_stage=any_stage)
     if shapes is not None:
         check_shapes(source, shapes, wanted)
     return identity
+
+
+def saved_config(config, source: str | None) -> dict | None:
+    """The config that is saved with the weights at `source` (see `find`), or None."""
+    source = _locate(config, source)
+    return _file_config(source) if source.endswith(SUFFIX) else recipe.read_run_config(source)
+
+
+def _locate(config, source):
+    """The safetensors file or the training run that `source` means: in a distillation, the file of a student."""
+    if source is None:
+        return packaged(config)
+    return source if source.endswith(SUFFIX) else students.locate(source, config)
 
 
 def check_start(config) -> None:
@@ -109,16 +124,18 @@ def load(config, source: str | None, *, identity: str | None = None):
             f"the weights of stage {config.stage} in {source} have changed since this command began: export them with "
             "--mode=export, and give the file with --weights"
         )
-    shapes = stages.param_shapes(config)
-    if source is None or source.endswith(SUFFIX):
-        return load_params(packaged(config) if source is None else source, shapes)
+    shapes, source = stages.param_shapes(config), _locate(config, source)
+    if source.endswith(SUFFIX):
+        return load_params(source, shapes)
     where = sharding.param_shardings(sharding.make_mesh({"fsdp": -1}), shapes)
     sharded = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return read_average(source, sharded)[1]
 
 
 def export(config, workdir: str, out: str, *, overwrite=False) -> None:
-    """Writes the averaged parameters of a training run as a bfloat16 safetensors file, with the run's own config.
+    """Writes a stage's weights as a bfloat16 safetensors file, with the config saved with them.
+
+    Those of a training run are its averaged parameters, those of a distillation a student's.
 
     UserError before any weights are read if `out` exists or cannot be written, if the run has no checkpoint, or if its
     network differs from the config's.
@@ -129,7 +146,7 @@ def export(config, workdir: str, out: str, *, overwrite=False) -> None:
     refuse_existing([out], overwrite=overwrite)
     prepare_folders([out])
     metadata = config_metadata(config)
-    if (run_config := recipe.read_run_config(workdir)) is not None:
+    if (run_config := saved_config(config, workdir)) is not None:
         metadata["config"] = json.dumps(run_config, sort_keys=True)
     save_params(out, load(config, workdir), metadata=metadata, overwrite=overwrite)
     print(out)
@@ -143,7 +160,7 @@ def _file_config(path):
         return None
 
 
-def _newest_checkpoint(workdir):
+def _newest_checkpoint(workdir, flag):
     """(shapes of the averaged parameters in a run's newest checkpoint, the checkpoint's identity).
 
     The shapes are None if the checkpoint's metadata cannot be read: `load` then reports the damage, or reads the
@@ -151,11 +168,11 @@ def _newest_checkpoint(workdir):
     """
     folder = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"--workdir={workdir} has no checkpoints: give the folder that --mode=train was run with")
+        raise UserError(f"{flag}={workdir} has no checkpoints: give the folder that --mode=train was run with")
     steps = steps_in(folder.parent)
     if not steps:
         raise UserError(
-            f"--workdir={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"
+            f"{flag}={workdir} has no whole checkpoint yet: train longer than config.train.checkpoint_every"
         )
     path = folder / str(max(steps))
     try:
