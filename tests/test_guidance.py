@@ -77,6 +77,20 @@ def test_small_oscillating_weight_knows_every_step(num_steps):
         np.testing.assert_array_equal(weight_fn(logsnr)[:num_steps], expected)
 
 
+def test_small_oscillating_weight_of_eight_steps():
+    """What a distilled stage is asked for: how many steps begin, and how many each weight lasts, is free."""
+    logsnr = cosine_logsnr(samplers.time_grid(8)[:-1])
+    for constant_steps, every, expected in (
+        (1, 1, [15, 1, 15, 1, 15, 1, 15, 1]),
+        (0, 2, [1, 1, 15, 15, 1, 1, 15, 15]),
+        (2, 3, [15, 15, 1, 1, 1, 15, 15, 15]),
+    ):
+        weight_fn = guidance.oscillating_weight(
+            num_steps=8, high=15.0, low=1.0, constant_steps=constant_steps, every=every
+        )
+        np.testing.assert_array_equal(weight_fn(logsnr), expected)
+
+
 def test_small_oscillating_weight_of_the_last_steps_of_256():
     weight_fn = guidance.oscillating_weight(num_steps=256, high=15.0, low=1.0, constant_steps=26)
     t = np.array([1.0, 231 / 256, 230 / 256, 229 / 256, 2 / 256, 1 / 256])
@@ -105,6 +119,8 @@ def test_small_oscillating_weight_refuses_impossible_steps():
         guidance.oscillating_weight(num_steps=8, high=15.0, low=1.0, constant_steps=9)
     with pytest.raises(ValueError, match="num_steps=0"):
         guidance.oscillating_weight(num_steps=0, high=15.0, low=1.0, constant_steps=0)
+    with pytest.raises(ValueError, match="every=0"):
+        guidance.oscillating_weight(num_steps=8, high=15.0, low=1.0, constant_steps=0, every=0)
 
 
 def test_small_static_threshold():
