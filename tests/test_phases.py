@@ -193,7 +193,7 @@ def test_small_a_phase_whose_teacher_was_made_again_otherwise_is_refused(teacher
     shutil.rmtree(copied / "4" / "checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(students, "finish", changed(students.finish))
-        with pytest.raises(UserError, match=r"/the teacher of .*/2 was not the student that is in .*/4 now: move"):
+        with pytest.raises(UserError, match=r"the teacher of .*/2 was not the student that is in .*/4 now: move"):
             distill(tiny_config(), teacher, copied)
 
 
