@@ -42,10 +42,13 @@ def command_line():
     """A test may parse flags and run the command line: flags and loggers are afterwards as before."""
     app.define_help_flags()
     before = dict(flags.FLAGS._flags())
+    modules = {name: list(defined) for name, defined in flags.FLAGS.flags_by_module_dict().items()}
     levels = {name: logging.getLogger(name).level for name in ("ivideo", "absl", "asyncio")}
     yield
     flags.FLAGS._flags().clear()
     flags.FLAGS._flags().update(before)
+    flags.FLAGS.flags_by_module_dict().clear()
+    flags.FLAGS.flags_by_module_dict().update(modules)
     for name in before:
         flags.FLAGS[name].unparse()
     for name, level in levels.items():

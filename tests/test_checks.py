@@ -31,6 +31,7 @@ ALLOWED = {
         *("num_images", "max_skipped", "spike", "max_rollbacks", "hang_seconds", "warmup", "ema", "text_dropout"),
         *("augmentation_min", "augmentation_blur", "crop_frames", "crop_height", "crop_width", "image_weight"),
         *("sample_every", "gamma", "weight", "high_weight", "low_weight", "constant_share", "w_min", "w_max"),
+        "agreement_every",
     },
     -1: {"logsnr_min", "logsnr_max", "logsnr_shift", "augmentation_min", "mesh.data"},
     None: {"checkpoint"},

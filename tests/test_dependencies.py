@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from ivideo.errors import UserError
+from ivideo.evaluation import distillation
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXTRAS = {"apache_beam": "beam"}  # modules that an extra brings, of which one line tells where they are missing
+EXTRAS = {"apache_beam": "beam", "matplotlib": "plot"}  # optional modules; a message names the extra if one is missing
 PARTS = {"jaxlib": "jax"}  # packages that a declared one is never without
 # What a declared package imports late without declaring it: (module that imports, what it imports, its distribution)
 LATE = [("tensorboardX/summary.py", "PIL", "pillow"), ("tensorflow_datasets", "importlib_resources", None)]
@@ -55,11 +56,15 @@ def test_small_every_import_is_declared():
     assert {normal(package or module) for _, module, package in LATE} <= required()
 
 
-def test_small_an_extra_that_is_missing_is_said_in_one_line(monkeypatch):
-    """So far only Beam is imported by the package itself; jax asks for a TPU's compiler, which mode compile says."""
-    assert [name for name in imported() if name in EXTRAS] == ["apache_beam"]
+def test_small_an_extra_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
+    """jax itself imports a TPU's compiler; mode compile names that extra."""
+    assert {name for name in imported() if name in EXTRAS} == set(EXTRAS)
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     monkeypatch.delitem(sys.modules, "ivideo.text.beam", raising=False)
     with pytest.raises(UserError) as error:
         importlib.import_module("ivideo.text.beam")
     assert str(error.value) == "Apache Beam is not installed: run `pip install '.[beam]'` in the clone"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    distillation.draw([], "plot.png")
+    expected = "plot.png is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone\n"
+    assert capsys.readouterr().out == expected

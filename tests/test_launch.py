@@ -377,7 +377,7 @@ def test_small_codes_that_are_started_again_are_those_of_the_program():
         return {int(code) for code in done.stdout.split()}
 
     wanted = {guards.PREEMPTED, guards.HUNG, hosts.LOST, 128 + signal.SIGABRT}
-    assert codes("can_go_on") == wanted
+    assert codes("is_resumable") == wanted
     assert codes("is_final") == {code for code in range(256) if hosts.is_final(code)}
     (command,) = printed("gke.sh", "xpk", "a", "--image=i", *XPK, *RUN)
     assert f"--restart-on-exit-codes={','.join(str(code) for code in sorted(wanted))}" in command

@@ -13,7 +13,7 @@ from checkpoint_files import assert_same, iterator, iterator_at, like, names, st
 from configs import base
 from ivideo.errors import UserError
 from ivideo.training import loop
-from ivideo.training.checkpoint import Checkpoints
+from ivideo.training.checkpoint import Checkpoints, _storage_problem
 
 # Of Orbax's writes that were still under way when one failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -28,6 +28,16 @@ def full(size=8000):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "notes", ["[os_error_code='28'] [spec='{\"a\":true}']", "[spec='{\"a\":true}'] [os_error_code='28']"]
+)
+def test_small_the_storage_s_message_is_found_among_its_notes(notes):
+    error = ValueError(f'RESOURCE_EXHAUSTED: Error writing "d/0": No space left on device {notes}')
+    assert _storage_problem(error) == "No space left on device"
+    assert _storage_problem(ValueError("DATA_LOSS: a chunk is short")) == "DATA_LOSS: a chunk is short"
+    assert _storage_problem(ValueError("another error: of the program")) == ""
 
 
 @pytest.mark.parametrize("met_by", ["finish", "check", "save"])

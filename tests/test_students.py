@@ -52,7 +52,7 @@ def test_small_mismatches_say_which_variant_to_choose(folder):
         trained.check(student, f"{folder}/guidance")
     with pytest.raises(UserError, match=r"no finished phase 2_stochastic .*\(finished: guidance, 4, 2\): go on"):
         trained.check(stages.distilled(original), folder)
-    with pytest.raises(UserError, match="Mode distill makes the students"):
+    with pytest.raises(UserError, match="expected the original's; choose the variant without _distilled"):
         checks.check_original(student)
 
 

@@ -71,11 +71,11 @@ def phases_table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """Draws quality and seconds per sample over the number of steps; says so where matplotlib is not installed."""
+    """Draws quality and seconds per sample over the number of steps; without matplotlib it prints what to install."""
     try:
         import matplotlib
     except ImportError:
-        print(f"{path} is not drawn: pip install 'ivideo[plot]'")
+        print(f"{path} is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone")
         return
     matplotlib.use("agg")
     from matplotlib import pyplot

@@ -244,8 +244,9 @@ def _storage_problem(error: Exception) -> str:
         return error.strerror or text
     if not isinstance(error, ValueError) or not re.match(r"[A-Z_]{6,}: ", text):
         return ""
-    found = re.search(r"([^:]+) \[os_error_code", text)
-    return found[1].strip() if found else text[:200]
+    # TensorStore adds its notes, such as the array's spec, in any order
+    found = re.search(r"\[os_error_code='?(\d+)", text)
+    return os.strerror(int(found[1])) if found else text[:200]
 
 
 def steps_in(workdir) -> set[int]:
