@@ -153,7 +153,7 @@ def kill(patch, place, phase):
         patch.setattr(students, "finish", finishing)
 
 
-def test_small_killed_in_every_phase_it_ends_with_the_same_bits(done, teacher, quick, tmp_path):
+def test_killed_in_every_phase_it_ends_with_the_same_bits(done, teacher, quick, tmp_path):
     kills = [("after its weights", "teacher")]
     kills += [(place, p) for p in PHASES for place in ("in a step", "after its weights", "after its record")]
     for place, phase in kills:
@@ -204,7 +204,7 @@ def changed(finish):
     )
 
 
-def test_small_a_smaller_end_goes_on_from_the_phases_that_are_there(teacher, quick, copied, monkeypatch):
+def test_a_smaller_end_goes_on_from_the_phases_that_are_there(teacher, quick, copied, monkeypatch):
     """8, 4, 2 steps, then 1: nothing is done twice, and the student for 2 steps by the other sampler stays."""
     config, begun = tiny_config(**{"distill.end_steps": 1}), []
     run = loop.run
@@ -313,7 +313,7 @@ def test_small_training_in_the_folder_of_a_distillation_is_refused(copied):
         loop.train(tiny_config(), str(copied))
 
 
-def test_small_told_to_stop_it_leaves_as_training_does(teacher, quick, tmp_path, monkeypatch, caplog):
+def test_told_to_stop_it_leaves_as_training_does(teacher, quick, tmp_path, monkeypatch, caplog):
     begin = phases.Phase.initial_state
 
     def told(self, where):
