@@ -6,6 +6,7 @@ import pathlib
 import signal
 
 import jax
+import light_network
 import numpy as np
 import pytest
 from distillations import STAGES, assert_same_end, rows, save_teacher, tiny_config
@@ -17,8 +18,10 @@ from ivideo.training import phases
 
 
 def arguments(stage: str, teacher: str) -> list[str]:
-    """The command's flags, over those of `start`: four devices, in one process or two."""
+    """The command's flags, over those of `start`: four devices, in one process or two, and the layers of `:small`."""
+    config = STAGES[stage].get_config("small")
     return [
+        *(f"--config.{key}={config.model[key.removeprefix('model.')]}" for key in light_network.OPTIONS),
         f"--config=configs/{stage}.py:small", "--mode=distill", f"--teacher={teacher}",
         "--config.train.checkpoint_every=2",
     ]  # fmt: skip

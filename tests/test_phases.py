@@ -44,7 +44,7 @@ def done(teacher, tmp_path_factory):
     return workdir, compiled, only
 
 
-def test_small_every_phase_leaves_weights_for_its_sampler(done):
+def test_every_phase_leaves_weights_for_its_sampler(done):
     workdir = done[0]
     assert sorted(p.name for p in workdir.iterdir() if p.is_dir()) == sorted([*PHASES, "teacher"])
     for phase, steps, sampler in zip(PHASES, (8, 4, 2, 2), ("ddim", "ddim", "ddim", "distilled"), strict=True):
@@ -55,7 +55,7 @@ def test_small_every_phase_leaves_weights_for_its_sampler(done):
         assert any((workdir / phase / "tensorboard").iterdir())
 
 
-def test_small_every_phase_has_a_row(done):
+def test_every_phase_has_a_row(done):
     found = rows(done[0])
     assert [(row["phase"], row["steps"], row["updates"]) for row in found] == [
         ("guidance", 8, 4), ("4", 4, 4), ("2", 2, 4), ("2_stochastic", 2, 4),
@@ -64,14 +64,14 @@ def test_small_every_phase_has_a_row(done):
     assert all(row["seconds_per_sample"] > 0 for row in found)
 
 
-def test_small_one_program_serves_all_rounds(done):
+def test_one_program_serves_all_rounds(done):
     compiled = done[1]
     assert {kind: step._cache_size() for kind, step in compiled.items()} == {
         "guidance": 1, "deterministic": 1, "stochastic": 1,
     }  # fmt: skip
 
 
-def test_small_a_student_begins_as_its_teacher(done, teacher, monkeypatch):
+def test_a_student_begins_as_its_teacher(done, teacher, monkeypatch):
     """The first as the original network's averaged weights, each later one as the student before, not its average."""
     workdir, begun = done[0], {}
     config = tiny_config()
@@ -97,7 +97,7 @@ def test_small_a_student_begins_as_its_teacher(done, teacher, monkeypatch):
         assert not state.ema and int(state.step) == 0
 
 
-def test_small_a_finished_distillation_says_so_and_does_nothing(done, teacher, monkeypatch, caplog):
+def test_a_finished_distillation_says_so_and_does_nothing(done, teacher, monkeypatch, caplog):
     before = {p: p.stat().st_mtime_ns for p in done[0].rglob("*")}
     monkeypatch.setattr(loop, "prepared", lambda *_: pytest.fail("a run began"))
     caplog.set_level("INFO", "ivideo")
@@ -173,7 +173,7 @@ def copied(done, tmp_path):
 
 @pytest.mark.parametrize("how", ["changed", "cut", "missing"])
 @pytest.mark.parametrize("phase", ["teacher", "4", "2_stochastic"])
-def test_small_damaged_weights_are_named_and_made_again(how, phase, done, teacher, quick, copied, caplog):
+def test_damaged_weights_are_named_and_made_again(how, phase, done, teacher, quick, copied, caplog):
     """From the phase's last checkpoint, or the teacher's file; the phases after it stay finished."""
     path = copied / phase / "weights.safetensors"
     whole = path.read_bytes()
@@ -187,7 +187,7 @@ def test_small_damaged_weights_are_named_and_made_again(how, phase, done, teache
     assert_same_end(done[0], copied, tiny_config())
 
 
-def test_small_a_phase_whose_teacher_was_made_again_otherwise_is_refused(teacher, quick, copied):
+def test_a_phase_whose_teacher_was_made_again_otherwise_is_refused(teacher, quick, copied):
     """The weights are damaged, and so are the checkpoints: the phase begins anew, with another learning rate."""
     (copied / "4" / "finished.json").unlink()
     shutil.rmtree(copied / "4" / "checkpoints")
@@ -204,7 +204,7 @@ def changed(finish):
     )
 
 
-def test_a_smaller_end_goes_on_from_the_phases_that_are_there(teacher, quick, copied, monkeypatch):
+def test_a_lower_end_goes_on_from_the_phases_that_are_there(teacher, quick, copied, monkeypatch):
     """8, 4, 2 steps, then 1: nothing is done twice, and the student for 2 steps by the other sampler stays."""
     config, begun = tiny_config(**{"distill.end_steps": 1}), []
     run = loop.run
@@ -282,7 +282,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("mistake", AGAIN)
-def test_small_a_distillation_does_not_change_what_it_is(mistake, teacher, copied, tmp_path, monkeypatch):
+def test_a_distillation_does_not_change_what_it_is(mistake, teacher, copied, tmp_path, monkeypatch):
     changes, make_teacher, words = AGAIN[mistake]
     config = tiny_config(**changes)
     given = make_teacher(tmp_path) if make_teacher else teacher
@@ -292,7 +292,7 @@ def test_small_a_distillation_does_not_change_what_it_is(mistake, teacher, copie
     assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
 
 
-def test_small_a_teacher_whose_run_went_on_or_is_gone_was_copied(done, copied, tmp_path, quick, caplog):
+def test_a_teacher_whose_run_went_on_or_is_gone_was_copied(done, copied, tmp_path, quick, caplog):
     """The distillation goes on with the weights that it began with."""
     record = json.loads((copied / "teacher" / "finished.json").read_text())
     record["teacher"] = {"source": str(tmp_path / "run"), "identity": "step 4"}
@@ -308,7 +308,7 @@ def test_small_another_run_has_the_folder(teacher, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == []
 
 
-def test_small_training_in_the_folder_of_a_distillation_is_refused(copied):
+def test_training_in_the_folder_of_a_distillation_is_refused(copied):
     with pytest.raises(UserError, match="--workdir=.* is of a distillation: give another folder"):
         loop.train(tiny_config(), str(copied))
 
