@@ -17,11 +17,16 @@ from ivideo.devices import sharding
 from ivideo.training import phases
 
 
-def arguments(stage: str, teacher: str) -> list[str]:
-    """The command's flags, over those of `start`: four devices, in one process or two, and the layers of `:small`."""
+def light(stage: str):
+    """The `:small` stage with the layers that `start` asks for."""
     config = STAGES[stage].get_config("small")
+    config.update_from_flattened_dict(light_network.OPTIONS)
+    return config
+
+
+def arguments(stage: str, teacher: str) -> list[str]:
+    """The command's flags, over those of `start`: four devices, in one process or two."""
     return [
-        *(f"--config.{key}={config.model[key.removeprefix('model.')]}" for key in light_network.OPTIONS),
         f"--config=configs/{stage}.py:small", "--mode=distill", f"--teacher={teacher}",
         "--config.train.checkpoint_every=2",
     ]  # fmt: skip
@@ -38,20 +43,20 @@ def phase_losses(workdir, config) -> dict[str, dict[int, float]]:
     return {phase: losses(workdir / phase) for phase in stages.phases(config)}
 
 
-def assert_losses_agree(one, other, config):
-    """To 1e-5. Losses of 1e-5 are mean squares of small differences, so that float32 leaves them fewer digits."""
+def assert_losses_agree(one, other, config, rtol=1e-5):
+    """Losses of 1e-5 are mean squares of small differences, so float32 leaves them fewer digits."""
     one, other = phase_losses(one, config), phase_losses(other, config)
     for phase, wanted in one.items():
         assert sorted(other[phase]) == sorted(wanted)
         assert min(wanted.values()) > 1e-6
         found = [other[phase][step] for step in wanted]
-        np.testing.assert_allclose(found, list(wanted.values()), rtol=1e-5, atol=1e-8, err_msg=phase)
+        np.testing.assert_allclose(found, list(wanted.values()), rtol=rtol, atol=1e-8, err_msg=phase)
 
 
 @pytest.fixture(scope="module", params=["base", "ssr2"])
 def undisturbed(request, tmp_path_factory):
     """A stage's config, its teacher, and the folder of its distillation through guidance, 8, 4 and 2 steps."""
-    config, path = STAGES[request.param].get_config("small"), tmp_path_factory.mktemp(request.param)
+    config, path = light(request.param), tmp_path_factory.mktemp(request.param)
     teacher, workdir = save_teacher(config, str(path / "teacher.safetensors")), folder(path / "one")
     assert wait(start(workdir, 1, *arguments(request.param, teacher)), 3000) == [0], logs(workdir, 1)
     assert [row["phase"] for row in rows(workdir)] == ["guidance", "8", "4", "2", "2_stochastic"]
@@ -94,4 +99,5 @@ def test_eight_devices_learn_as_one(stage, tmp_path, monkeypatch):
     teacher = save_teacher(config, str(tmp_path / "teacher.safetensors"))
     for count in (1, 8):
         phases.distill(config, teacher, str(tmp_path / str(count)), devices=jax.devices()[:count])
-    assert_losses_agree(tmp_path / "1", tmp_path / "8", config)
+    # Sums over eight devices have another order, and each phase's student is the next phase's teacher
+    assert_losses_agree(tmp_path / "1", tmp_path / "8", config, rtol=5e-5)

@@ -200,7 +200,7 @@ def test_small_mistakes_about_processes_are_one_line(arguments, message, tmp_pat
 def other_code(tmp_path) -> str:
     """A copy of the package in which one line of one file is another."""
     shutil.copytree(ROOT / "ivideo", tmp_path / "other" / "ivideo", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(tmp_path / "other" / "ivideo" / "train.py", "a") as f:
+    with open(tmp_path / "other" / "ivideo" / "training" / "step.py", "a") as f:
         f.write("# changed\n")
     return str(tmp_path / "other")
 
