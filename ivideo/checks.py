@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from ivideo import files, stages
+from ivideo import files, recipe, stages
 from ivideo.devices import sharding
 from ivideo.diffusion import conditioning
 from ivideo.diffusion.process import LOSS_KINDS
@@ -239,16 +239,16 @@ def _check_training(config) -> None:
 
 
 def _check_distillation(config) -> None:
-    recipe = config.distill
+    d = config.distill
     try:
         stages.phases(config)
     except ValueError as e:
         raise UserError(
-            f"config.distill.end_steps = {recipe.end_steps}, config.distill.teacher_steps = {recipe.teacher_steps}: {e}"
+            f"config.distill.end_steps = {d.end_steps}, config.distill.teacher_steps = {d.teacher_steps}: {e}"
         ) from e
-    if not recipe.w_min <= recipe.w_max <= config.model.max_guidance:
+    if not d.w_min <= d.w_max <= config.model.max_guidance:
         raise UserError(
-            f"config.distill.w_min = {recipe.w_min}, config.distill.w_max = {recipe.w_max}: expected w_min up to "
+            f"config.distill.w_min = {d.w_min}, config.distill.w_max = {d.w_max}: expected w_min up to "
             f"w_max, and w_max up to config.model.max_guidance = {config.model.max_guidance}"
         )
 
@@ -274,11 +274,10 @@ def _check_student(config) -> None:
             f"{config.phase} is for {stages.SAMPLERS[kind]!r} in {steps} steps; for another student choose its "
             "variant, such as --config=FILE:demo_distilled_16"
         )
-    keys = ("weight",) if sample.guidance == "constant" else ("high_weight", "low_weight")
-    for key in keys:
-        if not config.distill.w_min <= sample[key] <= config.distill.w_max:
+    for key, weight in recipe.guidance_weights(config).items():
+        if not config.distill.w_min <= weight <= config.distill.w_max:
             raise UserError(
-                f"config.sample.{key} = {sample[key]}: expected a guidance weight that students are trained with, "
+                f"config.sample.{key} = {weight}: expected a guidance weight that students are trained with, "
                 f"config.distill.w_min = {config.distill.w_min} to config.distill.w_max = {config.distill.w_max}"
             )
 

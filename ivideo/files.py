@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -73,6 +74,12 @@ def read_bytes(path: str, begin: int = 0, end: int | None = None) -> bytes:
     if result.state != "value":
         raise FileNotFoundError(2, "there is no such file", path)
     return result.value
+
+
+def digest(path) -> str:
+    """The SHA-256 of a file of this machine, in hexadecimal. The file is read in chunks."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def refuse_existing(paths: list[str], *, overwrite: bool, hint: str = "") -> None:

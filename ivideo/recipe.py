@@ -95,6 +95,12 @@ def check_student(source: str, found, config) -> None:
     )
 
 
+def guidance_weights(config) -> dict[str, float]:
+    """The guidance weights that a stage samples with, by their keys in config.sample."""
+    keys = ("weight",) if config.sample.guidance == "constant" else ("high_weight", "low_weight")
+    return {key: config.sample[key] for key in keys}
+
+
 def _check_use(source, found, config):
     """UserError if a student is used with a schedule or a guidance weight that it was not distilled for."""
     for key, there, here in differences(found, config, SCHEDULE):
@@ -102,12 +108,12 @@ def _check_use(source, found, config):
             f"{source} was distilled with config.{key} = {there!r}, and it is {here!r} in this config: a student needs "
             "the schedule that it was distilled with"
         )
-    recipe = found.get("distill", {})
-    low, high = recipe.get("w_min", config.distill.w_min), recipe.get("w_max", config.distill.w_max)
-    for key in ("weight",) if config.sample.guidance == "constant" else ("high_weight", "low_weight"):
-        if not low <= config.sample[key] <= high:
+    saved = found.get("distill", {})
+    low, high = saved.get("w_min", config.distill.w_min), saved.get("w_max", config.distill.w_max)
+    for key, weight in guidance_weights(config).items():
+        if not low <= weight <= high:
             raise UserError(
-                f"config.sample.{key} = {config.sample[key]}: {source} was distilled for guidance weights from {low} "
+                f"config.sample.{key} = {weight}: {source} was distilled for guidance weights from {low} "
                 f"to {high}; choose one of these"
             )
 

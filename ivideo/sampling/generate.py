@@ -1,6 +1,5 @@
 """Writes video files for text prompts. Sections 2.2 and 2.6."""
 
-import hashlib
 import itertools
 import logging
 
@@ -11,7 +10,7 @@ from ivideo.data import video_io
 from ivideo.data.sources import resize_video
 from ivideo.devices import agreeing
 from ivideo.errors import UserError
-from ivideo.files import prepare_folders, refuse_existing
+from ivideo.files import digest, prepare_folders, refuse_existing
 from ivideo.prompts import samples
 from ivideo.sampling import cascade, outputs
 from ivideo.sampling.interrupts import Interrupted
@@ -72,7 +71,7 @@ def generate(
     low_res, input_metadata = None, {}
     if input_path is not None:
         low_res = np.broadcast_to(read_clip(input_path, configs[0]), (len(rows), *_input_shape(configs[0])))
-        input_metadata = {"input": _digest(input_path)}
+        input_metadata = {"input": digest(input_path)[:32]}
     cascade.check_input(configs[0], has_input=low_res is not None)
 
     def metadata(stage, row):
@@ -137,11 +136,6 @@ def generate(
 
 def _input_shape(config):
     return (config.cond.frames, config.cond.height, config.cond.width, 3)
-
-
-def _digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:32]
 
 
 def read_clip(path: str, config) -> np.ndarray:

@@ -26,7 +26,18 @@ class Agreement:
     def __init__(self, config, context: loop.RunContext):
         """`config`: of the original network."""
         self._config, self._mesh = config, context.mesh
-        self._networks = {True: stages.build_model(config), False: stages.build_model(stages.distilled(config))}
+        # By whether they are of the original network
+        configs = {True: config, False: stages.distilled(config)}
+        self._networks = {original: stages.build_model(of) for original, of in configs.items()}
+        # To the type that a teacher is held in: the student of a phase is the next one's teacher
+        self._casts = {
+            original: jax.jit(
+                lambda params: distill_step.teacher_params(config, params),
+                out_shardings=sharding.param_shardings(self._mesh, stages.param_shapes(of)),
+            )
+            for original, of in configs.items()
+        }
+        self._error = jax.jit(lambda a, b: jnp.square(a - b).mean(), out_shardings=sharding.replicated(self._mesh))
         self._programs = {}
         reading = config.copy_and_resolve_references()
         reading.data.workers = reading.data.num_images = 0
@@ -50,8 +61,7 @@ class Agreement:
         """
         wanted, teacher_seconds = self._sample(teacher, teacher_steps, original)
         made, seconds = self._sample(student, steps, False)
-        error = jax.jit(lambda a, b: jnp.square(a - b).mean(), out_shardings=sharding.replicated(self._mesh))
-        agreement = 10 * np.log10(4 / max(float(error(made, wanted)), 1e-12))  # 126 dB for clips that are the same
+        agreement = 10 * np.log10(4 / max(float(self._error(made, wanted)), 1e-12))  # 126 dB for equal clips
         return {
             "agreement": float(agreement),
             "seconds_per_sample": seconds / self._count,
@@ -59,10 +69,7 @@ class Agreement:
         }
 
     def _sample(self, params, steps, original):
-        # Both in the type that a teacher is held in: the student of a phase is the next one's teacher
-        where = sharding.param_shardings(self._mesh, params)
-        cast = jax.jit(lambda params: distill_step.teacher_params(self._config, params), out_shardings=where)
-        params = cast(params)
+        params = self._casts[original](params)
         if (steps, original) not in self._programs:
             program = jax.jit(lambda params, batch: self._clips(params, batch, steps, original))
             self._programs[steps, original] = program.lower(params, self._batch).compile()

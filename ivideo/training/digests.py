@@ -2,12 +2,11 @@
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import pathlib
 
-from ivideo.files import write_json
+from ivideo.files import digest, write_json
 
 log = logging.getLogger("ivideo")
 
@@ -65,12 +64,7 @@ def folder_digests(folder) -> dict[str, str]:
     folder = pathlib.Path(folder)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        return dict(zip((str(file.relative_to(folder)) for file in files), pool.map(_file_digest, files), strict=True))
-
-
-def _file_digest(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return dict(zip((str(file.relative_to(folder)) for file in files), pool.map(digest, files), strict=True))
 
 
 def _checkpoint(workdir, step):

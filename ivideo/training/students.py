@@ -79,7 +79,7 @@ def find_problem(workdir: str, phase: str) -> str | None:
     if not is_finished(os.path.join(workdir, phase)):
         return None
     try:
-        wanted, found = record(workdir, phase).get("file"), _file_digest(weights_path(workdir, phase))
+        wanted, found = record(workdir, phase).get("file"), files.digest(weights_path(workdir, phase))
     except FileNotFoundError:
         return "the file is missing"
     except (UserError, OSError) as e:
@@ -111,7 +111,7 @@ def finish(workdir: str, phase: str, params: dict, *, config, teacher, row: dict
     os.makedirs(folder, exist_ok=True)
     # A file without a record was left here by a killed process
     save_params(path, params, metadata=config_metadata(config), dtype=np.float32, overwrite=True)
-    found = {"file": _file_digest(path), "weights": _params_digest(params), "teacher": teacher, "row": row}
+    found = {"file": files.digest(path), "weights": _params_digest(params), "teacher": teacher, "row": row}
     files.write_json(os.path.join(folder, RECORD), found)
     return found
 
@@ -126,11 +126,6 @@ def write_rows(workdir: str, config) -> None:
     path, text = os.path.join(workdir, ROWS), "".join(json.dumps(row) + "\n" for row in rows(workdir, config))
     if not os.path.exists(path) or files.read_bytes(path) != text.encode():
         files.write_text(path, text)
-
-
-def _file_digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _params_digest(params):
