@@ -16,13 +16,17 @@ def get_config(variant: str = "paper"):
 
 
 def paper():
-    """192 × 320 to 768 × 1280 pixels, by convolutions alone. Our widths and depths match the printed count."""
+    """192 × 320 to 768 × 1280 pixels. Our widths and depths match the printed count.
+
+    No layer depends on the size of the frame, so it trains on crops and samples whole frames. As Imagen's stage from
+    256 to 1024 pixels (arXiv 2205.11487, Section 2.5), it has no self-attention but keeps attention to the text.
+    """
     config = common.stage("ssr3", "paper")
     config.model.channels = (128, 256, 512, 1024)
-    config.model.blocks = (2, 2, 4, 4)
+    config.model.blocks = (2, 2, 3, 3)
     config.model.strides = (2, 2, 2, 2)
     config.model.spatial_attention = (False, False, False, False)
-    config.model.cross_attention = (False, False, False, False)
+    config.model.cross_attention = (False, False, False, True)
     config.model.temporal = ("convolution", "convolution", "convolution", "convolution")
     config.train.crop_frames = 16  # short clips; the paper prints no length
     config.train.crop_height, config.train.crop_width = 256, 256

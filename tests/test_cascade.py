@@ -66,6 +66,7 @@ def test_small_paper_stages_have_the_published_sizes():
         assert stages.video_shape(stage) == (*size, 3)
         assert stage.video.fps == fps
         assert any(stage.model.spatial_attention) == attention
+        assert stage.model.cross_attention[-1], name  # all stages read the text
         assert set(stage.model.temporal) == {temporal}
 
 
