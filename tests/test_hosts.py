@@ -1,4 +1,4 @@
-"""Several processes train together on this machine: with the losses of one process, and surviving a failure."""
+"""Several processes on this machine train together: they have the losses of one process, and survive failures."""
 
 import json
 import os
@@ -36,10 +36,10 @@ def free_port() -> int:
 
 
 def start(workdir, count: int, *arguments) -> list[subprocess.Popen]:
-    """A training run in `count` processes, of as many devices together as one of four has."""
+    """Starts a training run in `count` processes with four devices in total."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}")
     env = {**os.environ, "XLA_FLAGS": flags}
-    env.pop("JAX_COMPILATION_CACHE_DIR", None)  # processes that find a program there do not wait for those that do not
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)  # a process that finds a program in it does not wait for the others
     command = [sys.executable, "-m", "ivideo.main", *RUN, f"--workdir={workdir}", *arguments]
     address = f"127.0.0.1:{free_port()}"
     processes = []
@@ -51,7 +51,7 @@ def start(workdir, count: int, *arguments) -> list[subprocess.Popen]:
 
 
 def wait(processes, seconds=300) -> list[int]:
-    """Exit codes of all; those that are not there in time are killed."""
+    """The exit codes of all processes. Kills those that do not end in time."""
     deadline = time.time() + seconds
     try:
         return [process.wait(max(0.1, deadline - time.time())) for process in processes]
@@ -61,7 +61,7 @@ def wait(processes, seconds=300) -> list[int]:
 
 
 def losses(workdir) -> dict[int, float]:
-    """By step; of a step done twice, that of the second time."""
+    """The loss of each step. Of a step that was done twice, the second one."""
     lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines}
 
@@ -80,7 +80,7 @@ def until_step(workdir, step, processes, seconds=300):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The losses of one process with four devices."""
+    """The losses of a run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
     found = losses(workdir)
@@ -94,8 +94,8 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize("count", [2])
-def test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count):
-    """Within a minute, with a message that says what to do; started again, the run ends as if nothing had happened."""
+def test_if_a_process_dies_the_others_exit_and_the_run_continues(one, tmp_path, count):
+    """They exit within a minute and say what to do. Started again, the run ends as if nothing had happened."""
     workdir = tmp_path / "run"
     processes = start(workdir, count)
     until_step(workdir, 7, processes)
@@ -106,7 +106,7 @@ def test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, coun
     assert killed == -signal.SIGKILL
     for code, text in zip(codes, logs(workdir, count), strict=False):
         ours = code == 77 and "another process went away" in text and "same command continues" in text
-        # jax may be the first to notice, and ends the process
+        # jax may notice first, and then it ends the process
         assert ours or (code == -signal.SIGABRT and "another task died" in text), (code, text)
 
     processes = start(workdir, count)
@@ -114,18 +114,18 @@ def test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, coun
     first, *others = logs(workdir, count)
     assert "going on from step 5" in first
     assert f"step {STEPS}/{STEPS}" in first
-    assert not any(f"/{STEPS}" in text for text in others)  # the first one reports
+    assert not any(f"/{STEPS}" in text for text in others)  # only the first process prints the progress
     assert_same(losses(workdir), one)
 
 
 @pytest.mark.parametrize("count", [4])
 def test_four_processes(one, tmp_path, count):
-    """The same with four, which takes minutes on two cores."""
-    test_a_process_dies_the_others_leave_and_the_run_goes_on(one, tmp_path, count)
+    """The same with four processes, which takes minutes on two cores."""
+    test_if_a_process_dies_the_others_exit_and_the_run_continues(one, tmp_path, count)
 
 
-def test_a_notice_to_one_process_stops_all_of_them(one, tmp_path):
-    """SIGTERM to the second of two: both save the same step and leave with 75; the run goes on in one process."""
+def test_signal_to_one_process_stops_all_of_them(one, tmp_path):
+    """After SIGTERM to the second of two, both save the same step and exit with 75. One process continues the run."""
     workdir = tmp_path / "two"
     processes = start(workdir, 2)
     until_step(workdir, 6, processes)
@@ -151,7 +151,7 @@ with hosts.exiting_together():
 
 
 def start_shuffled(workdirs) -> list[subprocess.Popen]:
-    """Two processes of two devices each, in an order as a torus has it: neither has parts of a batch in a row."""
+    """Starts two processes with two devices each. As on a torus, neither has consecutive parts of a batch."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     env = {**os.environ, "XLA_FLAGS": flags}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -164,19 +164,19 @@ def start_shuffled(workdirs) -> list[subprocess.Popen]:
     return processes
 
 
-def test_processes_whose_parts_are_not_in_a_row(one, tmp_path):
+def test_processes_whose_parts_are_not_consecutive(one, tmp_path):
     workdir = tmp_path / "run"
     assert wait(start_shuffled([workdir, workdir])) == [0, 0], logs(workdir, 2)
     assert_same(losses(workdir), one)
 
 
 def test_folders_that_are_not_shared_are_refused(tmp_path):
-    """Each process with a folder of its own, as machines without shared storage have."""
+    """Each process has its own folder, as on machines without shared storage."""
     workdirs = [tmp_path / "a", tmp_path / "b"]
     assert wait(start_shuffled(workdirs), 100) == [2, 2]
     for i, workdir in enumerate(workdirs):
-        said = pathlib.Path(f"{workdir}.{i}.log").read_text()
-        assert "is not the same folder for all processes: 1 of 2 do not see the files of process 0, the first" in said
+        text = pathlib.Path(f"{workdir}.{i}.log").read_text()
+        assert "is not the same folder for all processes: 1 of 2 do not see the files of process 0, the first" in text
     assert not any(workdir.exists() for workdir in workdirs)
 
 
@@ -189,7 +189,7 @@ def test_folders_that_are_not_shared_are_refused(tmp_path):
         (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "expected 0 to 1"),
     ],
 )
-def test_small_mistakes_about_processes_are_one_line(arguments, message, tmp_path):
+def test_small_wrong_process_flags_are_one_line(arguments, message, tmp_path):
     command = [sys.executable, "-m", "ivideo.main", *RUN, f"--workdir={tmp_path}/run", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
@@ -198,7 +198,7 @@ def test_small_mistakes_about_processes_are_one_line(arguments, message, tmp_pat
 
 
 def other_code(tmp_path) -> str:
-    """A copy of the package in which one line of one file is another."""
+    """A copy of the package in which one file has one more line."""
     shutil.copytree(ROOT / "ivideo", tmp_path / "other" / "ivideo", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "other" / "ivideo" / "training" / "step.py", "a") as f:
         f.write("# changed\n")
@@ -219,8 +219,8 @@ def other_code(tmp_path) -> str:
         ("other code", "the code of ivideo/training/step.py is "),
     ],
 )
-def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
-    """Before anything is compiled or written."""
+def test_processes_that_differ_all_name_the_difference(tmp_path, argument, said):
+    """They do so before anything is compiled or written."""
     workdir, address, processes = tmp_path / "run", f"127.0.0.1:{free_port()}", []
     for i in range(2):
         several = [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
@@ -230,7 +230,7 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
             env["PYTHONPATH"] = other_code(tmp_path) + os.pathsep + env["PYTHONPATH"]
         elif i == 1:
             command.append(argument)
-        with open(f"{workdir}.{i}.log", "w") as log:  # not from the checkout, whose code would be found first
+        with open(f"{workdir}.{i}.log", "w") as log:  # not in the checkout, whose code would be found first
             command[3] = f"--config={ROOT}/configs/base.py:small"
             processes.append(subprocess.Popen(command, cwd=tmp_path, env=env, stderr=log, stdout=log))
     assert wait(processes, 100) == [2, 2]
@@ -256,11 +256,12 @@ def test_processes_that_differ_all_say_in_what(tmp_path, argument, said):
         (1, "terminate", 75, "the same command"),
     ],
 )
-def test_an_error_of_one_process_ends_all_of_them_with_its_code(tmp_path, fails, way, code, said):
-    """And with its message, long before a step would count as hung. What would fail again is not started again."""
+def test_error_in_one_process_ends_all_of_them_with_its_exit_code(tmp_path, fails, way, code, said):
+    """All processes print its message, long before a step counts as hung. A failure that would repeat is final."""
     processes, address, workdir = [], f"127.0.0.1:{free_port()}", tmp_path / "run"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}  # a script sees its own folder, not this one
+    # Python adds the script's folder to the path, not this one
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     program = [sys.executable, str(ROOT / "tests" / "failing_process.py"), address]
     for i in range(2):

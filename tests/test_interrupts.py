@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost ssh connection while sampling: one line at once, and finished videos stay."""
+"""Ctrl-C, SIGTERM and a lost ssh connection while sampling: one line is printed, and finished videos stay."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ from ivideo.weights import config_metadata, save_params
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_small_signals_raise_and_what_is_ignored_stays_ignored():
+def test_small_signals_raise_and_ignored_signals_stay_ignored():
     before = {s: signal.getsignal(s) for s in interrupts.SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -40,7 +40,7 @@ def test_small_signals_raise_and_what_is_ignored_stays_ignored():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_interrupted_command_says_a_line(number, tmp_path):
+def test_interrupted_command_prints_one_line(number, tmp_path):
     config = base.get_config("small")
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: (0.1 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config))
@@ -55,11 +55,11 @@ def test_interrupted_command_says_a_line(number, tmp_path):
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     written = sorted(path.name for path in out.iterdir())
     assert 3 <= len(written) < 500
     done = f"ivideo: interrupted: {len(written)} of 500 videos are written"
-    assert said == f"{done}; the same command with --resume makes the others\n"
+    assert message == f"{done}; the same command with --resume makes the others\n"
     for name in written:
         assert video_io.count_frames(out / name) == 4

@@ -47,7 +47,7 @@ def test_small_in_one_process_errors_pass():
         raise KeyError
 
 
-LEAVING = """
+EXITING = """
 import json, logging, sys, threading, time
 import jax
 from ivideo.devices import hosts
@@ -74,42 +74,42 @@ hosts.watch()
 with hosts.exiting_together():
     exec(sys.argv[2])
 """
-TOLD = {"process": 0, "host": "there", "code": 2, "message": "no caption"}
-BY_TOLD = "process 0 (there) failed, so all processes stop (exit code 2): no caption"
+REASON = {"process": 0, "host": "there", "code": 2, "message": "no caption"}
+BY_REASON = "process 0 (there) failed, so all processes stop (exit code 2): no caption"
 
 
-def leave(reasons, code):
-    command = [sys.executable, "-c", LEAVING, json.dumps([json.dumps(r) for r in reasons]), code]
+def exit_with(reasons, code):
+    command = [sys.executable, "-c", EXITING, json.dumps([json.dumps(r) for r in reasons]), code]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(
-    ("reasons", "program", "code", "said", "told"),
+    ("reasons", "program", "code", "printed", "shared"),
     [
         ([], "raise hosts.UserError('no file')", 2, "ivideo: no file\n", "no file"),
         ([], "raise KeyError('bug')", 1, "KeyError: 'bug'", "KeyError: 'bug'"),
         ([], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 77, "continues", "another process went away"),
-        # an error that comes of another process's: that one has the reason and the code
-        ([TOLD], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 2, BY_TOLD, None),
-        ([TOLD], "raise hosts.UserError('mine')", 2, "ivideo: mine\n", None),
-        # told in the middle of something that never ends
-        ([TOLD], "store.written.set(); time.sleep(90)", 2, BY_TOLD, None),
+        # the error follows from that of another process, which has the reason and the exit code
+        ([REASON], "raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 2, BY_REASON, None),
+        ([REASON], "raise hosts.UserError('mine')", 2, "ivideo: mine\n", None),
+        # the reason arrives while the program is busy
+        ([REASON], "store.written.set(); time.sleep(90)", 2, BY_REASON, None),
     ],
 )
-def test_small_a_process_leaves_with_the_first_reason(reasons, program, code, said, told):
-    done = leave(reasons, program)
-    assert done.returncode == code and said in done.stderr, done.stderr
+def test_small_process_exits_with_the_first_reason(reasons, program, code, printed, shared):
+    done = exit_with(reasons, program)
+    assert done.returncode == code and printed in done.stderr, done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
-    if told:
+    if shared:
         reason = json.loads(done.stdout)
-        assert (reason["process"], reason["code"]) == (1, code) and reason["message"].startswith(told)
+        assert (reason["process"], reason["code"]) == (1, code) and reason["message"].startswith(shared)
     else:
         assert done.stdout == ""
 
 
-def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
-    """One wait for the reason ends after 24 days: another one begins."""
-    told = {"process": 1, "host": "h", "code": 2, "message": "wrong"}
+def test_small_run_of_months_is_watched_to_its_end(monkeypatch):
+    """A wait for the reason ends after 24 days, and the next one begins."""
+    reason = {"process": 1, "host": "h", "code": 2, "message": "wrong"}
 
     class Store:
         waits = 0
@@ -118,7 +118,7 @@ def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
             self.waits += 1
             if self.waits < 3:
                 raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
-            return json.dumps(told)
+            return json.dumps(reason)
 
     store, left = Store(), []
     monkeypatch.setattr(hosts, "store", lambda: store)
@@ -126,4 +126,4 @@ def test_small_a_run_of_months_is_watched_to_its_end(monkeypatch):
     monkeypatch.setattr(hosts, "_exiting", threading.Lock())
     monkeypatch.setattr(hosts, "_exit_for_reason", left.append)
     hosts._watch()
-    assert (store.waits, left) == (3, [told])
+    assert (store.waits, left) == (3, [reason])

@@ -1,4 +1,4 @@
-"""One run at a time per folder: who has the lock, when it is free, and what happens to a run that loses it."""
+"""One run at a time per folder: who holds the lock, when it is free, and what happens to a run that loses it."""
 
 import json
 import os
@@ -27,20 +27,20 @@ with lock.held(sys.argv[1]):
 
 
 def holder(folder):
-    """Another process that holds the folder."""
+    """Starts another process that holds the lock of the folder."""
     command = [sys.executable, "-c", HOLDER, str(folder)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n", process.stderr.read()
     return process
 
 
-def left(folder, **changes):
-    """What a run that is gone has left."""
+def write_lock(folder, **changes):
+    """Writes the lock file of a run on another machine, with changes."""
     folder.mkdir(exist_ok=True)
     (folder / lock.NAME).write_text(json.dumps({**lock._own_identity(), "host": "elsewhere", **changes}))
 
 
-def test_small_the_second_run_is_told_who_has_the_folder_and_since_when(tmp_path):
+def test_small_second_run_is_told_who_holds_the_lock_and_since_when(tmp_path):
     with lock.held(str(tmp_path)):
         since = json.loads((tmp_path / lock.NAME).read_text())["since"]
         with pytest.raises(UserError) as error, lock.held(str(tmp_path)):
@@ -50,13 +50,13 @@ def test_small_the_second_run_is_told_who_has_the_folder_and_since_when(tmp_path
             == f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()} since {since}: "
             "stop that run, or give another --workdir"
         )
-        assert (tmp_path / lock.NAME).exists()  # the second one has not taken it away
+        assert (tmp_path / lock.NAME).exists()  # the second run has not removed it
     assert list(tmp_path.iterdir()) == []
     with lock.held(str(tmp_path)):
         pass
 
 
-def test_small_a_folder_that_nothing_was_written_to_is_not_left(tmp_path):
+def test_small_new_folder_is_removed_if_nothing_was_written(tmp_path):
     with pytest.raises(UserError, match="no data"), lock.held(str(tmp_path / "new" / "run")):
         raise UserError("no data")
     assert not (tmp_path / "new" / "run").exists()
@@ -65,7 +65,7 @@ def test_small_a_folder_that_nothing_was_written_to_is_not_left(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_small_other_processes_of_a_run_hold_nothing(tmp_path):
+def test_small_only_the_first_process_of_a_run_locks_the_folder(tmp_path):
     with lock.held(str(tmp_path)), lock.held(str(tmp_path), first=False):
         pass
     with lock.held(str(tmp_path / "none"), first=False):
@@ -77,24 +77,24 @@ def test_small_after_kill_9_the_folder_is_free_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"in use by process {process.pid} on"), lock.held(str(tmp_path)):
         pass
     process.send_signal(signal.SIGKILL)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the list of processes
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
     monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)  # a wait would not end
     with lock.held(str(tmp_path)):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
     process.wait(30)
 
 
-def test_small_a_number_that_another_process_has_now_is_not_the_run(tmp_path, monkeypatch):
-    left(tmp_path, started="1")
+def test_small_reused_pid_is_not_the_run(tmp_path, monkeypatch):
+    write_lock(tmp_path, started="1")
     monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)
     with lock.held(str(tmp_path)):
         pass
 
 
 @pytest.mark.parametrize("machine", ["another machine", ""])
-def test_small_a_run_elsewhere_is_alive_while_its_file_changes(tmp_path, monkeypatch, machine):
+def test_small_run_on_another_machine_is_alive_while_its_file_changes(tmp_path, monkeypatch, machine):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
-    left(tmp_path, machine=machine, pid=7)
+    write_lock(tmp_path, machine=machine, pid=7)
     over = threading.Event()
 
     def beat():
@@ -112,15 +112,15 @@ def test_small_a_run_elsewhere_is_alive_while_its_file_changes(tmp_path, monkeyp
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_small_a_file_that_its_run_had_no_time_to_write_is_taken_over(tmp_path, monkeypatch):
+def test_small_empty_lock_file_of_a_dead_run_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.1)
     (tmp_path / lock.NAME).touch()
     with lock.held(str(tmp_path)):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_small_of_two_that_find_a_dead_run_one_gets_the_folder(tmp_path):
-    left(tmp_path, started="1")
+def test_small_two_runs_find_a_dead_one_and_one_of_them_gets_the_folder(tmp_path):
+    write_lock(tmp_path, started="1")
     got, refused, begun = [], [], threading.Barrier(2)
 
     def take():
@@ -140,14 +140,14 @@ def test_small_of_two_that_find_a_dead_run_one_gets_the_folder(tmp_path):
     assert len(got) == 1 and len(refused) == 1
 
 
-def test_small_a_run_whose_folder_was_taken_over_ends(tmp_path):
+def test_small_run_whose_folder_was_taken_over_ends(tmp_path):
     process = holder(tmp_path)
-    left(tmp_path, pid=7, since="today")
+    write_lock(tmp_path, pid=7, since="today")
     assert process.wait(30) == 2
     assert f"{tmp_path} was taken over by process 7 on elsewhere since today" in process.stderr.read()
 
 
-def test_small_a_heartbeat_changes_the_time_and_brings_back_a_file_that_was_deleted(tmp_path, monkeypatch):
+def test_small_heartbeat_updates_the_time_and_restores_a_deleted_file(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
     path = tmp_path / lock.NAME
 

@@ -1,4 +1,4 @@
-"""The training loop: failures, and its reports."""
+"""The training loop: spikes of the loss, stop signals and other failures, and the reports."""
 
 import collections
 import json
@@ -33,7 +33,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def spiked(tmp_path_factory):
-    """Twelve steps, of which the loss of the seventh is said to spike; profiled, on a chip whose peak is known."""
+    """A run of twelve steps, profiled. The seventh loss counts as a spike, and the chip's peak is known."""
     workdir = tmp_path_factory.mktemp("run")
     asked = []
 
@@ -48,7 +48,7 @@ def spiked(tmp_path_factory):
     return workdir
 
 
-def test_small_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_other_data(spiked):
+def test_small_spike_restores_the_checkpoint_and_continues_with_other_data(spiked):
     steps = [line["step"] for line in lines(spiked / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11, 12]  # a checkpoint every four
     losses = [line["loss"] for line in lines(spiked / "metrics.jsonl")]
@@ -58,8 +58,8 @@ def test_small_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_other_da
     assert sorted(int(p.name) for p in (spiked / "checkpoints").iterdir()) == [8, 12]
 
 
-def test_a_run_killed_after_a_rollback_leaves_the_spikes_data_out_too(spiked, tmp_path):
-    """Between the rollback and the next checkpoint: it ends as the one that was not killed."""
+def test_run_killed_after_a_rollback_skips_the_spikes_data_too(spiked, tmp_path):
+    """It is killed before the next checkpoint. Continued, it ends like the run that was not killed."""
     asked, numbers = [], loop._numbers
 
     def killed(metrics):
@@ -75,24 +75,24 @@ def test_a_run_killed_after_a_rollback_leaves_the_spikes_data_out_too(spiked, tm
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 5]
     loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
     assert lines(tmp_path / "metrics.jsonl")[-8:] == lines(spiked / "metrics.jsonl")[-8:]
-    assert not (tmp_path / "rollback.json").exists()  # the checkpoints since have positions of their own
+    assert not (tmp_path / "rollback.json").exists()  # later checkpoints have their own data positions
 
 
-def test_small_goodput_counts_what_was_lost(spiked):
+def test_small_goodput_counts_lost_steps(spiked):
     found = goodput.goodput(lines(spiked / "events.jsonl"))
     assert found["rollbacks"] == 1 and found["steps"] == {"productive": 12, "lost": 3}
     assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-9)
     assert found["seconds"]["lost"] > 0 and found["seconds"]["compiling"] > 0
 
 
-def test_small_profile_of_the_steps_asked_for(spiked):
+def test_small_profile_has_the_training_step(spiked):
     (file,) = (spiked / "profile").rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(file))
     names = {event.name for plane in data.planes for line in plane.lines for event in line.events}
     assert any("train_step" in name for name in names)
 
 
-def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, monkeypatch):
+def test_small_utilisation_is_model_flops_divided_by_the_peak(tmp_path, capsys, monkeypatch):
     config = run_config()
     monkeypatch.setattr(report.chips, "of_device", lambda device: Chip(1e12, 1e9, 1e9))
     mesh = loop.sharding.make_mesh({"data": 1}, jax.devices()[:1])
@@ -112,7 +112,7 @@ def test_small_utilisation_is_the_models_flops_over_the_peak(tmp_path, capsys, m
     assert (steps["first"], steps["last"], steps["seconds"]) == (2, 5, 8.0)
 
 
-def test_small_peaks_are_known_by_the_devices_names():
+def test_small_chips_are_found_by_the_device_kind():
     device = collections.namedtuple("Device", "device_kind")
     assert of_device(device("TPU v5 lite")) == CHIPS["v5e"]
     assert of_device(device("TPU v5p")) == of_device(device("TPU v5")) == CHIPS["v5p"]
@@ -131,12 +131,12 @@ def test_small_peaks_are_known_by_the_devices_names():
         (3.0, np.nan, 50, False),
     ],
 )
-def test_small_a_spike_is_a_multiple_of_the_usual_loss(spike, loss, count, wanted):
+def test_small_spike_is_a_multiple_of_the_median_loss(spike, loss, count, wanted):
     config = run_config(**{"train.spike": spike})
     assert loop._spiked(config, loss, collections.deque([1.0] * (count - 1) + [9.0])) == wanted
 
 
-def test_small_losses_that_are_not_numbers_are_not_compared_with(tmp_path, monkeypatch):
+def test_small_nan_losses_do_not_count_in_the_median(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(loop, "_spiked", lambda config, loss, recent: seen.append((loss, list(recent))))
     monkeypatch.setattr(loop, "_numbers", lambda metrics: [with_nan(m) for m in metrics])
@@ -150,8 +150,8 @@ def test_small_losses_that_are_not_numbers_are_not_compared_with(tmp_path, monke
     assert [len(recent) for _, recent in seen] == [0, 1, 1, 1, 2]
 
 
-class Notice:
-    """An iterator over batches of which asking for the third one brings a signal, and the loss of its own processes."""
+class Interrupted:
+    """An iterator over batches. At the third one, the process receives a signal and loses a data worker."""
 
     def __init__(self, iterator, sign):
         self._iterator, self._sign, self._count = iterator, sign, 0
@@ -169,10 +169,10 @@ class Notice:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None])
-def test_small_a_notice_that_also_ends_the_readers_of_data_saves(sign, tmp_path, monkeypatch, caplog):
-    """And so does the loss of a reader without a notice, such as for memory."""
+def test_small_signal_that_also_ends_the_data_workers_saves(sign, tmp_path, monkeypatch, caplog):
+    """So does the loss of a worker without a signal (None), for example for lack of memory."""
     make_data, save = loop.make_data, loop.Checkpoints.save
-    monkeypatch.setattr(loop, "make_data", lambda *args, **options: Notice(make_data(*args, **options), sign))
+    monkeypatch.setattr(loop, "make_data", lambda *args, **options: Interrupted(make_data(*args, **options), sign))
     monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state, i: save(self, step, state, i._iterator))
     monkeypatch.setattr(loop.Checkpoints, "restore", lambda *_: None)
     with pytest.raises(SystemExit) as left:
@@ -184,21 +184,21 @@ def test_small_a_notice_that_also_ends_the_readers_of_data_saves(sign, tmp_path,
     assert ("exit code -9. The run saves and stops" in caplog.text) == (sign is None)
 
 
-def test_small_a_notice_before_the_first_step_leaves_as_one_after_it(tmp_path, monkeypatch):
+def test_small_signal_before_the_first_step_exits_like_a_later_one(tmp_path, monkeypatch):
     load_texts = loop.load_texts
 
-    def told(*args):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return load_texts(*args)
 
-    monkeypatch.setattr(loop, "load_texts", told)
+    monkeypatch.setattr(loop, "load_texts", interrupted)
     with pytest.raises(SystemExit) as left:
         loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
     assert left.value.code == guards.PREEMPTED
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path, monkeypatch):
+def test_small_error_at_the_start_is_logged_as_the_end_of_the_run(tmp_path, monkeypatch):
     def fail(config):
         raise UserError("no state")
 
@@ -210,14 +210,14 @@ def test_small_an_error_at_the_start_is_the_end_of_a_run_that_failed(tmp_path, m
 
 
 @pytest.mark.parametrize("key", ["train.start", "data.dir"])
-def test_small_a_mistake_that_is_found_at_the_start_writes_nothing(key, tmp_path):
+def test_small_mistake_found_at_the_start_writes_nothing(key, tmp_path):
     config = run_config(**{"data.source": "tfds", "data.dir": str(tmp_path), key: str(tmp_path / "none.safetensors")})
     with pytest.raises(UserError, match=r"none\.safetensors"):
         loop.train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_small_profiled_steps_that_never_come_are_said(tmp_path, caplog):
+def test_small_warning_if_the_run_has_none_of_the_steps_to_profile(tmp_path, caplog):
     config = run_config(**{"train.steps": 2})
     loop.train(config, str(tmp_path), devices=jax.devices()[:1], profile_steps=(3, 4))
     assert "nothing was profiled: the run had no step from 3 to 4" in caplog.text
@@ -231,12 +231,12 @@ def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
         loop.train(config, str(tmp_path), devices=jax.devices()[:1])
 
 
-def test_small_a_step_that_hangs_ends_the_process_with_all_stacks():
+def test_small_step_that_hangs_ends_the_process_and_prints_all_stacks():
     program = """
 import time
 from ivideo.training.guards import Watchdog
 with Watchdog(0.5) as watchdog:
-    time.sleep(1.5)  # before the first step it does not watch: that one is compiled
+    time.sleep(1.5)  # not watched: it starts with the first beat
     print("alive", flush=True)
     watchdog.beat()
     def stuck():
@@ -250,7 +250,7 @@ with Watchdog(0.5) as watchdog:
     assert "in stuck" in done.stderr
 
 
-def test_small_batch_has_to_divide(tmp_path):
+def test_small_batch_must_divide_by_the_devices(tmp_path):
     config = run_config(**{"train.batch_size": 12})
     with pytest.raises(UserError, match=r"size = 12 cannot be split over 8 devices .* 1 parts: choose a multiple of 8"):
         loop.train(config, str(tmp_path / "run"))

@@ -309,7 +309,7 @@ def test_small_another_run_has_the_folder(teacher, tmp_path):
 
 
 def test_training_in_the_folder_of_a_distillation_is_refused(copied):
-    with pytest.raises(UserError, match="--workdir=.* is of a distillation: give another folder"):
+    with pytest.raises(UserError, match="--workdir=.* is the folder of a distillation: give another one"):
         loop.train(tiny_config(), str(copied))
 
 

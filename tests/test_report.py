@@ -34,7 +34,7 @@ def steps(workdir):
 
 
 def events(folder):
-    """What TensorBoard's files hold, in their order."""
+    """The events in TensorBoard's files, in order."""
     found = []
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
@@ -54,7 +54,7 @@ def test_small_tensorboard_has_the_numbers_and_the_grid(tmp_path):
     assert (step, value.image.height, value.image.width) == (6, 2 * 8, 4 * 8)  # two videos of four frames of 8×8
 
 
-def test_small_a_board_that_is_deleted_is_made_again(tmp_path):
+def test_small_deleted_tensorboard_log_is_created_again(tmp_path):
     board = TensorBoardLog(tmp_path / "tensorboard")
     board.scalars(1, {"loss": 1.0})
     shutil.rmtree(tmp_path / "tensorboard")
@@ -85,7 +85,7 @@ REPORTS = {
 
 
 def test_small_samples_of_several_processes_fail_in_all_of_them(tmp_path, monkeypatch):
-    """A process that went on alone would wait for the others without end."""
+    """A process that continued alone would wait for the others forever."""
     mesh = loop.sharding.make_mesh({"data": 1}, jax.devices()[:1])
     reporter = report.Reporter(run_config(), str(tmp_path), mesh)
     reporter.samples(1, broken)
@@ -95,7 +95,7 @@ def test_small_samples_of_several_processes_fail_in_all_of_them(tmp_path, monkey
 
 
 @pytest.mark.parametrize("what", REPORTS)
-def test_small_a_report_that_fails_is_said_once(what, tmp_path, monkeypatch, caplog):
+def test_small_report_that_fails_warns_once(what, tmp_path, monkeypatch, caplog):
     REPORTS[what](monkeypatch)
     assert train(run_config(**{"train.sample_every": 2}), tmp_path) == 6
     warnings = [r.getMessage() for r in caplog.records if f"{what} cannot be written" in r.getMessage()]
@@ -103,7 +103,7 @@ def test_small_a_report_that_fails_is_said_once(what, tmp_path, monkeypatch, cap
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
 
 
-def test_small_logs_deleted_in_mid_run_are_made_again(tmp_path, monkeypatch):
+def test_small_logs_deleted_during_a_run_are_created_again(tmp_path, monkeypatch):
     numbers = loop._numbers
 
     def deleted(metrics):
@@ -119,7 +119,7 @@ def test_small_logs_deleted_in_mid_run_are_made_again(tmp_path, monkeypatch):
     assert logged == [4, 5, 6]
 
 
-def test_small_a_line_that_a_full_disk_cut_is_ended_before_the_next(tmp_path):
+def test_small_line_cut_by_a_full_disk_is_ended_before_the_next(tmp_path):
     lines = report._Lines(tmp_path / "metrics.jsonl")
     lines.add({"step": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

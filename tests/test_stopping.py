@@ -10,31 +10,31 @@ import time
 import pytest
 
 from ivideo.training import guards
-from ivideo.training.guards import Stopping
+from ivideo.training.guards import StopSignals
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("number", guards.NOTICES)
-def test_small_each_notice_tells_and_the_handlers_come_back(number):
-    before = {n: signal.getsignal(n) for n in guards.NOTICES}
-    with Stopping() as stopping:
-        assert not stopping.told
+@pytest.mark.parametrize("number", guards.STOP_SIGNALS)
+def test_small_each_signal_requests_a_stop_and_the_handlers_are_restored(number):
+    before = {n: signal.getsignal(n) for n in guards.STOP_SIGNALS}
+    with StopSignals() as signals:
+        assert not signals.requested
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert stopping.told and stopping.should_stop()
-    assert {n: signal.getsignal(n) for n in guards.NOTICES} == before
+        assert signals.requested and signals.should_stop()
+    assert {n: signal.getsignal(n) for n in guards.STOP_SIGNALS} == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_small_a_signal_that_is_ignored_stays_ignored():
-    """As nohup does with SIGHUP, and a shell with Ctrl-C for what it runs in the background."""
+    """nohup ignores SIGHUP, and a shell ignores Ctrl-C for its background jobs."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stopping() as stopping:
+        with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
-            assert not stopping.told
+            assert not signals.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -46,49 +46,49 @@ def run(program):
     return process
 
 
-# As in a compile, the main thread is not in Python, where handlers are called
+# As in a compilation, the main thread is outside Python, so that Python calls no signal handler
 BUSY = """
 import ctypes, logging
-from ivideo.training.guards import Stopping
+from ivideo.training.guards import StopSignals
 logging.basicConfig(format="%(message)s")
-with Stopping():
+with StopSignals():
     mutex = ctypes.create_string_buffer(64)
     libc = ctypes.CDLL(None)
     libc.pthread_mutex_lock(mutex)
     print("ready", flush=True)
-    libc.pthread_mutex_lock(mutex)  # for ever: it is locked, and signals do not end the call
+    libc.pthread_mutex_lock(mutex)  # waits forever: the mutex is locked, and signals do not end the call
 """
 
 
-def test_small_the_second_ctrl_c_ends_the_process_at_once_also_in_a_compile():
+def test_small_second_ctrl_c_ends_the_process_at_once_also_in_a_compilation():
     process = run(BUSY)
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "SIGINT: the run saves and stops; a second Ctrl-C ends it at once\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    said = process.stderr.read()
-    assert said.startswith("interrupted again: the steps since the newest checkpoint are lost; ")
-    assert said.count("\n") == 1
+    message = process.stderr.read()
+    assert message.startswith("interrupted again: the steps since the newest checkpoint are lost; ")
+    assert message.count("\n") == 1
 
 
 SEVERAL = """
 import signal, time
 import jax
-from ivideo.training.guards import Stopping
+from ivideo.training.guards import StopSignals
 jax.process_count = lambda: 2
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))  # in the place of jax's own
-with Stopping() as stopping:
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))  # in place of jax's handler
+with StopSignals() as signals:
     print("ready", flush=True)
-    while not told:
+    while not received:
         time.sleep(0.01)
-print("told")
+print("received")
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_small_one_of_several_processes_tells_the_service_of_jax(number):
-    """Which has SIGTERM, and makes all processes stop at the same step."""
+def test_small_one_of_several_processes_sends_sigterm_to_jax(number):
+    """jax handles SIGTERM and makes all processes stop at the same step."""
     process = run(SEVERAL)
     process.send_signal(number)
-    assert process.wait(60) == 0 and process.stdout.read() == "told\n"
+    assert process.wait(60) == 0 and process.stdout.read() == "received\n"

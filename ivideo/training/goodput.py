@@ -17,10 +17,11 @@ down        from a process's last event to the start of the next process. This i
             after its last event, which is unknown.
 other       the rest
 
-Goodput is the share of `productive`. Within a process, durations come from a monotonic clock (`clock`, which is
-`time.monotonic`). The report says by how much the machine's clock was set in the meantime. Logs without `clock` have
-only the machine's clock (`time`); if that was set back, the process lasted at least as long as the events that it
-timed. Between processes the machines' clocks are compared. If the next machine's clock is behind, `down` is zero.
+Goodput is the share of `productive`. Each event has the machine's time of day (`time`) and its monotonic clock
+(`clock`). Durations within a process are differences of the monotonic clock, and the report says by how much the time
+of day was set in between. A log without `clock` has only the time of day. If that was set back, the process is taken to
+have lasted as long as the events that it timed. Between two processes the times of day are compared. If the second is
+earlier than the first, `down` is zero.
 """
 
 import itertools
@@ -41,7 +42,8 @@ KINDS = {
     "other": "other",
 }
 TIMED = {"compiled": "compiling", "restored": "restoring", "saved": "saving"}
-MAX_CLOCK_DIFFERENCE = 1.0  # seconds between two events: more means that the clock was set. Both are not read at once
+# Seconds. The two clocks are not read at the same instant. If they differ by more, the time of day was set
+MAX_CLOCK_DIFFERENCE = 1.0
 COUNTED = {
     "processes": ("process", "processes"),
     "preemptions": ("preemption", "preemptions"),
@@ -62,8 +64,9 @@ def goodput(events: list[dict]) -> dict:
     """Seconds and shares per kind of time, and counts of incidents, from a run's events in order.
 
     `shares` add up to exactly 1. `steps` counts productive and lost steps. `kills` counts processes, except the last,
-    whose log has no end. `skipped` counts updates with non-finite gradients among the productive steps. `clock_set` has
-    the seconds of each change of a machine's clock, negative if it was set back; a suspended machine looks the same.
+    that did not log their end. `skipped` counts updates with non-finite gradients among the productive steps.
+    `clock_set` has the seconds of each change of a machine's time of day, negative if it was set back. A suspended
+    machine looks the same.
     """
     processes = _processes(events)
     if not processes:
@@ -158,7 +161,7 @@ def _processes(events: list[dict]) -> list[list[dict]]:
 
 
 def _times(processes: list[list[dict]], history) -> tuple[float, dict[str, float]]:
-    """(total seconds of a run, seconds per kind)."""
+    """Returns the total seconds of a run, and the seconds per kind."""
     timed = [_timed(process) for process in processes]
     seconds = {kind: sum(process.get(kind, 0.0) for process in timed) for kind in KINDS}
     gaps = (after[0]["time"] - before[-1]["time"] for before, after in itertools.pairwise(processes))
@@ -166,15 +169,16 @@ def _times(processes: list[list[dict]], history) -> tuple[float, dict[str, float
     seconds["productive"], seconds["lost"] = sum(history.kept.values()), history.lost
     spans = (_span(process[0], process[-1]) for process in processes)
     total = seconds["down"] + sum(max(span, sum(process.values())) for span, process in zip(spans, timed, strict=True))
-    # Sums in different orders are rounded differently: the rest could be slightly negative
+    # Rounding could make the rest slightly negative
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
     return total, seconds
 
 
 def _timed(process: list[dict]) -> dict[str, float]:
-    """Seconds of one process per kind. `steps` are those of its steps, whether productive or lost."""
+    """Seconds of one process per kind. `steps` are the seconds of its steps, whether productive or lost."""
     seconds = dict.fromkeys(("input", *TIMED.values()), 0.0)
-    steps = before_first_step = 0.0  # the second: seconds of a known kind until the end of the first step
+    steps = 0.0
+    known = 0.0  # seconds that belong to another kind than start-up, until the end of the first step
     first = next((event for event in process if event["event"] == "compiled"), process[-1])
     for event in process:
         if event["event"] in TIMED:
@@ -183,8 +187,8 @@ def _timed(process: list[dict]) -> dict[str, float]:
             seconds["input"] += event["input_seconds"]
             steps += event["seconds"] - event["input_seconds"]
         if event is first:
-            before_first_step = sum(seconds.values()) + steps
-    return {**seconds, "steps": steps, "startup": max(_span(process[0], first) - before_first_step, 0.0)}
+            known = sum(seconds.values()) + steps
+    return {**seconds, "steps": steps, "startup": max(_span(process[0], first) - known, 0.0)}
 
 
 def _span(first: dict, last: dict) -> float:
@@ -194,7 +198,7 @@ def _span(first: dict, last: dict) -> float:
 
 
 def _jumps(process: list[dict]) -> list[float]:
-    """Changes of the machine's clock relative to the monotonic clock between two events of a process, in seconds."""
+    """Seconds by which the time of day was set between two events of a process, compared with the monotonic clock."""
     jumps = (after["time"] - before["time"] - _span(before, after) for before, after in itertools.pairwise(process))
     return [jump for jump in jumps if abs(jump) > MAX_CLOCK_DIFFERENCE]
 
@@ -209,7 +213,8 @@ class _History:
 
     def follow(self, process: list[dict]) -> None:
         """Adds the events of one process."""
-        # The step that the process continues from, 0 without a checkpoint. If it was killed earlier, nothing changes
+        # The step that the process continues from, 0 without a checkpoint. A process that was killed before it restored
+        # or did a step changes nothing
         at = next((event["step"] for event in process if event["event"] == "restored"), 0)
         if any(event["event"] in ("restored", "compiled", "steps") for event in process):
             self._back_to(at)

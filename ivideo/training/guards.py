@@ -1,4 +1,4 @@
-"""Runs around the training loop: handling of stop signals, a watchdog for hanging steps, and a profiler."""
+"""What guards a training run: the handling of stop signals, a watchdog for hanging steps, and a profiler."""
 
 import faulthandler
 import logging
@@ -14,15 +14,15 @@ from ivideo.devices import hosts
 
 log = logging.getLogger("ivideo")
 
-# Exit codes after which the same command continues the run; `hosts.LOST` is another. 75 is EX_TEMPFAIL
+# Exit codes after which the same command continues the run. `hosts.LOST` is another one. 75 is EX_TEMPFAIL
 PREEMPTED = 75  # the run received a stop signal, saved and stopped
 HUNG = 76  # a step took longer than config.train.hang_seconds
 
-NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stopping:
-    """Records that this process received a signal to stop. Several processes agree on the step after which they stop.
+class StopSignals:
+    """Records whether this process was asked to stop. Several processes agree on the step after which they stop.
 
     The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes), and SIGUSR1 and SIGUSR2, which Slurm and its
     wrappers send before the end of a job. A signal that is ignored at the start stays ignored: nohup ignores SIGHUP.
@@ -30,7 +30,8 @@ class Stopping:
     """
 
     def __init__(self):
-        self.told, self._asked = False, 0
+        self.requested = False
+        self._checks = 0  # calls of `should_stop`
         self._previous = {}
 
     def __enter__(self):
@@ -38,20 +39,20 @@ class Stopping:
             return self
         self._several = jax.process_count() > 1
         # With several processes jax's preemption service handles SIGTERM, and makes them agree on a step to stop at
-        for number in NOTICES[1:] if self._several else NOTICES:
+        for number in STOP_SIGNALS[1:] if self._several else STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._tell)
-        # Python runs a handler only when the main thread is back in Python, and a compilation takes minutes. So a
-        # thread reads the numbers of signals from a socket
+                self._previous[number] = signal.signal(number, self._handle)
+        # Python runs a signal handler only when the main thread is back in Python, and a compilation takes minutes. So
+        # Python writes each signal's number to a socket, and a thread reads it there
         receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(receiver,), daemon=True).start()
         return self
 
-    def _tell(self, *_):
+    def _handle(self, *_):
         if not self._several:
-            self.told = True
+            self.requested = True
 
     def _listen(self, receiver):
         interrupts = 0
@@ -66,23 +67,23 @@ class Stopping:
                         hosts.INTERRUPTED, "interrupted again: the steps since the newest checkpoint are lost; "
                     )
                 if self._several:
-                    self.tell()
+                    self.request_stop()
                 hint = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
                 log.warning("%s: the run saves and stops%s", signal.Signals(number).name, hint)
 
-    def tell(self) -> None:
+    def request_stop(self) -> None:
         """Requests a stop, by sending this process the signal that jax's preemption service waits for."""
         os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self) -> bool:
-        """Whether to stop before the next step. Every process asks before every step."""
+        """Whether to stop before the next step. All processes call this before every step."""
         if jax.process_count() == 1:
-            return self.told
+            return self.requested
         from jax.experimental import multihost_utils
 
-        # jax expects numbers that increase. Steps start again at 0 in each phase of a distillation
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        # jax expects increasing numbers. Step numbers do not increase: each phase of a distillation starts again at 0
+        self._checks += 1
+        return multihost_utils.reached_preemption_sync_point(self._checks)
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
@@ -120,7 +121,7 @@ class Watchdog:
         self._ended.set()
 
 
-class Profile:
+class Profiler:
     """Profiles the steps from `steps[0]` to `steps[1]` for xprof, in WORKDIR/profile. With None, it does nothing."""
 
     def __init__(self, workdir: str, steps: tuple[int, int] | None):
@@ -131,11 +132,13 @@ class Profile:
         return self
 
     def before(self, step: int) -> None:
+        """Starts the profile if `step`, which is about to run, is the first one to profile."""
         if self._steps and self._steps[0] <= step <= self._steps[1] and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = self._ran = True
 
     def after(self, step: int, metrics) -> None:
+        """Ends the profile if `step` was the last one to profile. Waits for the step's `metrics`."""
         if self._running and step >= self._steps[1]:
             jax.block_until_ready(metrics)
             self._stop()

@@ -120,9 +120,9 @@ def _acquire(path: str, own: dict) -> None:
 
 
 def _read(path: str) -> tuple[dict, int | None]:
-    """(content of the lock file, its modification time). The content is {} while it is being written.
+    """Returns the content of the lock file and its modification time, or ({}, None) if there is no file.
 
-    ({}, None) if there is no file.
+    The content is {} while the file is being written.
     """
     try:
         with open(path, encoding="utf-8") as f:

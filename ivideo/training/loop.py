@@ -28,7 +28,7 @@ from ivideo.text import load_encoder
 from ivideo.text.cache import TextCache
 from ivideo.training import lock, students, trained
 from ivideo.training.checkpoint import Checkpoints, check_workdir
-from ivideo.training.guards import PREEMPTED, Profile, Stopping, Watchdog
+from ivideo.training.guards import PREEMPTED, Profiler, StopSignals, Watchdog
 from ivideo.training.report import Reporter, learning_rate_key
 from ivideo.training.step import (
     TrainState,
@@ -43,6 +43,8 @@ from ivideo.weights import load_params
 
 log = logging.getLogger("ivideo")
 
+RECENT_REPORTS = 50  # a loss is compared with the median of this many reports before it
+MIN_REPORTS = 10  # with fewer reports before it, no loss counts as a spike
 TEXT_KEYS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
@@ -57,7 +59,7 @@ class Training:
     def __init__(self, config, mesh, encoder):
         self.config, self.mesh, self.encoder = config, mesh, encoder
         self.name = config.stage  # the name in the progress line
-        self.inspect_every = config.train.sample_every  # steps between calls of `inspect`; 0: none
+        self.inspect_every = config.train.sample_every  # steps between calls of `inspect`, 0 for none
 
     def shapes(self) -> TrainState:
         """Returns the shapes of the state. Nothing is allocated."""
@@ -72,14 +74,18 @@ class Training:
     def compile_step(self, shardings):
         """Returns the step, a jitted function (state, batch) -> (state, metrics). It donates the state.
 
-        `shardings`: those of the state.
+        `shardings`: the state's.
         """
         results = (shardings, sharding.replicated(self.mesh))
         return jax.jit(make_train_step(self.config, self.mesh), donate_argnums=0, out_shardings=results)
 
     def flops(self) -> int:
-        """Returns the model's FLOPs of a step over all devices."""
+        """Returns the model's FLOPs per step over all devices."""
         return model_flops(self.config)
+
+    def already_finished(self) -> None:
+        """Called if the newest checkpoint is that of the last step, so that no step is left to do."""
+        log.warning("nothing to do: config.train.steps = %d are done; a larger number goes on", self.config.train.steps)
 
     def inspect(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """Reports the quality of the state, every `inspect_every` steps and after the last one."""
@@ -91,18 +97,19 @@ class RunContext(NamedTuple):
 
     mesh: jax.sharding.Mesh
     encoder: object  # the text encoder, or a cache of its embeddings
-    embed_texts: Callable  # jitted: adds the embedded texts to a batch that is on the devices
-    iterator: object  # over this process's parts of the batches
-    stopping: Stopping
+    embed_texts: Callable  # adds the text embeddings to a batch that is on the devices
+    iterator: object  # over this process's part of each batch
+    stop_signals: StopSignals
 
 
 def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> TrainState:
-    """Trains the stage in `workdir` to `config.train.steps`, going on from its newest checkpoint.
+    """Trains the stage up to step `config.train.steps`, from the newest checkpoint in `workdir`.
 
-    Without a checkpoint it begins with the weights of the file `config.train.start`, or where that is empty with none;
-    UserError where they are of another network, and where the mesh does not fit the devices or the batch.
-    `devices`: those to use, all unless given. `profile_steps`: first and last step that the profiler records.
-    See `prepared` for several processes and `run` for how a run ends.
+    Returns the last state. Without a checkpoint, the parameters are read from the file `config.train.start`, or
+    initialised if that is empty.
+    `devices`: the devices to use, all by default. `profile_steps`: the first and last step to profile.
+    UserError if the file's weights are those of another network, or if the mesh does not fit the devices or the batch.
+    See `prepared` for several processes, and `run` for the ways in which a run ends.
     """
     checks.check(config)
     if config.train.warmup >= config.train.steps:
@@ -112,7 +119,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         )  # fmt: skip
     check_workdir(workdir)
     if students.is_distillation(workdir):
-        raise UserError(f"--workdir={workdir} is of a distillation: give another folder for a training run")
+        raise UserError(f"--workdir={workdir} is the folder of a distillation: give another one for a training run")
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
     if config.train.start:
@@ -126,21 +133,21 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
 
 @contextlib.contextmanager
 def prepared(config, workdir: str, mesh):
-    """Yields the `RunContext` of runs in `workdir`, and locks the folder for the block.
+    """Yields the `RunContext` for runs in `workdir`, and locks the folder for the block.
 
-    All processes of `jax.distributed` call this together. An error in one of them ends all, see
+    All processes of `jax.distributed` call this together. An error in one of them ends all of them, see
     `hosts.exiting_together`. UserError, before anything is written, if the texts or the data cannot be read, if they
     differ between processes, or if another run uses the folder.
     """
-    with Stopping() as stopping, hosts.exiting_together():
+    with StopSignals() as stop_signals, hosts.exiting_together():
         encoder = load_texts(config, mesh)
         if config.train.sample_every:
-            encoder.tokenize(list(config.train.sample_prompts))  # a cache may lack them
+            encoder.tokenize(list(config.train.sample_prompts))  # fails if a cache of embeddings lacks a prompt
         agreeing.agree(lambda: _inputs(config, encoder))
         iterator = make_process_data(config, encoder, mesh)
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
-            yield RunContext(mesh, encoder, _text_embedder(encoder, mesh), iterator, stopping)
+            yield RunContext(mesh, encoder, _text_embedder(encoder, mesh), iterator, stop_signals)
 
 
 def _text_embedder(encoder, mesh):
@@ -154,21 +161,21 @@ def _text_embedder(encoder, mesh):
 
 
 def exit_if_stopped(config, state: TrainState, workdir: str) -> None:
-    """Exits with code 75 if the run was told to stop before its last step."""
+    """Exits with code 75 if the run stopped before its last step."""
     if (step := int(state.step)) < config.train.steps:
         log.warning("stopped at step %d: the same command goes on from the newest checkpoint in %s", step, workdir)
         sys.exit(PREEMPTED)
 
 
 def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, int] | None = None) -> TrainState:
-    """Runs a task up to step `config.train.steps` and returns the last state. Starts from the newest checkpoint.
+    """Runs a task from the newest checkpoint up to step `config.train.steps`, and returns the last state.
 
-    If the run is told to stop (`Stopping`) or loses a data worker, it saves the state and returns early. A step that
-    hangs exits with code 76, the loss of another process with 77. FloatingPointError if more updates than
-    `config.train.max_skipped` were not finite, or if the loss spiked more often than `config.train.max_rollbacks`. The
-    checkpoints stay as they were.
+    If the run receives a signal to stop (`StopSignals`) or loses a data worker, it saves the state and returns early.
+    If a step hangs, the process exits with code 76. If another process is lost, it exits with code 77.
+    FloatingPointError if more than `config.train.max_skipped` updates were skipped, because they were not finite, or if
+    the loss spiked more than `config.train.max_rollbacks` times. The finished checkpoints stay.
     """
-    config, (mesh, encoder, embed_texts, iterator, stopping) = task.config, context
+    config, (mesh, encoder, embed_texts, iterator, stop_signals) = task.config, context
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     reporter, step = Reporter(config, workdir, mesh, name=task.name, flops=task.flops), 0
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
@@ -185,47 +192,46 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
             state = restored[1]
             reporter.event("restored", step=restored[0], seconds=time.perf_counter() - began)
             log.info("going on from step %d of %s", restored[0], workdir)
-            if restored[0] >= config.train.steps and not config.phase:
-                log.warning(
-                    "nothing to do: config.train.steps = %d are done; a larger number goes on", config.train.steps
-                )
+            if restored[0] >= config.train.steps:
+                task.already_finished()
 
         step_fn = task.compile_step(where)
 
         step = int(state.step)
         reporter.begin(step)
-        recent = collections.deque(maxlen=50)  # mean losses of the last reports
+        recent = collections.deque(maxlen=RECENT_REPORTS)  # the mean losses of the last reports
         rollbacks = 0
-        saving = True  # whether the newest step has been saved
-        pending = []  # metrics of steps not looked at yet: looking waits for the device
-        with Watchdog(config.train.hang_seconds) as watchdog, Profile(workdir, profile_steps) as profile:
-            while step < config.train.steps and not stopping.should_stop():
-                profile.before(step + 1)
+        saving = True  # whether the newest step is one that is saved
+        pending = []  # metrics that are not read yet, because reading them waits for the device
+        with Watchdog(config.train.hang_seconds) as watchdog, Profiler(workdir, profile_steps) as profiler:
+            while step < config.train.steps and not stop_signals.should_stop():
+                profiler.before(step + 1)
                 waiting = time.perf_counter()
                 try:
                     batch = sharding.to_devices(next(iterator), mesh)
                 except Exception as e:
-                    if stopping.told:  # so have been the iterator's own processes, where all of a group are
+                    # A terminal and a batch system send the signal to the data workers, too
+                    if stop_signals.requested:
                         break
                     if not hosts.is_killed_worker(e):
                         raise
                     log.warning("%s The run saves and stops", e)
                     if jax.process_count() == 1:
                         break
-                    # The others wait for this process in their step: it goes on with new workers until all stop
+                    # The other processes wait for this one in their step. It goes on with new workers until all stop
                     position = iterator.get_state()
                     iterator = make_process_data(config, encoder, mesh)
                     iterator.set_state(position)
-                    stopping.tell()
+                    stop_signals.request_stop()
                     batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
                 state, metrics = step_fn(state, embed_texts(batch))
                 step += 1
                 pending.append(metrics)
-                # One step is on its way while the next one is prepared, never more
+                # The device computes at most one step while the next one is prepared
                 jax.block_until_ready(pending[-2:][0])
                 watchdog.beat()
-                profile.after(step, metrics)
+                profiler.after(step, metrics)
                 reporter.stepped(step, metrics)
                 last = step == config.train.steps
                 saving = last or step % config.train.checkpoint_every == 0
@@ -242,7 +248,7 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
                             (step, state), saving = back, True
                             reporter.back_at(step)
                             continue
-                    if np.isfinite(loss):  # not where every update was left out
+                    if np.isfinite(loss):  # it is not if every update was skipped
                         recent.append(loss)
                 if saving:
                     reporter.saved(step, lambda: checkpoints.save(step, state, iterator))  # noqa: B023 - called at once
@@ -267,25 +273,25 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
 
 
 def _inputs(config, encoder) -> dict:
-    """What all processes have to read alike, beside the config."""
+    """Identities of the inputs, besides the config, that must be the same in all processes."""
     return {"the text encoder": encoder.fingerprint, "the data set": agreeing.folder_digest(config.data.dir)}
 
 
 def load_texts(config, mesh):
-    """What embeds the stage's captions: its encoder, or the cache of what that made (`config.data.text_cache`)."""
+    """The stage's text encoder, or the cache of its embeddings if there is a `config.data.text_cache`."""
     if config.data.text_cache:
         return TextCache.open(config.data.text_cache, config.text)
     return load_encoder(config.text, mesh=mesh)
 
 
 def make_process_data(config, encoder, mesh):
-    """The endless iterator over this process's parts of the stage's batches."""
+    """An endless iterator over this process's part of the stage's batches."""
     reader, readers = sharding.process_parts(mesh)
     return make_data(config, encoder, reader=reader, readers=readers)
 
 
 def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
-    """The endless iterator over the stage's batches, or over one reader's parts of them (`make_iterator`)."""
+    """An endless iterator over the stage's batches, or over one reader's part of them (`make_iterator`)."""
     return make_iterator(
         data_source(config), batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
         tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers,
@@ -294,7 +300,7 @@ def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
 
 
 def data_source(config):
-    """The clips that the stage is trained on (`ivideo.data.sources`)."""
+    """The source of the stage's training clips (`ivideo.data.sources`)."""
     frames, height, width, _ = stages.video_shape(config)
     crop = None
     if stages.training_shape(config) != stages.video_shape(config):
@@ -306,7 +312,7 @@ def data_source(config):
 
 
 def sample_prompts(config, encoder, params) -> np.ndarray:
-    """Videos of the config's sample prompts, [N, T, H, W, 3], as the training stands."""
+    """Videos of the config's sample prompts, [N,T,H,W,3], sampled with `params`."""
     tokens, mask = encoder.tokenize(list(config.train.sample_prompts))
     model, text = stages.build_model(config), sharding.to_host(encoder.encode(tokens, mask))
 
@@ -323,12 +329,15 @@ def _numbers(metrics: list[dict]) -> list[dict]:
 
 
 def _spiked(config, loss: float, recent) -> bool:
-    """Whether a mean loss is far above what is usual; never before there are ten to compare with."""
-    return 0 < config.train.spike < loss / statistics.median(recent) if len(recent) >= 10 else False
+    """Whether a mean loss is far above the median of the recent ones."""
+    return len(recent) >= MIN_REPORTS and 0 < config.train.spike < loss / statistics.median(recent)
 
 
 def _roll_back(config, checkpoints, like, step, rollbacks):
-    """The newest checkpoint as (step, state), or None. The data goes on from where it is: the spike's is left out."""
+    """Returns the newest checkpoint as (step, state), or None. The data is not rewound, to skip the spike's batches.
+
+    FloatingPointError if this is one rollback too many.
+    """
     if rollbacks > config.train.max_rollbacks:
         raise FloatingPointError(
             f"the loss of stage {config.stage} spiked again at step {step}, after {config.train.max_rollbacks} "

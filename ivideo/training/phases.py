@@ -31,11 +31,11 @@ FIXED = ("video.", "cond.", "diffusion.", "distill.teacher_steps")
 def distill(config, teacher: str, workdir: str, *, devices=None) -> str:
     """Runs the phases that are not finished yet in `workdir`. Returns the file of the last student.
 
-    `config` is that of the original network. `teacher` is the folder of its training run, or a file of its averaged
-    parameters. They are first copied to `workdir`. `devices`: all unless given. All processes of `jax.distributed` call
-    this together. When told to stop, it saves and exits as training does.
-    UserError, before anything is compiled or written, if `teacher` is of another network or is itself distilled, or if
-    `workdir` belongs to another run or another teacher.
+    `config`: the config of the original network. `teacher`: the folder of its training run, or a file of its averaged
+    parameters, which are first copied to `workdir`. `devices`: the devices to use, all by default. All processes of
+    `jax.distributed` call this together. After a signal to stop, it saves and exits as training does.
+    UserError, before anything is compiled or written, if the teacher's weights are of another network or of a student,
+    or if `workdir` belongs to another run or another teacher.
     """
     checks.check(config)
     checks.check_original(config)
@@ -70,7 +70,7 @@ def distill(config, teacher: str, workdir: str, *, devices=None) -> str:
 
 
 class Distillation:
-    """What the phases share: it is read and compiled once."""
+    """What the phases share: the text encoder, the compiled steps and the measurement of the agreement."""
 
     def __init__(self, config, workdir: str, context: loop.RunContext):
         self.config, self.workdir, self.context = config, workdir, context
@@ -82,7 +82,7 @@ class Distillation:
         return Agreement(self.config, self.context)
 
     def _jit_step(self, kind):
-        """The jitted step for one kind of student. The number of steps is an argument, so it serves all rounds."""
+        """The jitted step for one kind of student. It serves every round, since the number of steps is an argument."""
         mesh = self.context.mesh
         step = distill_step.make_distill_step(self.config, mesh, kind)
         state_shardings = sharding.param_shardings(mesh, distill_step.state_shapes(self.config))
@@ -154,6 +154,9 @@ class Phase:
     def flops(self) -> int:
         return distill_step.model_flops(self._shared.config, self._kind)
 
+    def already_finished(self) -> None:
+        """The steps are done, and the student's weights are still to be written: there is nothing to warn about."""
+
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns the agreement with the teacher and the seconds per sample, see `Agreement.measure`."""
         if (step := int(state.step)) not in self._measured:
@@ -209,7 +212,7 @@ def _check_folders(config, teacher: str, workdir: str) -> dict | None:
 
 
 def _check_teacher(config, teacher: str) -> str:
-    """Returns an identity of the teacher's weights. UserError if they are not those of an original network."""
+    """Returns the identity of the teacher's weights. UserError if they are not those of an original network."""
     if students.is_distillation(teacher) or students.is_finished(teacher):
         raise UserError(f"--teacher={teacher} is a distillation: give the training run of the original network")
     found = trained.saved_config(config, teacher)
@@ -222,7 +225,7 @@ def _check_teacher(config, teacher: str) -> str:
 
 
 def _copy_teacher(config, workdir: str, teacher: str, kept: dict | None) -> None:
-    """Copies the teacher's weights to the working folder. `kept`: those that were there, and are damaged."""
+    """Copies the teacher's weights to the working folder. `kept`: the record of a copy that is damaged, if any."""
     identity = agreeing.from_first_process(lambda: _check_teacher(config, teacher))
     if kept and identity != kept["identity"]:
         raise UserError(
@@ -237,7 +240,7 @@ def _copy_teacher(config, workdir: str, teacher: str, kept: dict | None) -> None
 
 
 def _check_lineage(workdir: str, phase: str, before: str) -> None:
-    """UserError if a finished phase had a teacher other than the present student of the phase before it."""
+    """UserError if the teacher of a finished phase is no longer the student of the phase before it."""
     folder, teacher = os.path.join(workdir, phase), os.path.join(workdir, before)
     if students.record(workdir, phase)["teacher"] != students.record(workdir, before)["weights"]:
         raise UserError(
@@ -247,7 +250,7 @@ def _check_lineage(workdir: str, phase: str, before: str) -> None:
 
 
 def _report_finished(config, workdir: str) -> str:
-    """Says that all phases are finished and where the last student is. Returns its file."""
+    """Logs that all phases are finished and where the last student is. Returns its file."""
     last = stages.distilled(config)
     path = students.weights_path(workdir, last.phase)
     log.info(

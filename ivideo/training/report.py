@@ -31,7 +31,7 @@ class Reporter:
     """
 
     def __init__(self, config, workdir: str, mesh, *, name: str = "", flops: Callable[[], int] | None = None):
-        """`name`: of the run in the progress line. `flops`: counts the FLOPs of a step. Both default to training's."""
+        """`name`: the run in the progress line. `flops`: returns the FLOPs per step. Both default to training's."""
         self._config, self._mesh, self._writes = config, mesh, jax.process_index() == 0
         self._began = self._compiled = self._mark = self._first = None
         self._input = 0.0
@@ -82,9 +82,9 @@ class Reporter:
             self._first, self._start, self._input = step, step, 0.0
 
     def go_on(self, step: int, excluded: float = 0.0) -> None:
-        """The time since the last report was not that of steps; those after `step` come next.
+        """Starts a new interval of steps after `step`. The time since the last interval is not spent on steps.
 
-        `excluded`: seconds that do not count in the speed.
+        `excluded`: seconds that the speed does not include.
         """
         self._first, self._mark, self._input = step, time.perf_counter(), 0.0
         if excluded:
@@ -96,7 +96,7 @@ class Reporter:
         self._start, self._compiled = step, self._mark
 
     def saved(self, step: int, save) -> None:
-        """Calls `save`, and reports how long it blocks the loop."""
+        """Calls `save` and reports how long it blocked the loop."""
         began = time.perf_counter()
         save()
         self._mark = time.perf_counter()
@@ -130,7 +130,7 @@ class Reporter:
                 raise FloatingPointError(
                     f"{name} is {values[name]} at step {step} of stage {self._config.stage}, and "
                     f"{values['skipped']:.0f} updates were skipped for that reason "
-                    f"(config.train.max_skipped = {limit}): training stops, with the checkpoints from before; lower "
+                    f"(config.train.max_skipped = {limit}): training stops, and the checkpoints are from before; lower "
                     f"{learning_rate_key(self._config)} or look at the data of that step"
                 )
             log.warning("%s is %s at step %d: this update is skipped", name, values[name], step)
@@ -180,7 +180,7 @@ class Reporter:
     def samples(self, step: int, make_videos) -> None:
         """Adds the videos of `make_videos()` to TensorBoard as a grid, with one row of frames per video."""
         if jax.process_count() > 1:
-            # All processes make the samples together. A process that continued after an error would block the others
+            # All processes sample together. A process that continued after an error would wait for the others forever
             videos = make_videos()
         with self._reporting("the grid of samples"):
             if jax.process_count() == 1:
@@ -213,7 +213,7 @@ class _Lines:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self._partial = True  # whether the last line may be partial: after a kill, or on a full disk
+        self._partial = True  # whether the last line may be partial, after a kill or on a full disk
 
     def add(self, value: dict) -> None:
         """Adds a line with one write. OSError if that fails."""

@@ -48,8 +48,8 @@ def finished(workdir: str, config) -> list[str]:
 def locate(folder: str, config) -> str:
     """Returns the file of a student's weights if `folder` is a distillation or one of its phases, else `folder`.
 
-    In a distillation it is the student of the phase `config.phase`, or of the last phase if the config is an original
-    network's. UserError if that phase is not finished.
+    In a distillation, this is the student of the phase `config.phase`. If the config is that of an original network, it
+    is the student of the last finished phase. UserError if that phase is not finished.
     """
     if is_finished(folder):
         return os.path.join(folder, WEIGHTS)
@@ -68,8 +68,9 @@ def locate(folder: str, config) -> str:
 def record(workdir: str, phase: str) -> dict:
     """Returns the record of a finished phase.
 
-    `file`: the SHA-256 of the file. `weights`, `teacher`: those of the parameters and of the teacher's. `row`: the line
-    of distill.jsonl. UserError if it cannot be read.
+    `file`: the SHA-256 of the file. `weights`: the SHA-256 of the parameters. `teacher`: the SHA-256 of the teacher's
+    parameters, or where the first teacher came from. `row`: the line of distill.jsonl. UserError if the record cannot
+    be read.
     """
     return files.read_json(os.path.join(workdir, phase, RECORD))
 
@@ -105,11 +106,11 @@ def set_aside(workdir: str, phase: str, problem: str) -> None:
 def finish(workdir: str, phase: str, params: dict, *, config, teacher, row: dict | None = None) -> dict:
     """Writes the weights of a phase and then its record, with which the phase counts as finished. Returns the record.
 
-    `params`: numpy arrays. `config`: the config that samples them. `teacher`: identifies the teacher's weights.
+    `params`: numpy arrays. `config`: the config to sample them with. `teacher`: identifies the teacher's weights.
     """
     folder, path = os.path.join(workdir, phase), weights_path(workdir, phase)
     os.makedirs(folder, exist_ok=True)
-    # A file without a record was left here by a killed process
+    # If there is a file without a record, a killed process has left it
     save_params(path, params, metadata=config_metadata(config), dtype=np.float32, overwrite=True)
     found = {"file": files.digest(path), "weights": _params_digest(params), "teacher": teacher, "row": row}
     files.write_json(os.path.join(folder, RECORD), found)
@@ -122,7 +123,7 @@ def rows(workdir: str, config) -> list[dict]:
 
 
 def write_rows(workdir: str, config) -> None:
-    """Writes distill.jsonl from the records of the finished phases, if it does not contain just these."""
+    """Writes distill.jsonl from the records of the finished phases, unless it has exactly their rows."""
     path, text = os.path.join(workdir, ROWS), "".join(json.dumps(row) + "\n" for row in rows(workdir, config))
     if not os.path.exists(path) or files.read_bytes(path) != text.encode():
         files.write_text(path, text)
