@@ -130,7 +130,8 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "profile_steps",
     None,
-    "First and last step to profile in mode train, such as 10,15; read WORKDIR/profile with xprof.",
+    "First and last step to profile in modes train and distill, such as 10,15; read WORKDIR/profile with xprof. Mode "
+    "distill profiles the phase that runs first, in WORKDIR/PHASE/profile.",
 )
 flags.DEFINE(
     PATH, "compile_cache", None, "Folder that keeps compiled programs for the next run; default ~/.cache/ivideo, empty "
@@ -208,7 +209,7 @@ def _run_mode(config, several: bool) -> None:
     elif FLAGS.mode == "distill":
         from ivideo.training.phases import distill
 
-        distill(config, _needed("teacher"), _needed("workdir"))
+        distill(config, _needed("teacher"), _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
         from ivideo.training.loop import data_source

@@ -40,9 +40,9 @@ def save_teacher(config, path: str, seed: int = 0) -> str:
     return path
 
 
-def distill(config, teacher, workdir) -> str:
+def distill(config, teacher, workdir, **options) -> str:
     """The distillation, on one device."""
-    return phases.distill(config, str(teacher), str(workdir), devices=jax.devices()[:1])
+    return phases.distill(config, str(teacher), str(workdir), devices=jax.devices()[:1], **options)
 
 
 def rows(workdir) -> list[dict]:

@@ -39,7 +39,7 @@ def done(teacher, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases.Distillation, "_jit_step", compiling)
         patch.setattr(phases, "Agreement", lambda *args: agreements.append(agreement(*args)) or agreements[-1])
-        distill(tiny_config(), teacher, workdir)
+        distill(tiny_config(), teacher, workdir, profile_steps=(2, 3))
     (only,) = agreements
     return workdir, compiled, only
 
@@ -64,6 +64,11 @@ def test_every_phase_has_a_row(done):
     assert all(row["seconds_per_sample"] > 0 for row in found)
 
 
+def test_the_phase_that_runs_first_is_profiled(done):
+    assert [path.parent.name for path in done[0].glob("*/profile")] == ["guidance"]
+    assert len(list((done[0] / "guidance" / "profile").rglob("*.xplane.pb"))) == 1
+
+
 def test_one_program_serves_all_rounds(done):
     compiled = done[1]
     assert {kind: step._cache_size() for kind, step in compiled.items()} == {
@@ -76,7 +81,7 @@ def test_a_student_begins_as_its_teacher(done, teacher, monkeypatch):
     workdir, begun = done[0], {}
     config = tiny_config()
 
-    def run(task, folder, context):
+    def run(task, folder, context, **_):
         state = task.initial_state(
             jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), task.shapes())
         )
@@ -85,7 +90,8 @@ def test_a_student_begins_as_its_teacher(done, teacher, monkeypatch):
 
     monkeypatch.setattr(loop, "run", run)
     for phase, before in zip(PHASES[:2], ("teacher", "guidance"), strict=True):
-        monkeypatch.setattr(students, "find_problem", lambda _, p, phase=phase: None if p == phase else "")
+        problems = {name: None if name == phase else "" for name in ("teacher", *PHASES)}
+        monkeypatch.setattr(students, "find_problems", lambda *_, problems=problems: problems)
         with pytest.raises(SystemExit):
             distill(config, teacher, workdir)
         state = begun[phase]
@@ -129,10 +135,10 @@ def kill(patch, place, phase):
             raise Killed
         return numbers(metrics)
 
-    def running(task, folder, context):
+    def running(task, folder, context, **options):
         if pathlib.Path(folder).name == phase:
             patch.setattr(loop, "_numbers", reporting)
-        return run(task, folder, context)
+        return run(task, folder, context, **options)
 
     def saving(path, params, **options):
         save(path, params, **options)
@@ -208,7 +214,9 @@ def test_a_lower_end_goes_on_from_the_phases_that_are_there(teacher, quick, copi
     """8, 4, 2 steps, then 1: nothing is done twice, and the student for 2 steps by the other sampler stays."""
     config, begun = tiny_config(**{"distill.end_steps": 1}), []
     run = loop.run
-    monkeypatch.setattr(loop, "run", lambda task, folder, context: begun.append(folder) or run(task, folder, context))
+    monkeypatch.setattr(
+        loop, "run", lambda task, folder, *args, **options: begun.append(folder) or run(task, folder, *args, **options)
+    )
     distill(config, teacher, copied)
     assert begun == [str(copied / "1"), str(copied / "1_stochastic")]
     assert (copied / "2_stochastic" / "finished.json").exists()

@@ -1,7 +1,9 @@
 """The students of a distillation in use: which weights a config finds, what is refused, and their evaluation."""
 
 import json
+import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from distillations import random_params, tiny_config
 
 from configs import cascade as cascade_config
-from ivideo import checks, stages
+from ivideo import checks, files, stages
 from ivideo.errors import UserError
 from ivideo.evaluation import distillation, evaluate
 from ivideo.sampling import cascade
@@ -40,6 +42,56 @@ def test_small_a_variant_finds_its_student_in_the_folder(folder):
         for source in (folder, f"{folder}/{phase}", f"{folder}/{phase}/weights.safetensors"):
             assert trained.check(config, source) == trained.check(config, folder)
             jax.tree.map(np.testing.assert_array_equal, trained.load(config, source), random_params(config, number))
+
+
+@pytest.fixture
+def read(folder, tmp_path, monkeypatch):
+    """A copy of the distillation and a function that returns its problems and the phases whose weights were read."""
+    copy, phases, digest = pathlib.Path(shutil.copytree(folder, tmp_path / "copy")), [], files.digest
+    monkeypatch.setattr(files, "digest", lambda path: phases.append(pathlib.Path(path).parent.name) or digest(path))
+
+    def find():
+        phases.clear()
+        return students.find_problems(str(copy), tiny_config()), sorted(phases)
+
+    return copy, find
+
+
+def damage(path, *, unnoticed):
+    """Changes the last byte of a file. `unnoticed`: also sets back its time of change, as a fault of the disk does."""
+    kept, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    if unnoticed:
+        os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+
+
+def test_small_weights_are_read_whole_where_they_teach_next(read):
+    copy, find = read
+    whole = {"teacher": "", "guidance": "", "4": "", "2": "", "2_stochastic": None}
+    assert find() == (whole, ["2"])
+    os.utime(copy / "guidance" / "weights.safetensors")  # such as by a copy of the folder
+    assert find() == (whole, ["2", "guidance"])
+    damage(copy / "2" / "weights.safetensors", unnoticed=True)
+    damage(copy / "4" / "weights.safetensors", unnoticed=True)
+    changed = "the file has changed since it was written"
+    assert find() == ({**whole, "2": changed, "4": changed}, ["2", "4", "guidance"])
+
+
+def test_small_damaged_weights_that_taught_before_are_noticed(read):
+    copy, find = read
+    damage(copy / "teacher" / "weights.safetensors", unnoticed=False)
+    (copy / "4" / "weights.safetensors").unlink()
+    problems, phases = find()
+    assert problems["teacher"] == "the file has changed since it was written"
+    assert problems["4"] == "the file is missing"
+    assert phases == ["2", "guidance", "teacher"]
+
+
+def test_small_of_a_finished_distillation_the_last_student_is_read_whole(read):
+    copy, find = read
+    shutil.copytree(copy / "2", copy / "2_stochastic")
+    problems, phases = find()
+    assert set(problems.values()) == {""} and phases == ["2_stochastic"]
 
 
 def test_small_mismatches_say_which_variant_to_choose(folder):

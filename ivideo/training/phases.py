@@ -28,12 +28,13 @@ log = logging.getLogger("ivideo")
 FIXED = ("video.", "cond.", "diffusion.", "distill.teacher_steps")
 
 
-def distill(config, teacher: str, workdir: str, *, devices=None) -> str:
+def distill(config, teacher: str, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> str:
     """Runs the phases that are not finished yet in `workdir`. Returns the file of the last student.
 
     `config`: the config of the original network. `teacher`: the folder of its training run, or a file of its averaged
-    parameters, which are first copied to `workdir`. `devices`: the devices to use, all by default. All processes of
-    `jax.distributed` call this together. After a signal to stop, it saves and exits as training does.
+    parameters, which are first copied to `workdir`. `devices`: the devices to use, all by default. `profile_steps`: the
+    first and the last step to profile, of the phase that runs first. All processes of `jax.distributed` call this
+    together. After a signal to stop, it saves and exits as training does.
     UserError, before anything is compiled or written, if the teacher's weights are of another network or of a student,
     or if `workdir` belongs to another run or another teacher.
     """
@@ -44,10 +45,7 @@ def distill(config, teacher: str, workdir: str, *, devices=None) -> str:
     check_batch(config, mesh)
     phases = stages.phases(config)
     kept = agreeing.from_first_process(lambda: _check_folders(config, teacher, workdir))
-    problems = {
-        phase: agreeing.from_first_process(lambda: students.find_problem(workdir, phase))  # noqa: B023 - called at once
-        for phase in (students.TEACHER, *phases)
-    }
+    problems = agreeing.from_first_process(lambda: students.find_problems(workdir, config))
     lineage = list(zip(phases, (students.TEACHER, *phases), strict=False))
     if all(problem == "" for problem in problems.values()):
         agreeing.from_first_process(lambda: [_check_lineage(workdir, *pair) for pair in lineage])
@@ -64,7 +62,8 @@ def distill(config, teacher: str, workdir: str, *, devices=None) -> str:
         distillation = Distillation(config, workdir, context)
         for phase, before in lineage:
             if problems[phase] != "":
-                distillation.run(phase, before)
+                distillation.run(phase, before, profile_steps=profile_steps)
+                profile_steps = None
             agreeing.from_first_process(lambda: _check_lineage(workdir, phase, before))  # noqa: B023
     return _report_finished(config, workdir)
 
@@ -88,7 +87,7 @@ class Distillation:
         state_shardings = sharding.param_shardings(mesh, distill_step.state_shapes(self.config))
         return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
 
-    def run(self, phase: str, before: str) -> None:
+    def run(self, phase: str, before: str, *, profile_steps: tuple[int, int] | None = None) -> None:
         """Runs a phase from its newest checkpoint and writes its student. The student of `before` is the teacher."""
         task = Phase(self, phase, before)
         folder, mesh = os.path.join(self.workdir, phase), self.context.mesh
@@ -96,7 +95,8 @@ class Distillation:
             os.makedirs(folder, exist_ok=True)
             files.write_json(os.path.join(folder, recipe.RUN_CONFIG), task.config.to_dict())
         iterator = loop.make_process_data(task.config, self.context.encoder, mesh)
-        state = loop.run(task, folder, self.context._replace(iterator=iterator))
+        context = self.context._replace(iterator=iterator)
+        state = loop.run(task, folder, context, profile_steps=profile_steps)
         loop.exit_if_stopped(task.config, state, folder)
         measured = task.measure(state)
         params = _to_first_host(state.params)

@@ -3,7 +3,8 @@
 DIR/teacher/        the averaged weights of the original network, copied when the distillation started
 DIR/PHASE/          the run of a phase (`ivideo.training.loop`). When it is finished, it has, like teacher/:
     weights.safetensors   the student's parameters in float32, with the config that samples them
-    finished.json         digests of the file, of its parameters and of the teacher's; the phase's row of distill.jsonl
+    finished.json         digests of the file, of its parameters and of the teacher's; the file's size and time of
+                          change; the phase's row of distill.jsonl
 DIR/distill.jsonl   one line per finished phase
 """
 
@@ -68,24 +69,47 @@ def locate(folder: str, config) -> str:
 def record(workdir: str, phase: str) -> dict:
     """Returns the record of a finished phase.
 
-    `file`: the SHA-256 of the file. `weights`: the SHA-256 of the parameters. `teacher`: the SHA-256 of the teacher's
-    parameters, or where the first teacher came from. `row`: the line of distill.jsonl. UserError if the record cannot
-    be read.
+    `file`: the SHA-256 of the file. `state`: its size and time of change. `weights`: the SHA-256 of the parameters.
+    `teacher`: the SHA-256 of the teacher's parameters, or where the first teacher came from. `row`: the line of
+    distill.jsonl. UserError if the record cannot be read.
     """
     return files.read_json(os.path.join(workdir, phase, RECORD))
 
 
-def find_problem(workdir: str, phase: str) -> str | None:
-    """Returns what is wrong with the weights of a finished phase, or ''. None if the phase is not finished."""
+def find_problems(workdir: str, config) -> dict[str, str | None]:
+    """Returns what is wrong with the weights of the first teacher and of each phase, or ''. None: it is not finished.
+
+    Files are read whole only where their weights are used next: the teacher of every phase that is to be done, and the
+    last student. Of the others the size and the time of change are enough: a file of the largest stage takes minutes.
+    """
+    problems, needed = {}, True
+    for phase in reversed([TEACHER, *stages.phases(config)]):
+        problems[phase] = _find_problem(workdir, phase, whole=needed)
+        needed = problems[phase] != ""
+    return dict(reversed(problems.items()))
+
+
+def _find_problem(workdir, phase, *, whole):
+    """As `find_problems`, of one file. Not `whole`: it is read only if it seems to have changed."""
     if not is_finished(os.path.join(workdir, phase)):
         return None
+    path = weights_path(workdir, phase)
     try:
-        wanted, found = record(workdir, phase).get("file"), files.digest(weights_path(workdir, phase))
+        wanted = record(workdir, phase)
+        if not whole and wanted.get("state") == _file_state(path):
+            return ""
+        found = files.digest(path)
     except FileNotFoundError:
         return "the file is missing"
     except (UserError, OSError) as e:
         return str(e)
-    return "" if wanted == found else "the file has changed since it was written"
+    return "" if wanted.get("file") == found else "the file has changed since it was written"
+
+
+def _file_state(path):
+    """The size in bytes and the time of change in nanoseconds of a file."""
+    state = os.stat(path)
+    return [state.st_size, state.st_mtime_ns]
 
 
 def set_aside(workdir: str, phase: str, problem: str) -> None:
@@ -112,7 +136,10 @@ def finish(workdir: str, phase: str, params: dict, *, config, teacher, row: dict
     os.makedirs(folder, exist_ok=True)
     # If there is a file without a record, a killed process has left it
     save_params(path, params, metadata=config_metadata(config), dtype=np.float32, overwrite=True)
-    found = {"file": files.digest(path), "weights": _params_digest(params), "teacher": teacher, "row": row}
+    found = {
+        "file": files.digest(path), "state": _file_state(path), "weights": _params_digest(params), "teacher": teacher,
+        "row": row,
+    }  # fmt: skip
     files.write_json(os.path.join(folder, RECORD), found)
     return found
 
