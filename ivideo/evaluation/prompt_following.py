@@ -17,6 +17,7 @@ import numpy as np
 import scipy.ndimage
 
 from ivideo.data import shapes
+from ivideo.evaluation import silhouette
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
 # The attributes that are scored in frames too small for shapes.
@@ -47,7 +48,7 @@ _WOBBLE = 0.06
 # Smallest overlap of the best template with the object; below it the object is none of the shapes.
 _MIN_OVERLAP = 0.6
 _SHAPE_FRAMES = 8  # frames of a clip that are compared with the templates
-_TEMPLATE_SIZE = 400  # pixels
+_GRAIN_FRAMES = 16  # frames of a clip in which the grain is measured
 _STD_PER_MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
@@ -86,12 +87,15 @@ def measure(video: np.ndarray, *, min_shape_height: int = MIN_SHAPE_HEIGHT) -> M
     background, level, steady = _background(video)
     if background is None:
         return nothing
-    colour, one_colour = _colour(video, level)
-    share, unexplained = _mixture(video, level, shapes.level(shapes.COLOURS[colour]))
-    odd = unexplained > max(_UNEXPLAINED_DISTANCE, _UNEXPLAINED_DEVIATIONS * _grain(video, level))
+    difference = video - level
+    squared = np.einsum("thwc,thwc->thw", difference, difference)
+    colour, one_colour = _colour(difference, squared, level)
+    share, unexplained = _mixture(difference, squared, shapes.level(shapes.COLOURS[colour]) - level)
+    odd = unexplained > max(_UNEXPLAINED_DISTANCE, _UNEXPLAINED_DEVIATIONS * _grain(difference)) ** 2
     objects, single = _objects(share, odd)
     good = steady & one_colour & single
-    centres = np.where(good[:, None], _centroids(share, objects), np.nan)
+    area, centroids = silhouette.centroids(share * objects)
+    centres = np.where(good[:, None], centroids / (width, height), np.nan)
     found = nothing._replace(background=background, centres=centres, good_frames=float(good.mean()))
     if good.mean() < _GOOD_FRAMES or not _has_colour(video, share, objects, colour):
         return found
@@ -99,7 +103,7 @@ def measure(video: np.ndarray, *, min_shape_height: int = MIN_SHAPE_HEIGHT) -> M
     found = found._replace(colour=colour, motion=motion, travel=travel)
     if height < min_shape_height:
         return found
-    shape, overlap = _shape(share, objects, good, centres * (width, height))
+    shape, overlap = _shape(share * objects, area, centroids, good)
     return found._replace(shape=shape, overlap=overlap)
 
 
@@ -122,7 +126,7 @@ def score(
 def _background(video: np.ndarray) -> tuple[str | None, np.ndarray, np.ndarray]:
     """(name of the background or None, its measured colour [3], whether each frame has it [T])."""
     frames = np.median(video.reshape(len(video), -1, 3), axis=1)
-    level = np.median(video.reshape(-1, 3), axis=0)
+    level = np.median(frames, axis=0)
     name, distance = _nearest(level, shapes.BACKGROUNDS)
     steady = np.linalg.norm(frames - level, axis=-1) < _BACKGROUND_DISTANCE
     if distance > _BACKGROUND_DISTANCE or steady.mean() < _GOOD_FRAMES:
@@ -130,9 +134,14 @@ def _background(video: np.ndarray) -> tuple[str | None, np.ndarray, np.ndarray]:
     return name, level, steady
 
 
-def _grain(video: np.ndarray, level: np.ndarray) -> float:
+def _grain(difference: np.ndarray) -> float:
     """Standard deviation of the background's channels. The median leaves the object out of the estimate."""
-    return _STD_PER_MAD * float(np.median(np.abs(video - level)))
+    return _STD_PER_MAD * float(np.median(np.abs(difference[_some(len(difference), _GRAIN_FRAMES)])))
+
+
+def _some(count: int, most: int) -> np.ndarray:
+    """The numbers of `most` of `count` frames, or of all if there are fewer, evenly over the clip."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def _nearest(level: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
@@ -145,23 +154,25 @@ def _levels(palette: tuple[tuple[int, int, int], ...]) -> np.ndarray:
     return np.stack([shapes.level(rgb) for rgb in palette])
 
 
-def _mixture(video: np.ndarray, background: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per pixel, the share of the colour (not clipped) and the distance from the closest mixture, both [T,H,W]."""
-    line = colour - background
-    difference = video - background
-    share = difference @ line / (line @ line)
-    rest = difference - np.clip(share, 0, 1)[..., None] * line
-    return share, np.linalg.norm(rest, axis=-1)
+def _mixture(difference: np.ndarray, squared: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per pixel, the share of a colour (not clipped) and the squared distance from the closest mixture, both [T,H,W].
+
+    `difference`: from the background; `squared` [T,H,W]: its length squared; `line`: the colour less the background.
+    """
+    length = line @ line
+    share = difference @ (line / length)
+    closest = np.clip(share, 0, 1)
+    return share, squared - length * closest * (2 * share - closest)
 
 
-def _colour(video: np.ndarray, background: np.ndarray) -> tuple[str, np.ndarray]:
+def _colour(difference: np.ndarray, squared: np.ndarray, background: np.ndarray) -> tuple[str, np.ndarray]:
     """(the colour that fits the clip best, whether it also fits each frame best [T])."""
     cost = []
     for level in _levels(tuple(shapes.COLOURS.values())):
-        _, rest = _mixture(video, background, level)
+        _, rest = _mixture(difference, squared, level - background)
         # Clipped, so that pixels of other objects count the same for all colours.
-        cost.append(np.minimum(rest, 2 * _UNEXPLAINED_DISTANCE) ** 2)
-    cost = np.sum(cost, axis=(2, 3))
+        cost.append(np.minimum(rest, (2 * _UNEXPLAINED_DISTANCE) ** 2).sum(axis=(1, 2)))
+    cost = np.stack(cost)
     best = cost.sum(axis=1).argmin()
     return list(shapes.COLOURS)[best], cost.argmin(axis=0) == best
 
@@ -189,17 +200,6 @@ def _objects(share: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, np.ndarray
         alone = second < _SECOND_SHARE * area and np.count_nonzero(frame_odd) < _UNEXPLAINED_SHARE * area
         single.append(low < area < high and alone)
     return np.stack(masks), np.array(single)
-
-
-def _centroids(share: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """Centroid (x, y) of the object per frame [T,2], as shares of width and height; nan without an object."""
-    weights = share * objects
-    height, width = share.shape[1:]
-    area = weights.sum(axis=(1, 2))
-    area = np.where(area > 0, area, np.nan)
-    x = (weights.sum(axis=1) @ ((np.arange(width) + 0.5) / width)) / area
-    y = (weights.sum(axis=2) @ ((np.arange(height) + 0.5) / height)) / area
-    return np.stack([x, y], axis=-1)
 
 
 def _has_colour(video: np.ndarray, share: np.ndarray, objects: np.ndarray, colour: str) -> bool:
@@ -232,31 +232,16 @@ def _motion(centres: np.ndarray) -> tuple[str | None, tuple[float, float]]:
     return "down" if travel[1] > 0 else "up", travel
 
 
-@functools.cache
-def _template(shape: str) -> tuple[float, float, float]:
-    """(area in squared radii, centroid (x, y) in radii from the bounding box's centre) of a shape."""
-    size = _TEMPLATE_SIZE
-    radius = size / 2 - 1
-    share = shapes.coverage(shape, size / 2, size / 2, radius, height=size, width=size)
-    x, y = (_centroids(share, np.ones_like(share, bool))[0] * size - size / 2) / radius
-    return float(share.sum()) / radius**2, float(x), float(y)
-
-
-def _shape(share: np.ndarray, objects: np.ndarray, good: np.ndarray, centres: np.ndarray) -> tuple[str | None, float]:
+def _shape(share: np.ndarray, area: np.ndarray, centroids: np.ndarray, good: np.ndarray) -> tuple[str | None, float]:
     """(the shape whose template overlaps the objects most, or None if no overlap is large enough; its mean overlap)."""
     chosen = np.flatnonzero(good)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(_SHAPE_FRAMES, len(chosen))).round().astype(int)]
+    chosen = chosen[_some(len(chosen), _SHAPE_FRAMES)]
     height, width = share.shape[1:]
-    area = (share * objects)[chosen].sum(axis=(1, 2))
-    seen = np.clip(share * objects, 0, 1)[chosen]
+    seen = np.clip(share[chosen], 0, 1)
     overlaps = {}
     for shape in shapes.SHAPES:
-        unit_area, x, y = _template(shape)
-        radius = np.sqrt(area / unit_area)
-        centre_x, centre_y = centres[chosen, 0] - x * radius, centres[chosen, 1] - y * radius
-        drawn = shapes.coverage(shape, centre_x, centre_y, radius, height=height, width=width)
-        shared = np.minimum(seen, drawn).sum(axis=(1, 2)) / np.maximum(seen, drawn).sum(axis=(1, 2))
-        overlaps[shape] = float(shared.mean())
+        drawn = silhouette.ideal(shape, area[chosen], centroids[chosen], height=height, width=width)
+        overlaps[shape] = float(silhouette.overlap(seen, drawn).mean())
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= _MIN_OVERLAP else None, overlaps[best]
 
