@@ -15,7 +15,7 @@ from ivideo import checks, stages
 from ivideo.data import shapes, video_io
 from ivideo.diffusion import augment
 from ivideo.errors import UserError
-from ivideo.evaluation import evaluate
+from ivideo.evaluation import evaluate, prompt_following
 from ivideo.planning import describe
 from ivideo.sampling import cascade, generate
 from ivideo.training import trained
@@ -246,22 +246,37 @@ def test_small_windows_are_sampled_without_seams():
     assert np.abs(parts - whole).mean() < 0.25 * np.abs(whole - whole.mean()).mean()
 
 
-def test_small_evaluation_of_the_cascade(small, capsys, monkeypatch):
-    """Of true clips, whose backgrounds go from black to a little brighter."""
+def test_small_evaluation_of_the_cascade(light, capsys, monkeypatch):
+    """Of true clips, whose backgrounds go from black to a little brighter, and of the base's true clips with grain."""
 
-    def true_clips(configs, texts, *, seeds, **_):
-        frames, height, width, _ = stages.video_shape(configs[-1])
-        for row, (text, (_, n)) in enumerate(zip(texts, seeds, strict=True)):
-            clip = shapes.render(shapes.parse_caption(text), n, frames=frames, height=height, width=width)
-            yield configs[-1], row, clip + np.linspace(0, 2 / 127.5, frames)[:, None, None, None]
+    def true_clips(configs, texts, *, seeds, wanted, **_):
+        assert wanted == {name: {*range(6)} for name in light.order}
+        for config, grain in ((configs[0], 3.0), (configs[-1], 0.0)):
+            for row, (text, (_, n)) in enumerate(zip(texts, seeds, strict=True)):
+                clip = shapes.render(shapes.parse_caption(text), n, frames=config.video.frames, height=96, width=160)
+                noise = grain / 127.5 * np.random.default_rng(n).normal(size=clip.shape)
+                yield config, row, clip + noise + np.linspace(0, 2 / 127.5, len(clip))[:, None, None, None]
 
     monkeypatch.setattr(cascade, "run", true_clips)
-    table = evaluate.evaluate(small, clips=6)["table"]
+    found = evaluate.evaluate(light, clips=6)
+    table, rows = found["table"], found["clips"]
     for group in ("seen", "held_out"):
         assert (table[group]["clips"], table[group]["all"]) == (3, 1.0)
     np.testing.assert_allclose(table["largest_drift"], 2, atol=1e-3)
+    assert [(row["number"], row["stage"]) for row in rows] == [(n, s) for n in range(6) for s in ("base", "ssr3")]
+    base, last = table["stages"]["base"], table["stages"]["ssr3"]
+    assert last == table["correct"] and last["clips"] == 6
+    assert last["ideal_iou"] > 0.995 and last["grain"] < 0.01
+    assert base["grain"] == pytest.approx(3, abs=0.05)
+    assert last["drift"] == pytest.approx(2, abs=1e-3) and base["drift"] == pytest.approx(2, abs=0.2)
+    held_out = [row for row in rows if row["held_out"] and row["stage"] == "ssr3"]
+    kind = prompt_following.held_out_kind(shapes.parse_caption(held_out[0]["caption"]))
+    assert table[kind]["all"] == 1.0
     out = capsys.readouterr().out
-    assert "| held-out | 3 | 100.0% |" in out
+    assert "| held-out | 3 | 100.0% ± 0.0 |" in out
+    assert f"| {kind} | {table[kind]['clips']} | 100.0%" in out
+    assert "| base | 6 | 100.0% ± 0.0 | 100.0% ± 0.0 | 0.9" in out
+    assert "| ssr3, correct clips | 6 |" in out
     assert "first to last frame: 2.0 of 255" in out
 
 
@@ -283,6 +298,7 @@ def test_small_evaluation_of_a_super_resolution_stage(light, capsys):
         truth = shapes.render(attributes, number, frames=frames, height=height, width=width)
         errors.append(np.mean((truth[::2].repeat(2, axis=0) - truth) ** 2))
         assert (row["trivial"] == np.inf) == (attributes.motion == "still")
+        assert {"ideal_iou", "steady_iou", "grain"} <= {*row}
     np.testing.assert_allclose(found["table"]["trivial"], 10 * np.log10(4 / np.mean(errors)), rtol=1e-4)
     assert "| tsr2 | 3 | " in capsys.readouterr().out
 

@@ -191,22 +191,39 @@ def test_small_backgrounds_of_another_world_are_none():
 def test_small_table_of_shares():
     wrong = {**RIGHT, "motion": False}
     unknown = {**RIGHT, "shape": None}
-    seen, held = shapes.TRAIN[0], shapes.HELD_OUT[0]
+    seen, held = shapes.TRAIN[0], Attributes("star", "red", "gray", "up")
     shapeless = {**RIGHT, "shape": False}
     rows = [(seen, RIGHT), (seen, wrong), (seen, shapeless), (seen, unknown), (held, unknown)]
     table = prompt_following.summarize(rows)
-    assert table == {
-        "seen": {
-            "clips": 4, "background": 1.0, "colour": 1.0, "motion": 0.75, "shape": 2 / 3, "coarse": 0.75, "all": 0.5
-        },
-        "held_out": {
-            "clips": 1, "background": 1.0, "colour": 1.0, "motion": 1.0, "shape": None, "coarse": 1.0, "all": 1.0
-        },
+    # One of four wrong: a standard deviation of 1/2 over √4; one of three: √(1/3) over √3; two of four: √(1/3) over √4
+    errors = {
+        "background": 0, "colour": 0, "motion": 1 / 4, "shape": 1 / 3, "coarse": 1 / 4, "all": np.sqrt(1 / 12)
+    }  # fmt: skip
+    assert table["seen"] == {
+        "clips": 4, "background": 1.0, "colour": 1.0, "motion": 0.75, "shape": 2 / 3, "coarse": 0.75, "all": 0.5,
+        "standard_error": pytest.approx(errors),
+    }  # fmt: skip
+    assert table["held_out"] == table["red star"] == {
+        "clips": 1, "background": 1.0, "colour": 1.0, "motion": 1.0, "shape": None, "coarse": 1.0, "all": 1.0,
+        "standard_error": dict.fromkeys(errors),
     }  # fmt: skip
     assert prompt_following.format_table(table).splitlines() == [
         "| captions | clips | background | colour | motion | first three | shape | all four |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-        "| seen | 4 | 100.0% | 100.0% | 75.0% | 75.0% | 66.7% | 50.0% |",
+        "| seen | 4 | 100.0% ± 0.0 | 100.0% ± 0.0 | 75.0% ± 25.0 | 75.0% ± 25.0 | 66.7% ± 33.3 | 50.0% ± 28.9 |",
         "| held-out | 1 | 100.0% | 100.0% | 100.0% | 100.0% | – | 100.0% |",
+        "| white circle standing still | 0 | – | – | – | – | – | – |",
+        "| purple square moving left | 0 | – | – | – | – | – | – |",
+        "| blue triangle | 0 | – | – | – | – | – | – |",
+        "| red star | 1 | 100.0% | 100.0% | 100.0% | 100.0% | – | 100.0% |",
     ]
     assert prompt_following.summarize([])["seen"]["all"] is None
+
+
+def test_small_every_held_out_caption_is_of_one_kind():
+    kinds = [prompt_following.held_out_kind(attrs) for attrs in shapes.all_attributes()]
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    assert counts == {
+        None: 432, "red star": 20, "blue triangle": 20, "white circle standing still": 4, "purple square moving left": 4
+    }  # fmt: skip
+    assert {*prompt_following.HELD_OUT_KINDS} == {*counts} - {None}

@@ -7,8 +7,7 @@ import numpy as np
 from ivideo import files, stages
 from ivideo.data import shapes
 from ivideo.diffusion import conditioning
-from ivideo.evaluation import fidelity
-from ivideo.evaluation import prompt_following as metric
+from ivideo.evaluation import averages, fidelity, generated, steadiness
 from ivideo.sampling import cascade
 from ivideo.training import trained
 
@@ -42,7 +41,7 @@ def evaluate(
     if configs[0].cond.frames:
         result, table = super_resolution(config, **options), psnr_table
     else:
-        result, table = prompt_following(configs, group=config.sample.group, **options), following_table
+        result, table = prompt_following(configs, group=config.sample.group, **options), generated.tables
     print(json.dumps(result["table"]) if as_json else table(result["table"]))
     if out is not None:
         files.write_text(out, json.dumps(result, indent=1, default=bool))
@@ -50,39 +49,28 @@ def evaluate(
 
 
 def prompt_following(configs, *, sources=None, group: int = 32, clips: int, seed: int) -> dict:
-    """Samples clips of the captioned shapes and scores whether each one shows its caption.
+    """Samples clips of the captioned shapes and measures the output of every stage (`ivideo.evaluation.generated`).
 
     Half of the captions are from training, half are held out. `configs` are the stages to run, `group` clips at a time
-    (`cascade.run`). Returns {'table': share of correct clips per attribute and the largest drift, 'clips': the scores
-    per clip}.
+    (`cascade.run`). Returns {'table': `generated.summarize`, 'clips': a row per clip and stage}.
     """
     attributes = choose_captions(clips, seed)
-    seeds = [(seed, n) for n in range(len(attributes))]
-    captions = [shapes.caption(a) for a in attributes]
-    scores, rows = [], []
-    for _, n, video in cascade.run(configs, captions, seeds=seeds, sources=sources, group=group):
-        score = metric.score(video, attributes[n])
-        scores.append((attributes[n], score))
-        held_out, drift = shapes.held_out(attributes[n]), float(fidelity.drift(video))
-        rows.append({"caption": captions[n], "held_out": held_out, "drift": drift, **score})
-        del video  # the next batch needs its memory
-    return {"table": {**metric.summarize(scores), "largest_drift": max(row["drift"] for row in rows)}, "clips": rows}
-
-
-def following_table(table: dict) -> str:
-    """The table of `prompt_following` as Markdown."""
-    table = dict(table)
-    drift = table.pop("largest_drift")
-    drift_line = f"largest change of a background's colour from first to last frame: {drift:.1f} of 255"
-    return f"{metric.format_table(table)}\n\n{drift_line}"
+    captions, everything = [shapes.caption(a) for a in attributes], set(range(len(attributes)))
+    sampled = cascade.run(
+        configs, captions, seeds=[(seed, n) for n in everything], sources=sources, group=group,
+        wanted={config.stage: everything for config in configs},
+    )  # fmt: skip
+    rows = generated.measure_all(((config.stage, n, video) for config, n, video in sampled), attributes)
+    return {"table": generated.summarize(rows), "clips": rows}
 
 
 def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
-    """PSNR and colour error of a super-resolution stage on held-out clips that were downsampled and upsampled again.
+    """Measures a super-resolution stage on held-out clips that were downsampled and upsampled again.
 
-    Next to it, the PSNR of plain upsampling (bilinear in space, repeated frames in time). Returns {'table': PSNR in dB
-    over all clips together, 'clips': PSNR per clip}. PSNR is infinite for a clip that equals the true one: repeated
-    frames of a shape that stands still do.
+    PSNR, next to that of plain upsampling (bilinear in space, repeated frames in time), the colour's error, and
+    `steadiness.measure`. Returns {'table': PSNR in dB over all clips together and the means of the others, 'clips': a
+    row per clip}. PSNR is infinite for a clip that equals the true one: repeated frames of a shape that stands still
+    do.
     """
     captions, videos = upsample_held_out_clips(config, sources=sources, clips=clips, seed=seed)
     truth = videos["truth"]
@@ -91,11 +79,13 @@ def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
             "caption": caption,
             **{name: fidelity.psnr(videos[name][n], truth[n]) for name in ("stage", "trivial")},
             "colour_error": fidelity.colour_error(videos["stage"][n], truth[n]),
+            **steadiness.measure(videos["stage"][n], shapes.parse_caption(caption)),
         }
         for n, caption in enumerate(captions)
     ]
     overall = {name: fidelity.psnr(videos[name], truth) for name in ("stage", "trivial")}
-    overall["colour_error"] = float(np.mean([row["colour_error"] for row in rows]))
+    for name in ("colour_error", *steadiness.MEASURES):
+        overall[name] = averages.mean([row[name] for row in rows])
     return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
 
 
@@ -124,9 +114,11 @@ def psnr_table(table: dict) -> str:
     """The table of `super_resolution` as Markdown."""
     gain = table["stage"] - table["trivial"]
     return (
-        "| stage | clips | PSNR | bilinear, repeated frames | gain | colour error |\n|---|--:|--:|--:|--:|--:|\n"
+        "| stage | clips | PSNR | bilinear, repeated frames | gain | colour error | ideal IoU | steady IoU | grain |\n"
+        f"|---|{'--:|' * 8}\n"
         f"| {table['name']} | {table['clips']} | {table['stage']:.2f} dB | {table['trivial']:.2f} dB | {gain:+.2f} dB "
-        f"| {table['colour_error']:.1f} of 255 |"
+        f"| {table['colour_error']:.1f} of 255 | {table['ideal_iou']:.3f} | {table['steady_iou']:.3f} "
+        f"| {table['grain']:.2f} of 255 |"
     )
 
 

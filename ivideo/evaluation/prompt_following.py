@@ -10,14 +10,14 @@ T frames · H height · W width. Colours are in the video's range of [-1, 1].
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
 
 from ivideo.data import shapes
-from ivideo.evaluation import silhouette
+from ivideo.evaluation import averages, silhouette
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
 # The attributes that are scored in frames too small for shapes.
@@ -246,34 +246,51 @@ def _shape(share: np.ndarray, area: np.ndarray, centroids: np.ndarray, good: np.
     return best if overlaps[best] >= _MIN_OVERLAP else None, overlaps[best]
 
 
-def summarize(scored: Iterable[tuple[shapes.Attributes, dict[str, bool | None]]]) -> dict[str, dict[str, float | None]]:
-    """The share of correct clips per attribute and jointly, for seen and for held-out captions.
+def held_out_kind(attrs: shapes.Attributes) -> str | None:
+    """The name of a held-out caption's kind, such as 'red star' or 'white circle standing still', or None."""
+    if not shapes.held_out(attrs):
+        return None
+    motions = [motion for motion in shapes.MOTIONS if shapes.held_out(attrs._replace(motion=motion))]
+    words = shapes.caption(attrs).split()[1:]  # without the article
+    return " ".join(words[:2] if len(motions) == len(shapes.MOTIONS) else words[:4])
+
+
+HELD_OUT_KINDS = tuple(dict.fromkeys(map(held_out_kind, shapes.HELD_OUT)))
+
+
+def summarize(scored: Iterable[tuple[shapes.Attributes, dict[str, bool | None]]]) -> dict[str, dict]:
+    """The share of correct clips per attribute and jointly, for seen and held-out captions and each held-out kind.
 
     `scored`: per clip (attributes, `score`). Returns {'seen': {'clips', 'background', 'colour', 'motion', 'shape',
-    'coarse', 'all'}, 'held_out': the same keys}. A clip is correct in 'coarse' if background, colour and motion are all
-    correct; in 'all' its shape must be correct too, if it was measured. A share without any measured clip is None.
+    'coarse', 'all', 'standard_error'}, 'held_out': the same keys, and one more such row per name in `HELD_OUT_KINDS`}.
+    A clip is correct in 'coarse' if background, colour and motion are all correct; in 'all' its shape must be correct
+    too, if it was measured. A share without any measured clip is None. 'standard_error' has that of every share.
     """
-    rows = {"seen": [], "held_out": []}
+    rows = {name: [] for name in ("seen", "held_out", *HELD_OUT_KINDS)}
     for attrs, right in scored:
-        rows["held_out" if shapes.held_out(attrs) else "seen"].append(right)
+        kind = held_out_kind(attrs)
+        for name in ("held_out", kind) if kind else ("seen",):
+            rows[name].append(right)
     return {name: _shares(row) for name, row in rows.items()}
 
 
-def _shares(row: list[dict[str, bool | None]]) -> dict[str, float | None]:
-    def mean(values: list[bool]) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    shares = {name: mean([r[name] for r in row if r[name] is not None]) for name in ATTRIBUTES}
-    for name, together in (("coarse", COARSE), ("all", ATTRIBUTES)):
-        shares[name] = mean([all(r[a] is not False for a in together) for r in row])
-    return {"clips": len(row), **shares}
+def all_right(right: dict[str, bool | None], names: Sequence[str] = ATTRIBUTES) -> bool:
+    """Whether a clip's `score` is right in these attributes, apart from those that were not measured."""
+    return all(right[name] is not False for name in names)
 
 
-def format_table(table: dict[str, dict[str, float | None]]) -> str:
-    """The result of `summarize` as a Markdown table of percentages, with '–' for shares that are None."""
+def _shares(row: list[dict[str, bool | None]]) -> dict:
+    values = {name: [r[name] for r in row if r[name] is not None] for name in ATTRIBUTES}
+    values |= {"coarse": [all_right(r, COARSE) for r in row], "all": [all_right(r) for r in row]}
+    errors = {name: averages.standard_error(found) for name, found in values.items()}
+    return {"clips": len(row), **{n: averages.mean(v) for n, v in values.items()}, "standard_error": errors}
+
+
+def format_table(table: dict[str, dict]) -> str:
+    """The result of `summarize` as a Markdown table of percentages ± standard errors, with '–' for shares of None."""
     columns = {**{a: a for a in COARSE}, "coarse": "first three", "shape": "shape", "all": "all four"}
     lines = [f"| captions | clips | {' | '.join(columns.values())} |", "|---|--:|" + "--:|" * len(columns)]
     for name, row in table.items():
-        cells = ["–" if row[c] is None else f"{100 * row[c]:.1f}%" for c in columns]
+        cells = [averages.text(row[c], row["standard_error"][c], digits=1, percent=True) for c in columns]
         lines.append(f"| {name.replace('_', '-')} | {row['clips']} | {' | '.join(cells)} |")
     return "\n".join(lines)
