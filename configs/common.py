@@ -62,7 +62,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.model.max_distance = 64  # frames; larger distances between frames share one relative position
     # Whether the embedding of a frame includes its position in the clip; attention's positions are relative either way
     config.model.frame_positions = False
-    config.model.prediction = "v"  # of the last layer: 'v', or 'eps' for comparison (Section 2.4)
+    # Of the last layer: 'v'; 'eps', for comparison (Section 2.4); 'x', the clean video, for networks with few channels
+    config.model.prediction = "v"
     config.model.data_std = 1.0  # standard deviation of the data given its conditioning; 1: the last layer predicts v
     config.model.guidance_input = False  # whether the guidance weight is an input of the network (distilled models)
     config.model.max_guidance = 16.0  # largest guidance weight that such a network accepts
@@ -115,7 +116,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     # Largest standard deviation, in pixels, of a random blur of the conditioning video, as Cascaded Diffusion Models;
     # this paper mentions noise alone
     config.train.augmentation_blur = 0.0
-    config.train.crop_frames = 0  # frames of the training clips; 0: all frames of the stage's output
+    # Frames of the training clips; 0: all frames of the stage's output; 1: single images, before clips
+    config.train.crop_frames = 0
     config.train.crop_height = 0  # pixels of the random training crops; 0: the whole frame
     config.train.crop_width = 0
     config.train.image_weight = 1.0  # weight of a packed image in the loss, relative to a video frame

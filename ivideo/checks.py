@@ -323,13 +323,17 @@ def _check_windows(config) -> None:
 
 def _check_without_conditioning(config) -> None:
     """Checks a stage without conditioning, which generates videos from noise."""
-    zero = ("cond.height", "cond.width", "cond.fps", "train.crop_frames", "train.crop_height", "train.crop_width")
+    zero = ("cond.height", "cond.width", "cond.fps", "train.crop_height", "train.crop_width")
     for key in zero:
         if value := _value(config, key):
             raise UserError(
                 f"config.{key} = {value!r}: stage {config.stage} makes videos from noise (config.cond.frames = 0), "
                 f"expected {type(value)(0)}"
             )
+    if config.train.crop_frames > config.video.frames:
+        raise UserError(
+            f"config.train.crop_frames = {config.train.crop_frames}: expected up to {config.video.frames}, or 0 for all"
+        )
 
 
 def _value(config, key: str):

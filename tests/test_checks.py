@@ -78,6 +78,7 @@ def test_small_every_key_refuses_what_cannot_work(stage):
         ("model.channels", (8, 8), "config.model.blocks = (1,) has 1 entries, but model.channels has 2"),
         ("cond.height", 3, "config.cond.height = 3: stage base makes videos from noise"),
         ("train.crop_height", 4, "config.train.crop_height = 4: stage base makes videos from noise"),
+        ("train.crop_frames", 17, "config.train.crop_frames = 17: expected up to 4, or 0 for all"),
         ("train.warmup", -5, "config.train.warmup = -5: expected a whole number, 0 or more"),
         ("train.learning_rate", math.nan, "config.train.learning_rate = nan: expected a number, 0 or more"),
         ("train.start", "None", "config.train.start = 'None': expected a path, or nothing after the = for none"),

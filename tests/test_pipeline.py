@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs import base
 from ivideo.data import pipeline, shapes, sources, video_io
 from ivideo.errors import UserError
+from ivideo.training import loop
 
 SIZE = dict(frames=4, height=8, width=12)
 ARRAYS = ("video", "tokens", "token_mask", "images", "image_tokens", "image_token_mask")
@@ -219,6 +221,17 @@ def test_small_resizing_is_that_of_jax():
     np.testing.assert_array_equal(
         sources.resize_video(wide, height=12, width=20), sources.resize_video(video, height=12, width=20)
     )
+
+
+def test_small_the_base_trains_on_single_frames_of_its_clips():
+    """With crop_frames = 1 a clip's frame is at a random time, so images show every place on the shape's path."""
+    config = base.get_config("small")
+    config.train.crop_frames = 1
+    source = loop.data_source(config)
+    config.train.crop_frames = 0
+    whole = loop.data_source(config)
+    frames = [np.flatnonzero([(source[i]["video"][0] == f).all() for f in whole[i]["video"]]) for i in range(5, 80, 5)]
+    assert all(len(f) for f in frames) and len({f[0] for f in frames}) == config.video.frames
 
 
 def test_small_crops_are_parts_of_their_clips():

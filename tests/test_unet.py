@@ -361,14 +361,17 @@ def test_small_network_that_knows_the_difference_is_small_does_not_see_noise_tha
     assert np.std(x - given["cond"]) > 0.01  # what the network adds, of deviation 0.05 or so
 
 
-def test_small_eps_network_returns_its_v():
-    """The same weights read as eps: v = (F - sigma z) / alpha of what they give when read as v."""
+def test_small_eps_and_x_networks_return_their_v():
+    """The same weights read as eps or x: v = (F - sigma z) / alpha or (alpha z - F) / sigma of their F, read as v."""
     z, logsnr, text, mask = inputs()
     params = awake(unet(), z, logsnr, text, mask)
-    out, v = (jax.jit(unet(prediction=kind).apply)({"params": params}, z, logsnr, text, mask) for kind in ("v", "eps"))
+    out, v, from_x = (
+        jax.jit(unet(prediction=kind).apply)({"params": params}, z, logsnr, text, mask) for kind in ("v", "eps", "x")
+    )
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
     np.testing.assert_allclose(v, (out - sigma * z) / alpha, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(from_x, (alpha * z - out) / sigma, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="with 'eps' it must be 1"):
         unet(prediction="eps", data_std=0.5).check(H, W)
-    with pytest.raises(ValueError, match="model.prediction = 'x': choose one of v, eps"):
-        unet(prediction="x").check(H, W)
+    with pytest.raises(ValueError, match="model.prediction = 'score': choose one of v, eps, x"):
+        unet(prediction="score").check(H, W)

@@ -274,13 +274,28 @@ def level(rgb: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(rgb, np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def render_at(attrs: Attributes, seed: int, times: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Draws the frames at `times` [T], in [0, 1) as shares of the clip, as float32 [T,H,W,3] in [-1, 1]."""
+def render_at(
+    attrs: Attributes,
+    seed: int,
+    times: np.ndarray,
+    *,
+    height: int,
+    width: int,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> np.ndarray:
+    """Draws the frames at `times` [T], in [0, 1) as shares of the clip, as float32 [T,H,W,3] in [-1, 1].
+
+    `rows` and `columns` select the part of the frame that is drawn. The other pixels cost no time.
+    """
     attrs = check_attributes(attrs)
     if height < 4 or width < 4:
         raise ValueError(f"A frame is {height} x {width} pixels, expected at least 4 x 4: ask for larger frames.")
     path = trajectory(attrs, seed, times, height=height, width=width)
-    share = coverage(attrs.shape, *path, height=height, width=width)[..., None]
+    (top, bottom, _), (left, right, _) = rows.indices(height), columns.indices(width)
+    share = coverage(attrs.shape, path.x - left, path.y - top, path.radius, height=bottom - top, width=right - left)[
+        ..., None
+    ]
     background, colour = level(BACKGROUNDS[attrs.background]), level(COLOURS[attrs.colour])
     return background + share * (colour - background)
 

@@ -93,7 +93,7 @@ class ShapesSource:
         attrs, seed = self.clip(index)
         frames, rows, columns = self._place(np.random.default_rng((seed, 1)))
         times = shapes.frame_times(self.frames)[frames]
-        video = shapes.render_at(attrs, seed, times, height=self.height, width=self.width)[:, rows, columns]
+        video = self._draw(attrs, seed, times, rows, columns)
         return {"video": video, "caption": shapes.caption(attrs)}
 
     def _place(self, rng: np.random.Generator) -> tuple[slice, slice, slice]:
@@ -106,8 +106,11 @@ class ShapesSource:
         attrs, seed = self.clip(index)
         time = shapes.frame_times(self.frames)[[rng.integers(self.frames)]]
         _, rows, columns = self._place(rng)
-        image = shapes.render_at(attrs, seed, time, height=self.height, width=self.width)[0, rows, columns]
+        image = self._draw(attrs, seed, time, rows, columns)[0]
         return {"image": image, "caption": shapes.caption(attrs)}
+
+    def _draw(self, attrs, seed, times, rows, columns) -> np.ndarray:
+        return shapes.render_at(attrs, seed, times, height=self.height, width=self.width, rows=rows, columns=columns)
 
 
 class TFDSSource:

@@ -26,7 +26,7 @@ from ivideo.models.blocks import (
     upsample,
 )
 
-PREDICTIONS = ("v", "eps")
+PREDICTIONS = ("v", "eps", "x")
 
 
 class VideoUNet(nn.Module):
@@ -37,7 +37,9 @@ class VideoUNet(nn.Module):
     pixels into channels and back, so that with a stride of 2 there the whole network works at half size. A
     `conditioned` network takes a conditioning video and the level of the noise on it. With `frame_positions`, the
     embedding of a video's frame includes its position in the clip; temporal attention has relative positions either
-    way. `prediction` says what the last layer predicts, 'v' or 'eps'; the network returns v either way (Section 2.4).
+    way. `prediction` says what the last layer predicts, 'v', 'eps' (Section 2.4) or 'x', the clean video; the network
+    returns v in each case. A network whose levels have fewer channels than the pixels under them cannot copy noise to
+    its output, as v and eps require, but it can draw a simple x (arXiv 2511.13720).
     `data_std` is the standard deviation of the data given its conditioning, set where it is far below 1: see
     `skip_scale` and `expected`.
     """
@@ -76,7 +78,9 @@ class VideoUNet(nn.Module):
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"model.prediction = {self.prediction!r}: choose one of {', '.join(PREDICTIONS)}")
         if self.prediction == "eps" and self.data_std != 1:
-            raise ValueError(f"model.data_std = {self.data_std} needs model.prediction = 'v': with 'eps' it must be 1")
+            raise ValueError(
+                f"model.data_std = {self.data_std} needs model.prediction 'v' or 'x': with 'eps' it must be 1"
+            )
         stride = math.prod(self.strides)
         if height % stride or width % stride:
             raise ValueError(
@@ -155,10 +159,12 @@ class VideoUNet(nn.Module):
         return difference * estimate_scale(alpha, sigma, self.data_std) / self.data_std
 
     def _as_v(self, x, z, logsnr, cond, aug_logsnr):
-        """v from the last layer's output x: v itself, eps, or the part of v that `skip_scale` leaves to the network."""
+        """v from the last layer's output x: that is v, eps, the clean video, or what `skip_scale` leaves of v."""
         alpha, sigma = alpha_sigma(expand(logsnr, z))
         if self.prediction == "eps":
             return (x - sigma * z) / alpha  # eps = sigma z + alpha v
+        if self.prediction == "x":
+            return (alpha * z - x) / sigma  # x = alpha z - sigma v
         if self.data_std == 1:
             return x
         skip, scale = skip_scale(alpha, sigma, self.data_std)

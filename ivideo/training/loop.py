@@ -304,7 +304,8 @@ def data_source(config):
     frames, height, width, _ = stages.video_shape(config)
     crop = None
     if stages.training_shape(config) != stages.video_shape(config):
-        crop = Crop(*stages.training_shape(config)[:3], **stages.factors(config))
+        factors = stages.factors(config) if config.cond.frames else {}
+        crop = Crop(*stages.training_shape(config)[:3], **factors)
     return make_source(
         config.data.source, frames=frames, height=height, width=width, num_clips=config.data.num_clips,
         data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps, crop=crop,
