@@ -174,6 +174,12 @@ def guidance_weight(config):
     )
 
 
+def evaluations(config) -> int:
+    """How often sampling evaluates the network for a video: once per step, or twice with classifier-free guidance."""
+    guided = config.sample.guidance == "oscillating" or config.sample.weight != 0
+    return config.sample.steps * (2 if guided and not config.model.guidance_input else 1)
+
+
 def guided_denoiser(config, model, params, text, text_mask, **conditioning):
     """The denoiser with the config's guidance: constant, or oscillating from step to step.
 

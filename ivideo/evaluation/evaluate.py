@@ -1,6 +1,7 @@
 """Evaluates a trained stage or cascade (mode evaluate). Section 3."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,19 +50,34 @@ def evaluate(
 
 
 def prompt_following(configs, *, sources=None, group: int = 32, clips: int, seed: int) -> dict:
-    """Samples clips of the captioned shapes and measures the output of every stage (`ivideo.evaluation.generated`).
+    """Samples clips of the captioned shapes and measures them (`measure_captions`).
 
-    Half of the captions are from training, half are held out. `configs` are the stages to run, `group` clips at a time
-    (`cascade.run`). Returns {'table': `generated.summarize`, 'clips': a row per clip and stage}.
+    Half of the captions are from training, half are held out. Returns {'table': `generated.summarize`, 'clips': a row
+    per clip and stage, 'seconds': per stage those of sampling a clip, without compilation}.
     """
     attributes = choose_captions(clips, seed)
-    captions, everything = [shapes.caption(a) for a in attributes], set(range(len(attributes)))
+    noise = [(seed, n) for n in range(clips)]
+    rows, seconds = measure_captions(configs, attributes, seeds=noise, sources=sources, group=group)
+    return {"table": generated.summarize(rows), "clips": rows, "seconds": seconds}
+
+
+def measure_captions(
+    configs, attributes: Sequence[shapes.Attributes], *, seeds, sources=None, group: int = 32
+) -> tuple[list[dict], dict[str, float]]:
+    """Samples a clip for each caption, and measures the output of every stage.
+
+    `configs` are the stages to run, `group` clips at a time (`cascade.run`), with `seeds` as `stages.video_keys` takes
+    them. Returns a row per clip and stage (`generated.measure_all`), and per stage the seconds of sampling a clip,
+    without compilation.
+    """
+    everything, batches = set(range(len(attributes))), {config.stage: [] for config in configs}
     sampled = cascade.run(
-        configs, captions, seeds=[(seed, n) for n in everything], sources=sources, group=group,
+        configs, [shapes.caption(a) for a in attributes], seeds=seeds, sources=sources, group=group,
         wanted={config.stage: everything for config in configs},
+        on_batch=lambda stage, videos, seconds: batches[stage].append(seconds / videos),
     )  # fmt: skip
     rows = generated.measure_all(((config.stage, n, video) for config, n, video in sampled), attributes)
-    return {"table": generated.summarize(rows), "clips": rows}
+    return rows, {stage: averages.mean(found) for stage, found in batches.items()}
 
 
 def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:

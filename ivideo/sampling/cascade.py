@@ -6,7 +6,8 @@ N videos · T frames · H, W height, width · t, h, w size of a low-resolution c
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -79,12 +80,14 @@ def embed_prompts(config, prompts: Sequence[str], *, batch: int = ENCODER_BATCH)
 class StageSampler:
     """The sampling program of one stage, compiled once for batches of `size` videos.
 
-    The batch is split over as many devices as divide it (`sampling_mesh`).
+    The batch is split over as many devices as divide it (`sampling_mesh`). `seconds`: what the last batch took, without
+    compilation.
     """
 
     def __init__(self, config, size: int):
         self.config, self.size, self.mesh = config, size, sampling_mesh(config, size)
         self._model, self._progress = stages.build_model(config), None
+        self._compiled, self.seconds = None, None
         video = sharding.logical_sharding(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
 
@@ -118,7 +121,11 @@ class StageSampler:
                 keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
                 clips = None if low_res is None else np.stack([low_res[row] for row in rows])
                 inputs = sharding.inputs_to_mesh((text[rows], mask[rows], np.asarray(keys), clips), self.mesh)
-                videos = run_interruptibly(lambda: sharding.to_host(self._run(params, *inputs)))  # noqa: B023
+                if self._compiled is None:
+                    self._compiled = run_interruptibly(lambda: self._run.lower(params, *inputs).compile())  # noqa: B023
+                begin = time.perf_counter()
+                videos = run_interruptibly(lambda: sharding.to_host(self._compiled(params, *inputs)))  # noqa: B023
+                self.seconds = time.perf_counter() - begin
                 yield batch, videos[: len(batch)]
                 del videos  # the next batch needs its memory
             jax.effects_barrier()
@@ -208,6 +215,7 @@ def run(
     low_res=None,
     group: int = 32,
     wanted: Mapping[str, set[int]] | None = None,
+    on_batch: Callable[[str, int, float], None] | None = None,
 ) -> Iterator[tuple]:
     """Runs the stages in `configs` (see `select`) and yields (stage's config, row, video [T, H, W, 3]).
 
@@ -219,6 +227,7 @@ def run(
     videos, and one group of its input clips.
     `wanted`: per stage, the rows whose videos are yielded; by default all rows of the last stage. Only the batches that
     they need are sampled. The rows in a batch do not depend on `wanted`, so a video is the same bit for bit.
+    `on_batch`: called with (stage's name, videos, seconds without compilation) when a batch is sampled.
     A video that is not finite is left out and the others are sampled. FloatingPointError at the end names its prompt.
     """
     wanted = wanted if wanted is not None else {configs[-1].stage: set(range(len(prompts)))}
@@ -249,6 +258,8 @@ def run(
             )  # fmt: skip
             output_clips = {}
             for batch, videos in sampled:
+                if on_batch is not None:
+                    on_batch(config.stage, sampler.size, sampler.seconds)
                 for position, row in enumerate(batch):
                     if not np.isfinite(videos[position]).all():
                         failed.setdefault(config.stage, []).append(prompts[begin + row])

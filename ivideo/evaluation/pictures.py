@@ -1,0 +1,32 @@
+"""Contact sheets: frames of several clips in one picture."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_MARGIN = 4  # pixels between frames
+_LINE = 14  # pixels of a caption's line
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], captions: Sequence[str], *, frames: int = 6, width: int = 160
+) -> Image.Image:
+    """Draws `frames` frames of each clip [T,H,W,3] in [-1, 1], the first to the last, in a row under its caption.
+
+    `width`: of a frame in pixels; its height follows from the first clip.
+    """
+    height = round(width * videos[0].shape[1] / videos[0].shape[2])
+    row = _LINE + height + _MARGIN
+    sheet = Image.new("RGB", (frames * (width + _MARGIN) + _MARGIN, len(videos) * row + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (video, caption) in enumerate(zip(videos, captions, strict=True)):
+        top = _MARGIN + number * row
+        draw.text((_MARGIN, top), caption, fill="black")
+        for column, time in enumerate(np.linspace(0, len(video) - 1, frames).round().astype(int)):
+            levels = np.clip(np.round((np.asarray(video[time], np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+            # Enlarged frames show their pixels
+            method = Image.Resampling.NEAREST if width > levels.shape[1] else Image.Resampling.LANCZOS
+            picture = Image.fromarray(levels).resize((width, height), method)
+            sheet.paste(picture, (_MARGIN + column * (width + _MARGIN), top + _LINE))
+    return sheet
