@@ -328,8 +328,31 @@ def make_part(part: str, args, networks) -> None:
             plot(part, found, args.folder / f"{part}.png")
 
 
+def load_networks(args) -> dict:
+    """The configs that the parts need, 'original' and 'distilled'. UserError for a stage that they do not have."""
+    needed = {"contact": ["distilled"], "table1": ["original", "distilled"]}
+    names = {name for part in args.parts for name in needed.get(part, args.networks)}
+    networks = {name: load_config(f"{args.config}:{getattr(args, name)}") for name in sorted(names)}
+    for config in networks.values():
+        for stage in args.stages or ():
+            cascade.select(config, None, stage)
+    return networks
+
+
 def words(text: str) -> list[str]:
     return text.split(",")
+
+
+def networks_of(text: str) -> list[str]:
+    if unknown := {*words(text)} - {"original", "distilled"}:
+        raise argparse.ArgumentTypeError(f"expected original, distilled or both, not {', '.join(sorted(unknown))}")
+    return words(text)
+
+
+def clips_of(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("expected 2 or more, one of a caption from training and one held out")
+    return int(text)
 
 
 def main(arguments=None) -> None:
@@ -343,9 +366,9 @@ def main(arguments=None) -> None:
     add("--originals", metavar="DIR", help="weights of original stages; default: the package's")
     add("--students", metavar="DIR", help="weights of distilled stages; default: the package's")
     add("--to_stage", help="the last stage to run; default: all")
-    add("--clips", type=int, default=96, help="clips per row and seed, half of them of held-out captions")
+    add("--clips", type=clips_of, default=96, help="clips per row and seed, half of them of held-out captions")
     add("--seeds", type=lambda text: [int(n) for n in words(text)], default=[2, 3], help="such as 2,3")
-    add("--networks", type=words, default=["original", "distilled"], help="of guidance, augmentation and steps")
+    add("--networks", type=networks_of, default=["original", "distilled"], help="of guidance, augmentation and steps")
     add("--stages", type=words, help="stages that a part changes; default: base,tsr1,ssr1 of guidance, all of the rest")
     add("--values", type=lambda text: [float(n) for n in words(text)], help="weights, ratios or numbers of steps")
     add("--weight", type=float, help="constant weight of table1; default: the configs'")
@@ -356,10 +379,7 @@ def main(arguments=None) -> None:
     add("--frame_width", type=int, default=160, help="pixels of a frame in the contact sheet")
     args = parser.parse_args(arguments)
     try:
-        networks = {
-            "original": load_config(f"{args.config}:{args.original}"),
-            "distilled": load_config(f"{args.config}:{args.distilled}"),
-        }
+        networks = load_networks(args)
         for part in args.parts:
             contact(args, networks["distilled"]) if part == "contact" else make_part(part, args, networks)
     except UserError as e:

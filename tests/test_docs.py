@@ -16,7 +16,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "machine_type", "experiments"}
 OTHERS = {  # flags of launch scripts, pip and xprof
     "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
-    "only", "again", "format", "layout", "logdir", "steps", "implicit-dirs", "rename-dir-limit", "check", *BEAM,
+    "only", "again", "seeds", "values", "originals", "students", "format", "layout", "logdir", "steps",
+    "implicit-dirs", "rename-dir-limit", "check", *BEAM,
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -124,7 +125,7 @@ def test_small_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
-@pytest.mark.parametrize("name", ["compare_predictions", "draw_docs", "tpu_table"])
+@pytest.mark.parametrize("name", ["compare_predictions", "draw_docs", "figures", "tpu_table"])
 def test_small_python_launch_scripts_import_what_exists(name):
     """Names that they take from the package are there; plotting is an extra that need not be."""
     for node in ast.walk(ast.parse((ROOT / "launch" / f"{name}.py").read_text())):

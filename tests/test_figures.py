@@ -31,20 +31,26 @@ def light(config):
     return config
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of random weights of base and tsr1, and of two students of each."""
+    folder, config = tmp_path_factory.mktemp("weights"), light(cascade_config.get_config("small"))
+    for number, phase in enumerate(PHASES):
+        for stage in cascade.select(stages.distilled(config, phase) if phase else config, None, "tsr1"):
+            path = folder / f"{stage.stage}{f'_{phase}' if phase else ''}.safetensors"
+            save_params(str(path), random_params(stage, number), metadata=config_metadata(stage))
+    return folder
+
+
 @pytest.fixture
-def figure(tmp_path, monkeypatch, capsys):
+def figure(weights, tmp_path, monkeypatch, capsys):
     """A function that runs the command with base and tsr1 of a light cascade. Returns what it prints."""
     load = figures.load_config
     monkeypatch.setattr(figures, "load_config", lambda spec: light(load(spec)))
-    config = light(cascade_config.get_config("small"))
-    for number, phase in enumerate(PHASES):
-        for stage in cascade.select(stages.distilled(config, phase) if phase else config, None, "tsr1"):
-            path = tmp_path / f"{stage.stage}{f'_{phase}' if phase else ''}.safetensors"
-            save_params(str(path), random_params(stage, number), metadata=config_metadata(stage))
 
     def run(*arguments):
         options = {"original": "small", "distilled": "small_distilled", "to_stage": "tsr1", "clips": 2}
-        options |= {"originals": tmp_path, "students": tmp_path}
+        options |= {"originals": weights, "students": weights}
         figures.main([str(tmp_path / "out"), *(f"--{name}={value}" for name, value in options.items()), *arguments])
         return capsys.readouterr().out
 
@@ -137,14 +143,22 @@ def test_small_contact_sheet(figure, tmp_path):
     assert "contact.png exists" in figure("contact")
 
 
-def test_small_a_weight_that_students_do_not_know_is_refused_at_once(figure, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["guidance", "--values=9"], "sample.weight = 9.0: expected a guidance weight that students are trained with"),
+        (["guidance", "--stages=ssr9"], "stage 'ssr9' is unknown: choose from base, tsr1, "),
+        (["steps", "--networks=teacher"], "--networks: expected original, distilled or both, not teacher"),
+        (["table1", "--clips=1"], "--clips: expected 2 or more"),
+        (["contact", "--distilled=other"], "variant 'other' is unknown"),
+        (["contact", "--students=/nowhere"], "/nowhere/base has no checkpoints"),
+    ],
+)
+def test_small_mistakes_are_refused_at_once(figure, capsys, arguments, message):
     with pytest.raises(SystemExit) as error:
-        figure("guidance", "--values=9")
+        figure(*arguments)
     assert error.value.code == 2
-    assert (
-        "config.sample.weight = 9.0: expected a guidance weight that students are trained with"
-        in capsys.readouterr().err
-    )
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", figures.PROMPTS)
