@@ -37,6 +37,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Training runs with the same network and optimizer share their programs, as long as they are in one process."""
+    import shared_programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        shared_programs.install(patch)
+        yield
+
+
 @pytest.fixture
 def command_line():
     """A test may parse flags and run the command line: flags and loggers are afterwards as before."""

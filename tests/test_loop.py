@@ -18,12 +18,22 @@ from ivideo.devices.chips import CHIPS, Chip, of_device
 from ivideo.errors import UserError
 from ivideo.training import goodput, guards, loop, report, step
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run_config(**changes):
     config = base.get_config("small")
-    config.update_from_flattened_dict({**light_network.OPTIONS, "train.learning_rate": 3e-3, **changes})
+    config.update_from_flattened_dict(
+        {
+            **light_network.OPTIONS,
+            "data.num_images": 0,
+            "train.learning_rate": 3e-3,
+            "train.sample_every": 0,
+            **changes,
+        }
+    )
     return config
 
 
@@ -145,9 +155,9 @@ def test_small_nan_losses_do_not_count_in_the_median(tmp_path, monkeypatch):
         values = {name: float(value) for name, value in metrics.items()}
         return {**values, "loss": np.nan} if len(seen) in (1, 2) else values
 
-    loop.train(run_config(**{"train.steps": 5}), str(tmp_path), devices=jax.devices()[:1])
-    assert [np.isnan(loss) for loss, _ in seen] == [False, True, True, False, False]
-    assert [len(recent) for _, recent in seen] == [0, 1, 1, 1, 2]
+    loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
+    assert [np.isnan(loss) for loss, _ in seen] == [False, True, True] + 9 * [False]
+    assert [len(recent) for _, recent in seen] == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 class Interrupted:
@@ -199,10 +209,10 @@ def test_small_signal_before_the_first_step_exits_like_a_later_one(tmp_path, mon
 
 
 def test_small_error_at_the_start_is_logged_as_the_end_of_the_run(tmp_path, monkeypatch):
-    def fail(config):
+    def fail(self):
         raise UserError("no state")
 
-    monkeypatch.setattr(loop, "state_shapes", fail)
+    monkeypatch.setattr(loop.Training, "shapes", fail)
     with pytest.raises(UserError, match="no state"):
         loop.train(run_config(), str(tmp_path), devices=jax.devices()[:1])
     start, end = lines(tmp_path / "events.jsonl")
