@@ -128,10 +128,17 @@ def model_inputs(config, batch: int) -> tuple[tuple, dict]:
 
 
 def param_shapes(config):
-    """The tree of shapes of the network's parameters; nothing is allocated."""
+    """The tree of shapes of the network's parameters. Nothing is allocated."""
     args, optional = model_inputs(config, 1)
-    model = build_model(config)
-    return jax.eval_shape(lambda key, *a, **k: model.init(key, *a, **k), jax.random.key(0), *args, **optional)["params"]
+    found = _param_shapes(build_model(config), args, tuple(optional.items()))
+    return jax.tree.map(lambda shape: shape, found)  # a tree that the caller may change
+
+
+@functools.lru_cache(maxsize=64)  # tracing a network takes a second, and a command asks several times
+def _param_shapes(model, args, optional):
+    return jax.eval_shape(lambda key, *a, **k: model.init(key, *a, **k), jax.random.key(0), *args, **dict(optional))[
+        "params"
+    ]
 
 
 def init_params(config, key):

@@ -39,7 +39,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(scope="module")
 def shared_programs():
-    """Training runs with the same network and optimizer share their programs, as long as they are in one process."""
+    """Training and sampling of equal configs share their programs, as long as they are in one process."""
     import shared_programs
 
     with pytest.MonkeyPatch.context() as patch:

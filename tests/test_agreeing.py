@@ -10,7 +10,7 @@ from ivideo.errors import UserError
 
 
 class Store:
-    """As jax's: a key is set once and waited for, a barrier opens when all have come."""
+    """Works like jax's store: a key is set once, readers wait for it, and a barrier opens when all have come."""
 
     def __init__(self, count):
         self._values, self._change, self._count, self._barriers = {}, threading.Condition(), count, {}
@@ -34,7 +34,7 @@ class Store:
 
 @pytest.fixture
 def in_processes(monkeypatch):
-    """Calls a function in threads that take themselves for processes, and returns what each raised."""
+    """Calls a function in threads that stand for processes. Returns the error of each, or None."""
 
     def call(count, function):
         numbers, turns, found = threading.local(), threading.local(), [None] * count
@@ -67,7 +67,7 @@ def in_processes(monkeypatch):
     return call
 
 
-def test_small_processes_that_do_the_same_go_on(in_processes):
+def test_small_processes_with_equal_values_continue(in_processes):
     def twice(number):
         agreeing.agree(lambda: {"a": 1, "b": "x"})
         agreeing.agree(lambda: {"a": 2})
@@ -87,7 +87,7 @@ def test_small_processes_that_do_the_same_go_on(in_processes):
     ],
 )
 def test_small_the_first_value_that_differs_is_named(in_processes, values, message):
-    """In the process that differs; the others are at the barrier, where they are told of it."""
+    """The process that differs names it. The others are at the barrier, which breaks."""
     all_values = [{"a": 1, "b": 2, "c": 3}, values]
     first, second = in_processes(2, lambda number: agreeing.agree(lambda: all_values[number]))
     assert isinstance(first, threading.BrokenBarrierError)
@@ -100,7 +100,7 @@ def test_small_one_process_has_nothing_to_compare():
     agreeing.check_shared(None)
 
 
-def test_small_folders_that_are_shared_or_not(in_processes, tmp_path):
+def test_small_shared_folders_and_others(in_processes, tmp_path):
     def check(*folders):
         return in_processes(3, lambda number: agreeing.check_shared(str(tmp_path / folders[number]), seconds=0.3))
 
@@ -117,7 +117,7 @@ def test_small_folders_that_are_shared_or_not(in_processes, tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_small_what_a_folder_is_told_from_others_by(tmp_path):
+def test_small_digest_of_a_folder(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "a").write_bytes(b"12345")
     before = agreeing.folder_digest(str(tmp_path))
@@ -133,7 +133,7 @@ def test_small_every_value_of_a_config_has_a_name():
     assert found["config.data.source"] == "'shapes'"
 
 
-def test_small_the_program_is_its_code_and_its_libraries():
+def test_small_code_and_libraries_are_compared():
     found = agreeing.program_values()
     assert {"the version of ivideo", "the version of jax", "the version of jaxlib"} < found.keys()
     assert {"the code of ivideo/devices/agreeing.py", "the code of ivideo/models/unet.py"} < found.keys()

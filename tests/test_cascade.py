@@ -21,6 +21,8 @@ from ivideo.sampling import cascade, generate
 from ivideo.training import trained
 from ivideo.training.loop import make_data
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # The paper's table: parameters, frames × height × width, frames a second, attention in space, the layer in time.
 PAPER = {
     "base": (5.6e9, (16, 24, 40), 3, True, "attention"),
@@ -165,9 +167,9 @@ def test_small_enlarged_video_does_not_depend_on_its_batch(small):
     assert np.abs(other - both).reshape(2, -1).max(1).min() > 0.05
 
 
-def test_small_given_video_is_blurred_as_the_config_says(small):
+def test_small_given_video_is_blurred_as_the_config_says(light):
     """Blurred while sampling is blurred before it."""
-    config, params = small.stages.ssr1, random_params(small.stages.ssr1)
+    config, params = light.stages.ssr1, random_params(light.stages.ssr1)
     low = np.random.default_rng(2).uniform(-1, 1, (1, 8, 8, 8, 3)).astype(np.float32)
     options = {"seeds": [(3, 0)]}
     before = cascade.sample_stage(config, params, PROMPTS[:1], low_res=augment.blur(low, jnp.array([1.5])), **options)

@@ -41,7 +41,7 @@ from ivideo.training import digests
 from ivideo.training.average import read_average
 from ivideo.training.checkpoint import Checkpoints
 
-# Of Orbax's reads that were still under way when one failed
+# Orbax warns of its other reads when one fails
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,7 +49,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Checkpoints of steps 1, 2, 3, of which two are kept, and the batches that follow each."""
+    """A folder with the checkpoints of steps 2 and 3 of a run that keeps two, and the run's batches."""
     workdir = tmp_path_factory.mktemp("run")
     save_run(workdir)
     data = iterator()
@@ -58,7 +58,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def saved(original, tmp_path):
-    """A copy of them, to be damaged."""
+    """A copy of the folder, to damage it, and the batches."""
     shutil.copytree(original[0], tmp_path / "run")
     return tmp_path / "run", original[1]
 
@@ -78,8 +78,8 @@ def test_small_newest_state_and_data_position_come_back(saved):
 CASES = [(name, digested) for name in DAMAGES for digested in (True, False) if digested or DAMAGES[name][2]]
 
 
-def assert_training_goes_on_from_2(workdir, data, batches):
-    """The data follow step 2, and the step that was set aside is saved again, and one more."""
+def assert_training_continues_from_2(workdir, data, batches):
+    """The next batch is that after step 2. The step that was set aside is saved again, and one more."""
     assert names(workdir / "checkpoints") == ["2"]
     assert_same(next(data), batches[2])
     checkpoints = Checkpoints(workdir, keep=2)
@@ -116,13 +116,13 @@ def test_small_damaged_newest_is_set_aside_and_the_one_before_used(saved, caplog
     assert re.search(by_digests if digested else by_orbax, message), message
     assert names(workdir / "damaged") == ["3"]
     assert contents(workdir / "damaged" / "3") == damaged  # moved, never deleted
-    assert_training_goes_on_from_2(workdir, data, batches)
+    assert_training_continues_from_2(workdir, data, batches)
     assert contents(workdir / "damaged" / "3") == damaged
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if DAMAGES[name][2] is None and name != "flipped"])
 def test_small_harmless_damage_without_digests_changes_no_number(saved, name):
-    """What Orbax does not see it does not read either. A flipped byte among the numbers needs digests."""
+    """Orbax does not read what it does not check, except for numbers: a flipped byte in them needs digests."""
     workdir, batches = saved
     (workdir / "digests" / "3.json").unlink()
     DAMAGES[name][0](workdir / "checkpoints" / "3")
@@ -134,7 +134,7 @@ def test_small_harmless_damage_without_digests_changes_no_number(saved, name):
 
 
 @pytest.mark.parametrize("text", [b"", b"not json", b"\xff\xfe\x00", b"[1, 2]", b"{}", b'{"state/_METADATA": "ab'])
-def test_small_damaged_digests_are_named_and_the_checkpoint_checked_without(saved, caplog, text):
+def test_small_damaged_digests_are_named_and_orbax_checks_the_checkpoint(saved, caplog, text):
     workdir, batches = saved
     (workdir / "digests" / "3.json").write_bytes(text)
     data = iterator()
@@ -144,17 +144,17 @@ def test_small_damaged_digests_are_named_and_the_checkpoint_checked_without(save
     assert_same(next(data), batches[3])
     assert re.search(r"digests/3.json is damaged \(.+\): only Orbax's own checks remain for checkpoint 3", caplog.text)
     assert names(workdir / "damaged") == []
-    # And a checkpoint that is damaged too is still found
+    # A checkpoint that is damaged as well is still recognised
     cut(largest(workdir / "checkpoints" / "3"))
     step, state = Checkpoints(workdir, keep=2).restore(like(), data)
     assert step == 2
     assert_same(state, state_of(2))
-    assert_training_goes_on_from_2(workdir, data, batches)
+    assert_training_continues_from_2(workdir, data, batches)
 
 
 @pytest.mark.parametrize("digested", [True, False], ids=["digests", "orbax"])
 def test_small_checkpoint_under_another_step_is_set_aside(saved, caplog, digested):
-    """Taken for step 7 it would have its step's random numbers, learning rate and name."""
+    """As step 7 it would have the wrong random numbers, learning rate and name."""
     workdir, batches = saved
     (workdir / "checkpoints" / "3").rename(workdir / "checkpoints" / "7")
     (workdir / "digests" / "3.json").rename(workdir / "digests" / ("7.json" if digested else "3.json"))
@@ -164,11 +164,11 @@ def test_small_checkpoint_under_another_step_is_set_aside(saved, caplog, digeste
     assert_same(state, state_of(2))
     assert "checkpoint 7 is damaged (it holds step 3)" in caplog.text
     assert names(workdir / "damaged") == ["7"]
-    assert_training_goes_on_from_2(workdir, data, batches)
+    assert_training_continues_from_2(workdir, data, batches)
 
 
 @pytest.mark.parametrize("name", ["03", "3.bak", "step_3"])
-def test_small_folder_that_is_no_step_is_set_aside(saved, caplog, name):
+def test_small_folder_that_is_not_a_step_is_set_aside(saved, caplog, name):
     workdir, batches = saved
     (workdir / "checkpoints" / "3").rename(workdir / "checkpoints" / name)
     data = iterator()
@@ -177,11 +177,11 @@ def test_small_folder_that_is_no_step_is_set_aside(saved, caplog, name):
     assert_same(state, state_of(2))
     assert f"checkpoint {name} is damaged (its name is not a step)" in caplog.text
     assert names(workdir / "damaged") == [name]
-    assert_training_goes_on_from_2(workdir, data, batches)
+    assert_training_continues_from_2(workdir, data, batches)
 
 
-def test_small_what_a_killed_save_left_is_deleted_by_training_alone(saved, caplog):
-    """Who only samples may be looking at a run that is saving just then."""
+def test_small_only_training_deletes_what_a_killed_save_left(saved, caplog):
+    """A sampler may read the folder of a run that is saving."""
     workdir, batches = saved
     left = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
     (workdir / "checkpoints" / "3").rename(left)
@@ -197,10 +197,10 @@ def test_small_what_a_killed_save_left_is_deleted_by_training_alone(saved, caplo
     assert_same(state, state_of(2))
     assert f"deleting {left}: a save was killed before its end" in caplog.text
     assert not left.exists() and not (workdir / "damaged").exists()
-    assert_training_goes_on_from_2(workdir, data, batches)
+    assert_training_continues_from_2(workdir, data, batches)
 
 
-def test_small_run_killed_in_its_first_save_begins_anew(saved):
+def test_small_run_killed_in_its_first_save_starts_again(saved):
     workdir, _ = saved
     for step in ("2", "3"):
         (workdir / "checkpoints" / step).rename(workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp")
@@ -208,7 +208,7 @@ def test_small_run_killed_in_its_first_save_begins_anew(saved):
         assert Checkpoints(workdir, keep=2).restore(like(), iterator()) is None
 
 
-def test_small_second_damage_of_the_same_step_is_kept_beside_the_first(saved):
+def test_small_second_damaged_checkpoint_of_a_step_is_kept_beside_the_first(saved):
     workdir, batches = saved
     for _ in range(2):
         cut(largest(workdir / "checkpoints" / "3"))
@@ -219,11 +219,11 @@ def test_small_second_damage_of_the_same_step_is_kept_beside_the_first(saved):
         checkpoints.close()
     assert names(workdir / "damaged") == ["3", "3_"]
     remove(workdir / "checkpoints" / "3")
-    assert_training_goes_on_from_2(workdir, iterator_at(2), batches)
+    assert_training_continues_from_2(workdir, iterator_at(2), batches)
 
 
 def test_small_all_damaged_is_an_error_that_says_where_they_are(saved):
-    """At every start: one that began anew would train for days beside what could be mended."""
+    """At every start: a run that started again would train for days next to checkpoints that could be repaired."""
     workdir, _ = saved
     for step in ("2", "3"):
         cut(largest(workdir / "checkpoints" / step))
@@ -250,7 +250,7 @@ def test_small_checkpoint_of_another_model_is_refused_and_kept(saved, digested):
 
 
 def test_small_failure_that_is_not_the_files_sets_nothing_aside(saved, monkeypatch):
-    """Digests tell that the files are whole; without them, what the device says is not about files."""
+    """With digests, the files are known to be complete. Without, an error of the device is not about files."""
     workdir, _ = saved
 
     def fail(error, *_, **__):
@@ -270,7 +270,7 @@ def test_small_failure_that_is_not_the_files_sets_nothing_aside(saved, monkeypat
 
 
 def test_small_empty_folder_has_nothing_to_restore(tmp_path):
-    """What a file browser leaves there is no checkpoint, and no damage."""
+    """A file browser's files are neither checkpoints nor damage."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".DS_Store").write_text("")
     assert Checkpoints(tmp_path, keep=2).restore(like(), iterator()) is None
@@ -278,7 +278,7 @@ def test_small_empty_folder_has_nothing_to_restore(tmp_path):
 
 
 def test_small_digests_are_written_as_soon_as_the_checkpoint_is(tmp_path):
-    """A run that is killed before its next checkpoint has them."""
+    """A run that is killed before its next checkpoint has written them."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state_of(1), iterator())
     deadline = time.time() + 60
@@ -303,8 +303,8 @@ def test_small_digests_that_cannot_be_written_do_not_stop_training(tmp_path, cap
     assert_same(state, state_of(2))
 
 
-def test_small_save_that_fails_is_told(tmp_path, monkeypatch):
-    """At the next call, since it goes on in the background; the checkpoint before stays."""
+def test_small_failed_save_is_reported(tmp_path, monkeypatch):
+    """It is reported at the next call, since saving runs in the background. The earlier checkpoint stays."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state_of(1), iterator())
     checkpoints.finish()
@@ -325,7 +325,7 @@ def test_small_save_that_fails_is_told(tmp_path, monkeypatch):
     assert names(tmp_path / "digests") == ["1.json"]
 
 
-def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
+def test_small_saved_step_is_not_saved_again(saved, caplog):
     workdir, _ = saved
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save(3, state_of(3, seed=10), iterator())
@@ -337,8 +337,8 @@ def test_small_step_that_is_there_is_not_saved_twice(saved, caplog):
     assert_same(state, state_of(3))
 
 
-def test_small_digests_left_of_a_deleted_checkpoint_do_not_condemn_the_next_of_that_step(saved, monkeypatch):
-    """The newest is deleted by hand, its step saved again, and the run killed before the new digests are written."""
+def test_small_digests_of_a_deleted_checkpoint_are_not_used_for_a_new_one(saved, monkeypatch):
+    """A user deletes the newest checkpoint, the run saves that step again, and is killed before writing digests."""
     workdir, _ = saved
     remove(workdir / "checkpoints" / "3")
     data = iterator()
@@ -354,7 +354,7 @@ def test_small_digests_left_of_a_deleted_checkpoint_do_not_condemn_the_next_of_t
 
 
 def test_small_restoring_waits_for_the_checkpoint_being_saved(saved):
-    """As a run does that takes back a spike."""
+    """A run does this after a spike."""
     workdir, _ = saved
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save(4, state_of(4), iterator())
@@ -388,7 +388,7 @@ def test_small_a_folder_in_a_bucket_is_refused(tmp_path, monkeypatch):
 
 
 def placed(count, *, rows=True):
-    """Shardings of the state over so many devices, its kernel split along rows or columns."""
+    """Shardings of the state over `count` devices. The kernel is split along its rows or columns."""
     mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
     split = PartitionSpec("x") if rows else PartitionSpec(None, "x")
     kernel = like().params["layer"]["kernel"].shape
@@ -400,7 +400,7 @@ def shapes_at(shardings):
 
 
 @pytest.mark.parametrize(("count", "rows"), [(8, True), (8, False), (2, True), (2, False), (1, True)])
-def test_small_state_of_eight_devices_comes_back_on_others(tmp_path, count, rows):
+def test_small_state_of_eight_devices_is_restored_on_other_numbers(tmp_path, count, rows):
     checkpoints = Checkpoints(tmp_path, keep=2)
     state = jax.device_put(state_of(5), placed(8))
     assert len(state.params["layer"]["kernel"].sharding.device_set) == 8
@@ -420,7 +420,7 @@ def outcome(step, checkpoints, damaged, position=None):
 
 
 def process(index, port, workdir):
-    """One of two: saves, and restores after damage that each sees of itself or not; prints what it found."""
+    """One of the two processes. It saves, restores after several kinds of damage, and prints the results."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(index))
     from absl import flags
     from jax.experimental import multihost_utils
@@ -491,8 +491,8 @@ def process(index, port, workdir):
     print(json.dumps(found))
 
 
-def test_small_two_processes_agree(tmp_path):
-    """Both see damage that only the first looks for, or that only the second meets; what is moved is moved once."""
+def test_two_processes_agree(tmp_path):
+    """They agree on damage that only one of them notices, and a damaged checkpoint is moved once."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

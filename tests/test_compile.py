@@ -75,13 +75,14 @@ def test_small_a_device_of_two_a_chip_has_half_of_it():
     assert (half.flops, half.bandwidth, half.memory, half.devices) == (1153.5e12, 3.685e12, 96 * 2**30, 1)
 
 
-def test_small_sampling_is_of_one_evaluation_of_the_distilled_network():
+def test_sampling_is_of_one_evaluation_of_the_distilled_network():
     config = compile.one_step(base.get_config())
     assert (config.sample.sampler, config.sample.steps, config.model.guidance_input) == ("distilled", 1, True)
-    assert compile.count_flops(base.get_config(), "sample") == describe.forward_flops(config)
+    found = compile.count_flops(base.get_config(), "sample")
+    assert found == describe.forward_flops(config)
     # the guidance weight's embedding, two layers of 960 to 3840, beside what the network always has
     extra = 2 * (960 * 3840 + 3840 * 3840)
-    assert compile.count_flops(base.get_config(), "sample") - describe.forward_flops(base.get_config()) == extra
+    assert found - describe.forward_flops(base.get_config()) == extra
     params, *_, low = compile.sampling_shapes(compile.one_step(tsr2.get_config()))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jax.numpy.dtype("bfloat16")}
     assert low.shape == (1, 32, 192, 320, 3)

@@ -141,13 +141,13 @@ def test_small_a_new_guidance_embedding_changes_nothing():
     student = stages.distilled(config)
     shapes, rng = stages.param_shapes(config), np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), jnp.float32), shapes)
-    fresh = stages.init_params(student, jax.random.key(0))["guidance_embedding"]
+    fresh = jax.jit(lambda key: stages.init_params(student, key)["guidance_embedding"])(jax.random.key(0))
     assert float(jnp.abs(fresh["dense_0"]["kernel"]).max()) > 0
     (z, _, text, mask), _ = stages.model_inputs(config, 2)
     args = (jax.random.normal(jax.random.key(1), z.shape), jnp.array([-2.0, 3.0]), jnp.ones(text.shape))
     args = (*args, jnp.ones(mask.shape, bool))
-    v = stages.build_model(config).apply({"params": params}, *args)
+    v = jax.jit(stages.build_model(config).apply)({"params": params}, *args)
     told = {**params, "guidance_embedding": fresh}
-    ours = stages.build_model(student).apply({"params": told}, *args, guidance_weight=jnp.array([0.0, 4.0]))
+    ours = jax.jit(stages.build_model(student).apply)({"params": told}, *args, guidance_weight=jnp.array([0.0, 4.0]))
     assert float(jnp.abs(v).max()) > 0.1
     np.testing.assert_array_equal(ours, v)

@@ -18,6 +18,8 @@ from ivideo.sampling import cascade, generate
 from ivideo.training import trained
 from ivideo.weights import config_metadata, file_identity, load_params, save_params
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PROMPTS = ["a red star moving left on a teal background", "a blue circle standing still on a gray background", ""]
 
 
@@ -76,7 +78,7 @@ def test_small_guidance_is_the_affine_combination(stage):
     apply = jax.jit(lambda m: model.apply({"params": params}, z, start, text, m))
     with_text, without = (apply(m) for m in (mask, ~mask))
     wanted = np.clip(-(3 * with_text - 2 * without), -1, 1)  # at t = 1 the video is -v, to 1e-4
-    got = stages.sample(config, model, params, text, mask, keys)
+    got = jax.jit(lambda keys: stages.sample(config, model, params, text, mask, keys))(keys)
     np.testing.assert_allclose(got, wanted, atol=2e-3)
 
 

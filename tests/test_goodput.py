@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Log:
-    """Events in the making: times count from 1000, and go on by what is given. The machine's clock is `ahead`."""
+    """Makes a run's events. Time starts at 1000. The machine's time of day is `ahead` of the monotonic clock."""
 
     def __init__(self, clock=True):
         self.events, self.now, self.ahead, self.clock = [], 1000.0, 0.0, clock
@@ -50,7 +50,7 @@ class Log:
 
 
 def check(events, *, total, steps, **seconds):
-    """What `goodput` finds, once it is as expected: `seconds` names every kind that is not zero."""
+    """Checks the result of `goodput` and returns it. `seconds` has every kind that is not zero."""
     found = goodput.goodput(events)
     assert found["total"] == pytest.approx(total)
     assert found["seconds"] == pytest.approx(dict.fromkeys(goodput.KINDS, 0.0) | seconds)
@@ -64,12 +64,12 @@ def check(events, *, total, steps, **seconds):
 
 
 def counts(found):
-    """What happened how often, in the order of `goodput.COUNTED`."""
+    """The counts of incidents, in the order of `goodput.COUNTED`."""
     return tuple(found[name] for name in goodput.COUNTED)
 
 
 def first_process(startup=0.0):
-    """Begins anew and does 10 steps: 20 s of compiling, 9 of steps, 1 of which waits, 0.5 of saving."""
+    """A first process of 10 steps: 20 s of compiling, 9 s of steps with 1 s of waiting, 0.5 s of saving."""
     return Log().start().compiled(1, 20.0, startup).steps(2, 10, 9.0, waiting=1.0).saved(10, 0.5)
 
 
@@ -79,8 +79,8 @@ def test_small_clean_run():
     assert counts(check(log.events, total=44.0, steps=(20, 0), **expected)) == (1, 0, 0, 0, 0, 0)
 
 
-def test_small_killed_run_does_steps_again():
-    """Steps 11 to 16 take 12 s; from the checkpoint of 10 they are done again in 1 + 5 s, the first as the compile."""
+def test_small_killed_run_repeats_steps():
+    """Steps 11 to 16 take 12 s and are lost. The next process repeats 12 to 16 in 5 s; step 11 is its compilation."""
     log = first_process().steps(11, 16, 12.0)
     log.start(after=7.0).restored(10, seconds=2.0, after=5.0).compiled(11, 4.0).steps(12, 16, 5.0).steps(17, 20, 4.0)
     log.end(20, "finished")
@@ -89,15 +89,15 @@ def test_small_killed_run_does_steps_again():
     assert counts(found) == (2, 0, 1, 0, 0, 0)
 
 
-def test_small_part_of_a_range_is_lost():
-    """Of steps 5 to 10 in 12 s those after 8 are lost, 2 s each; waiting counts as such, lost or not."""
+def test_small_part_of_a_range_of_steps_is_lost():
+    """Steps 5 to 10 take 2 s each, and those after 8 are lost. Waiting for input counts as such in lost steps too."""
     log = Log().start().compiled(1, 1.0).steps(2, 4, 3.0).steps(5, 10, 15.0, waiting=3.0)
     log.start().restored(8, seconds=0.0, after=0.0)
     check(log.events, total=19.0, steps=(8, 2), productive=3.0 + 8.0, lost=4.0, input=3.0, compiling=1.0)
 
 
 def test_small_killed_before_the_first_checkpoint():
-    """Nothing is restored, all is done again. A process killed before it did a step takes nothing away."""
+    """Nothing is restored, so all steps are repeated. A process that is killed before its first step loses nothing."""
     log = Log().start().compiled(1, 2.0).steps(2, 5, 4.0).start(after=1.0).add("start", 3.0, step=0)
     seconds = {"productive": 4.0, "compiling": 2.0, "down": 4.0}
     assert counts(check(log.events, total=10.0, steps=(5, 0), **seconds)) == (3, 0, 2, 0, 0, 0)
@@ -107,7 +107,7 @@ def test_small_killed_before_the_first_checkpoint():
 
 
 def test_small_preempted_run():
-    """It saves before it goes: no step is lost. Then comes a failure, and a process that is still at work."""
+    """It saves before it stops, so no step is lost. The next process fails, and the last one is still running."""
     log = first_process().steps(11, 12, 2.0).saved(12, 0.5).end(12, "preempted", after=0.5)
     log.start(after=60.0).restored(12, seconds=2.0, after=2.0).compiled(13, 4.0).steps(14, 20, 7.0)
     log.end(15, "failed: FloatingPointError").start(after=10.0)
@@ -116,8 +116,8 @@ def test_small_preempted_run():
     assert counts(found) == (3, 1, 0, 1, 0, 0)
 
 
-def test_small_process_that_does_no_step():
-    """One that finds the run finished, one that fails before: all but restoring is start-up."""
+def test_small_processes_without_a_step():
+    """One finds the run finished, and one fails early: all their time but restoring is start-up."""
     log = (
         first_process().end(10, "finished").start().restored(10, seconds=1.0, after=2.0).end(10, "finished", after=0.5)
     )
@@ -127,7 +127,7 @@ def test_small_process_that_does_no_step():
 
 
 def test_small_rollback():
-    """The second spike comes in steps done again; a rolled-back update is not one of those skipped."""
+    """The second spike is in repeated steps. A skipped update that was rolled back does not count."""
     log = first_process().add("skipped", step=7).add("skipped", step=14).steps(11, 15, 5.0)
     log.add("rollback", 0.5, step=15, to=10).steps(11, 13, 6.0).add("rollback", 0.5, step=13, to=10)
     log.add("skipped", step=18).steps(11, 20, 10.0).end(20, "finished")
@@ -136,7 +136,7 @@ def test_small_rollback():
 
 
 def test_small_clocks_of_several_processes():
-    """In a log without `clock`. The second machine's is behind by more than the gap, and is set back while it works."""
+    """The log has no `clock`. The second machine's time is behind by more than the gap, and is set back later."""
     log = Log(clock=False).start().compiled(1, 20.0).steps(2, 10, 9.0, waiting=1.0).saved(10, 0.5).steps(11, 16, 6.0)
     log.start(after=-30.0).restored(10, seconds=1.0, after=1.0).compiled(11, 4.0).steps(12, 20, 9.0)
     log.now -= 20.0
@@ -146,7 +146,7 @@ def test_small_clocks_of_several_processes():
 
 
 def test_small_clock_that_is_set_while_a_process_starts(tmp_path, capsys):
-    """A day forward before the first step, an hour back after it: no second of that is anyone's."""
+    """It is set a day forward before the first step and an hour back after it. Neither counts as time of the run."""
     log = Log().start().add("restored", 2.0, step=0, seconds=1.0).set_clock(86400).compiled(1, 20.0, startup=3.0)
     log.steps(2, 10, 9.0).set_clock(-3600).saved(10, 0.5).end(10, "finished", after=1.0)
     expected = {"productive": 9.0, "compiling": 20.0, "restoring": 1.0, "saving": 0.5, "startup": 4.0, "other": 1.0}
@@ -160,14 +160,14 @@ def test_small_clock_that_is_set_while_a_process_starts(tmp_path, capsys):
     )
 
 
-def test_small_clocks_that_run_a_little_apart_are_not_mentioned():
+def test_small_clock_differences_below_a_second_are_not_reported():
     log = Log().start()
     for step in range(1, 200, 2):
         log.set_clock(0.4).steps(step, step + 1, 1.0)
     assert goodput.goodput(log.events)["clock_set"] == []
 
 
-def test_small_shares_of_awkward_seconds_add_up():
+def test_small_shares_add_up_despite_rounding():
     log = Log()
     for n in range(50):
         log.start(after=0.1).restored(7 * n, 0.3, after=0.7).compiled(7 * n + 1, 1.1)
@@ -178,7 +178,7 @@ def test_small_shares_of_awkward_seconds_add_up():
 
 
 def test_small_single_start():
-    """Of a run of no time."""
+    """A run without any time has shares too."""
     found = goodput.goodput(Log().start().events)
     assert (found["total"], found["goodput"], sum(found["shares"].values())) == (0, 0, 1)
 
@@ -192,8 +192,8 @@ def lines(events):
     return "".join(json.dumps(event) + "\n" for event in events)
 
 
-def test_small_torn_lines(tmp_path):
-    """A killed process's last line: at the end, behind it the next start in its own line or in the same."""
+def test_small_partial_lines(tmp_path):
+    """A killed process leaves a partial line, at the end or before the next start, on its own line or not."""
     done, torn = lines(first_process().events), '{"event": "steps", "time": 12'
     assert goodput.read_run(write(tmp_path, done + torn)) == first_process().events
     again = Log().start(after=40.0).events

@@ -124,7 +124,7 @@ def block_on_one_device(temporal):
     ],
     ids=str,
 )
-def test_small_gradients_of_a_block_do_not_depend_on_the_mesh(temporal, sizes):
+def test_gradients_of_a_block_do_not_depend_on_the_mesh(temporal, sizes):
     compare(gradient(*block_case(temporal), **sizes), block_on_one_device(temporal))
 
 

@@ -15,7 +15,7 @@ from ivideo.errors import UserError
 
 
 def in_threads(*calls) -> list:
-    """What each call returns or raises."""
+    """The result of each call, or its error."""
     found = [None] * len(calls)
 
     def run(i, call):
@@ -37,7 +37,7 @@ def gather(port, count, run="a"):
     return lambda: joining._gather(port, count, run)
 
 
-def come(port, number, count, run="a", after=0.0):
+def connect(port, number, count, run="a", after=0.0):
     def call():
         time.sleep(after)
         return joining._connect("127.0.0.1", port, joining._hello(number, count, run))
@@ -46,7 +46,7 @@ def come(port, number, count, run="a", after=0.0):
 
 
 def speak(port, *lines):
-    """What comes back for these bytes, by a program that is none of ours."""
+    """Sends bytes as a program that is not ivideo, and returns the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         for line in lines:
             connection.sendall(line)
@@ -67,13 +67,13 @@ def seconds(monkeypatch):
     monkeypatch.setattr(joining, "JOIN_SECONDS", 2)
 
 
-def test_small_all_come_in_any_order(port):
-    calls = [come(port, 2, 3), gather(port, 3), come(port, 1, 3, after=0.3)]
+def test_small_processes_join_in_any_order(port):
+    calls = [connect(port, 2, 3), gather(port, 3), connect(port, 1, 3, after=0.3)]
     assert in_threads(*calls) == [None, None, None]
 
 
-def test_small_other_programs_that_come_are_sent_away(port):
-    """And neither they nor a process that comes and dies count as one of the run."""
+def test_small_other_programs_are_turned_away(port):
+    """Neither they nor a process that joins and dies count as processes of the run."""
 
     def strangers():
         for lines in ([b"GET / HTTP/1.0\n"], [b"[]\n"], [b'{"process": 1}\n'], [b"\xff\n"]):
@@ -82,7 +82,7 @@ def test_small_other_programs_that_come_are_sent_away(port):
         with socket.create_connection(("127.0.0.1", port)) as dies:
             dies.sendall(json.dumps(hello).encode() + b"\n")
         time.sleep(0.5)
-        return in_threads(come(port, 1, 3), come(port, 2, 3))
+        return in_threads(connect(port, 1, 3), connect(port, 2, 3))
 
     def late():
         time.sleep(0.2)
@@ -91,38 +91,38 @@ def test_small_other_programs_that_come_are_sent_away(port):
     assert in_threads(gather(port, 3), late) == [None, [None, None]]
 
 
-def test_small_processes_that_do_not_come_are_named(port, seconds, caplog):
-    first, second = in_threads(gather(port, 4), come(port, 2, 4))
+def test_small_missing_processes_are_named(port, seconds, caplog):
+    first, second = in_threads(gather(port, 4), connect(port, 2, 4))
     assert first.code == second.code == hosts.LOST == 77
     assert f"process 1, 3 of 4 did not connect to port {port}" in caplog.text
 
 
-def test_small_a_first_process_that_does_not_come_is_named(port, seconds, caplog):
-    (left,) = in_threads(come(port, 1, 2))
+def test_small_missing_first_process_is_named(port, seconds, caplog):
+    (left,) = in_threads(connect(port, 1, 2))
     assert left.code == 77
     assert f"--coordinator=127.0.0.1:{port} did not answer in 2 s (Connection refused)" in caplog.text
 
 
-def test_small_a_busy_port_is_named_and_waited_for(port, caplog):
+def test_small_busy_port_is_named_and_waited_for(port, caplog):
     busy = socket.create_server(("127.0.0.1", port))
 
     def free():
         time.sleep(1)
         busy.close()
 
-    assert in_threads(gather(port, 2), come(port, 1, 2, after=1.5), free) == [None, None, None]
+    assert in_threads(gather(port, 2), connect(port, 1, 2, after=1.5), free) == [None, None, None]
     assert f"port {port} of {socket.gethostname()} cannot be used (Address already in use): waiting" in caplog.text
 
 
-def test_small_a_port_that_stays_busy_is_another_try(port, seconds, caplog):
+def test_small_port_that_stays_busy_exits_with_code_77(port, seconds, caplog):
     with socket.create_server(("127.0.0.1", port)):
         (left,) = in_threads(gather(port, 2))
     assert left.code == 77
     assert "give another port with --coordinator" in caplog.text
 
 
-def test_small_a_process_of_another_run_waits_and_harms_nobody(port, seconds, caplog):
-    other, *ours = in_threads(come(port, 1, 2, run="b"), gather(port, 2), come(port, 1, 2, after=0.8))
+def test_small_process_of_another_run_waits_and_does_no_harm(port, seconds, caplog):
+    other, *ours = in_threads(connect(port, 1, 2, run="b"), gather(port, 2), connect(port, 1, 2, after=0.8))
     assert ours == [None, None] and other.code == 77
     assert "process 1 of another run (b)" in caplog.text
     assert f"--coordinator=127.0.0.1:{port}: another run (a) uses that port: give each run its own" in caplog.text
@@ -131,7 +131,7 @@ def test_small_a_process_of_another_run_waits_and_harms_nobody(port, seconds, ca
 def test_small_another_working_folder_in_one_process_is_a_mistake(port, monkeypatch):
     monkeypatch.setattr(joining, "STRANGER_SECONDS", 1)
     message = r"process 1 \(.*\) has --workdir=b, and process 0 \(.*\) --workdir=a: give all processes the same"
-    for error in in_threads(gather(port, 3), come(port, 1, 3, run="b"), come(port, 2, 3)):
+    for error in in_threads(gather(port, 3), connect(port, 1, 3, run="b"), connect(port, 2, 3)):
         with pytest.raises(UserError, match=message):
             raise error
 
@@ -143,14 +143,14 @@ def test_small_another_working_folder_in_one_process_is_a_mistake(port, monkeypa
         ([(0, 2)], r"two processes have --process_id=0, on .* and on "),
     ],
 )
-def test_small_what_the_processes_say_of_each_other_has_to_fit(port, calls, message):
-    for error in in_threads(gather(port, 2), *(come(port, *call) for call in calls)):
+def test_small_flags_of_the_processes_must_agree(port, calls, message):
+    for error in in_threads(gather(port, 2), *(connect(port, *call) for call in calls)):
         with pytest.raises(UserError, match=message):
             raise error
 
 
-def test_small_two_processes_of_one_number(port):
-    errors = in_threads(gather(port, 3), come(port, 1, 3), come(port, 1, 3, after=0.3))
+def test_small_two_processes_with_the_same_id(port):
+    errors = in_threads(gather(port, 3), connect(port, 1, 3), connect(port, 1, 3, after=0.3))
     for error in errors:
         with pytest.raises(UserError, match="two processes have --process_id=1, on .* and on .*: give each its own"):
             raise error
@@ -167,21 +167,21 @@ print(jnp.ones(3).sum(), flush=True)
 """
 
 
-def test_small_a_run_goes_on_when_a_process_of_another_comes(port, seconds, caplog):
-    """To the port at which jax has its service by then. jax would end the run."""
+def test_small_run_continues_when_a_process_of_another_run_connects(port, seconds, caplog):
+    """By then jax's service has the port. A connection to it would end the run."""
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
     run = subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)
     with run:
         while (line := run.stdout.readline()) != "running\n":
             assert run.poll() is None, line
-        (left,) = in_threads(come(port, 0, 1, run="b"))
+        (left,) = in_threads(connect(port, 0, 1, run="b"))
         assert left.code == 77
         assert "another program answers there, perhaps another run" in caplog.text
         out, _ = run.communicate("\n", timeout=60)
     assert (run.returncode, out.splitlines()[-1]) == (0, "3.0")
 
 
-def test_small_a_port_in_use_by_a_run_is_busy_for_another(port, seconds, caplog):
+def test_small_port_of_a_run_is_busy_for_another_run(port, seconds, caplog):
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
     with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True) as run:
         while run.stdout.readline() != "running\n":

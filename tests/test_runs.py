@@ -11,11 +11,12 @@ import time
 
 import flax.traverse_util
 import jax
+import light_network
 import numpy as np
 import pytest
+import shared_programs
 
 from configs import base
-from ivideo import stages
 from ivideo.errors import UserError
 from ivideo.training.checkpoint import Checkpoints
 from ivideo.training.guards import PREEMPTED
@@ -28,36 +29,59 @@ STEPS = 40
 OPTIONS = {"train.steps": STEPS, "train.checkpoint_every": 8, "train.learning_rate": 3e-3}
 
 
-def run_config():
+def run_config(options=light_network.OPTIONS):
     config = base.get_config("small")
-    config.update_from_flattened_dict(OPTIONS)
+    config.update_from_flattened_dict({**OPTIONS, **options})
     return config
 
 
 def metrics_of(workdir):
-    """What the run wrote of its steps, a dict each."""
+    """The lines of the run's metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of forty steps by the library's own loop."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = run_config()
+    """A run of forty steps of a light network."""
+    return trained_run(run_config(), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained_with_every_layer(tmp_path_factory):
+    """A run of forty steps of a network with attention."""
+    return trained_run(run_config({}), tmp_path_factory.mktemp("run"))
+
+
+def trained_run(config, workdir):
     config.train.sample_every = STEPS
     train(config, str(workdir), devices=jax.devices()[:1])
     return config, workdir
 
 
-def test_small_run_leaves_what_it_should(trained):
-    _, workdir = trained
+def test_small_run_leaves_its_files(trained):
+    check_files(trained[1])
+
+
+def test_run_with_every_layer_leaves_its_files(trained_with_every_layer):
+    check_files(trained_with_every_layer[1])
+
+
+def check_files(workdir):
     assert [line["step"] for line in metrics_of(workdir)] == list(range(1, STEPS + 1))
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["32", "40"]  # keep = 2
     assert any((workdir / "tensorboard").iterdir())
 
 
 def test_small_loss_falls(trained):
-    losses = [line["loss"] for line in metrics_of(trained[1])]
+    check_losses(trained[1])
+
+
+def test_loss_of_a_network_with_every_layer_falls(trained_with_every_layer):
+    check_losses(trained_with_every_layer[1])
+
+
+def check_losses(workdir):
+    losses = [line["loss"] for line in metrics_of(workdir)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -80,7 +104,7 @@ def test_small_another_model_in_the_folder_is_refused(trained):
         train(config, str(workdir), devices=jax.devices()[:1])
 
 
-def test_small_another_optimizer_in_the_folder_is_called_that(trained):
+def test_small_another_optimizer_in_the_folder_is_refused(trained):
     config, workdir = trained
     config = config.copy_and_resolve_references()
     config.train.optimizer = "adafactor"
@@ -91,12 +115,12 @@ def test_small_another_optimizer_in_the_folder_is_called_that(trained):
         train(config, str(workdir), devices=jax.devices()[:1])
 
 
-def test_small_run_begins_with_the_weights_it_is_given(tmp_path):
-    """And so does their average; weights of another network are refused."""
+def test_small_run_begins_with_the_given_weights(tmp_path):
+    """Its average begins with them, too. Weights of another network are refused."""
     config = run_config()
     config.train.start = str(tmp_path / "start.safetensors")
     config.train.steps, config.train.learning_rate = 1, 0.0
-    wanted = stages.init_params(config, jax.random.key(9))
+    wanted = shared_programs.random_params(config)
     save_params(config.train.start, wanted, metadata={}, dtype=np.float32)
     state = train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
     jax.tree.map(np.testing.assert_array_equal, state.params, wanted)
@@ -107,7 +131,7 @@ def test_small_run_begins_with_the_weights_it_is_given(tmp_path):
 
 
 def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
-    """The checkpoints from before stay the newest, and whole."""
+    """The earlier checkpoints stay the newest, and complete."""
     config, workdir = trained
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     broken = config.copy_and_resolve_references()
@@ -117,13 +141,13 @@ def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
     with pytest.raises(FloatingPointError, match=f"is nan at step {STEPS + 3} of stage base, and 3 updates"):
         train(broken, str(tmp_path), devices=jax.devices()[:1])
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["32", "40"]
-    state, _ = outcome(tmp_path)  # whole, and from before
+    state, _ = outcome(config, tmp_path)  # complete, and from before the failure
     assert int(state[("step",)]) == STEPS
     assert all(np.isfinite(value).all() for value in state.values())
 
 
 def start(workdir):
-    """The command that does what the fixture did."""
+    """Starts the command that repeats the fixture's run."""
     command = [sys.executable, "-m", "ivideo.main", "--config=configs/base.py:small", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
@@ -141,9 +165,8 @@ def interrupt(process, workdir, after, sign):
     return process.wait(300)
 
 
-def outcome(workdir):
-    """The last state on disk, and the losses by step: of a step done twice, those of the second time."""
-    config = run_config()
+def outcome(config, workdir):
+    """The last state on disk, and the metrics by step. Of a step that was done twice, the second ones."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = state_shapes(config)
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
@@ -152,8 +175,8 @@ def outcome(workdir):
     return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state)), losses
 
 
-def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_path):
-    """kill -9, then SIGTERM, then to the end: params, EMA, optimizer and every loss bit for bit those of one run."""
+def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained_with_every_layer, tmp_path):
+    """After kill -9, SIGTERM and continuing to the end, the state and every loss equal those of one run bit for bit."""
     assert interrupt(start(tmp_path), tmp_path, 11, signal.SIGKILL) == -signal.SIGKILL
     killed_at = len((tmp_path / "metrics.jsonl").read_text().splitlines())
     assert 11 <= killed_at < STEPS
@@ -164,7 +187,8 @@ def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(trained, tmp_
     assert process.wait(300) == 0
     assert "going on from step" in process.stderr.read()
 
-    (state, metrics), (wanted, wanted_metrics) = outcome(tmp_path), outcome(trained[1])
+    config, undisturbed = trained_with_every_layer
+    (state, metrics), (wanted, wanted_metrics) = outcome(config, tmp_path), outcome(config, undisturbed)
     assert state.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(state[name], wanted[name], err_msg=str(name))

@@ -154,7 +154,7 @@ def test_small_gaussian_moments_of_few_steps(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_small_gaussian_and_mixture_are_reached(name):
+def test_gaussian_and_mixture_are_reached(name):
     """With many steps the samples have the moments of the data: three dimensions Gaussian, two more a mixture."""
 
     def v_fn(z, logsnr):

@@ -173,7 +173,7 @@ def test_small_temporal_convolution_split_by_frames_has_the_gradient_of_the_whol
 
 
 @pytest.mark.parametrize("sizes", [{"frames": 8}, {"frames": 2, "height": 4}, {"tensor": 4, "frames": 2}], ids=str)
-def test_small_sampling_does_not_depend_on_the_mesh(sizes):
+def test_sampling_does_not_depend_on_the_mesh(sizes):
     """A super-resolution stage with every layer awake: the same clip on one device and on eight."""
     config = tsr1.get_config("small")
     config.sample.steps = 2

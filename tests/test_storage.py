@@ -87,10 +87,18 @@ def test_small_an_error_that_is_not_of_storage_stays_what_it_is(tmp_path, monkey
         checkpoints.save(1, state_of(1), iterator())
 
 
-def test_small_training_on_a_full_disk_ends_with_the_checkpoints_error(tmp_path, caplog):
+def test_small_training_on_a_full_disk_ends_with_the_checkpoints_error(tmp_path, caplog, shared_programs):
     """Not with that of the metrics, which cannot be written either."""
     config = base.get_config("small")
-    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 9, "train.checkpoint_every": 3})
+    config.update_from_flattened_dict(
+        {
+            **light_network.OPTIONS,
+            "data.num_images": 0,
+            "train.steps": 9,
+            "train.checkpoint_every": 3,
+            "train.sample_every": 0,
+        }
+    )
     begun, save = [], Checkpoints.save
 
     def then_full(self, step, state, data):

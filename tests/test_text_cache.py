@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import fake_bucket
+import jax
 import light_network
 import numpy as np
 import pytest
@@ -103,11 +104,13 @@ def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
     assert sorted(count) == list(range(5))  # none was made twice
 
 
-def test_small_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, monkeypatch):
+def test_small_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, shared_programs):
     config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
     config.text.checkpoint = None  # the encoder is not there
-    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 2, "train.log_every": 2})
-    state = loop.train(config, str(tmp_path / "workdir"))
+    config.update_from_flattened_dict(
+        {**light_network.OPTIONS, "train.steps": 2, "train.log_every": 2, "train.sample_every": 0}
+    )
+    state = loop.train(config, str(tmp_path / "workdir"), devices=jax.devices()[:1])
     assert int(state.step) == 2 and int(state.skipped) == 0
 
 

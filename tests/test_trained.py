@@ -22,11 +22,13 @@ from ivideo.weights import config_metadata, load_metadata, load_params, save_par
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, shared_programs):
     """A run of two steps."""
     workdir = str(tmp_path_factory.mktemp("run"))
     config = base.get_config("small")
-    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 2, "train.checkpoint_every": 2})
+    config.update_from_flattened_dict(
+        {**light_network.OPTIONS, "train.steps": 2, "train.checkpoint_every": 2, "train.sample_every": 0}
+    )
     train(config, workdir, devices=jax.devices()[:1])
     return config, workdir
 

@@ -133,7 +133,7 @@ def batch_shapes(config) -> dict:
 
 def state_shapes(config) -> TrainState:
     """Shapes of the training state. Nothing is allocated."""
-    return jax.eval_shape(lambda: init_state(config))
+    return jax.eval_shape(lambda params: init_state(config, params), stages.param_shapes(config))
 
 
 def model_flops(config) -> int:
