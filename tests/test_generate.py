@@ -216,8 +216,8 @@ def test_small_prompts_have_noise_of_their_own(exported, tmp_path):
     assert np.abs(shared[1].astype(int) - first[0]).max() <= 2
 
 
-def test_small_progress_bar_is_for_terminals(stage, capsys):
-    config, params = stage
+def test_small_progress_bar_is_for_terminals(capsys):
+    config, params = small_stage(**light_network.OPTIONS)
     cascade.sample_stage(config, params, PROMPTS[:1], seeds=[(0, 0)])
     assert capsys.readouterr().err == ""
 
