@@ -136,9 +136,10 @@ def param_shapes(config):
 
 @functools.lru_cache(maxsize=64)  # tracing a network takes a second, and a command asks several times
 def _param_shapes(model, args, optional):
-    return jax.eval_shape(lambda key, *a, **k: model.init(key, *a, **k), jax.random.key(0), *args, **dict(optional))[
-        "params"
-    ]
+    def init(key, args, optional):
+        return model.init(key, *args, **optional)["params"]
+
+    return jax.eval_shape(init, jax.random.key(0), args, dict(optional))
 
 
 def init_params(config, key):
