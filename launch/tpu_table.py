@@ -1,13 +1,15 @@
-"""Compiles all stages at the paper's size for TPU slices, without a TPU, and writes the tables in docs/tpu.md.
+"""Compiles all stages at the paper's size for TPU slices, without a TPU, and writes tables of what it finds.
 
   pip install '.[tpu]' && python launch/tpu_table.py
 
-Each program is a row in docs/tpu.json. Rows that exist are kept, and the tables between the marks in docs/tpu.md are
-written from all rows. On two cores a training step takes one to five minutes to compile, a sampling step less than one.
+Each program is a row in docs/tpu.json. Rows that exist are kept. The tables between the marks in docs/tpu.md and
+docs/distillation.md are written from all rows. On two cores a training step takes one to five minutes to compile, a
+step of distillation two to ten, a sampling step less than one.
 `--only=REGEX` selects rows by name, such as "train ssr2 v5p:4x4x4"; `--again` also compiles rows that exist.
 """
 
 import argparse
+import importlib
 import json
 import math
 import pathlib
@@ -18,12 +20,14 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ivideo import stages  # noqa: E402
 from ivideo.devices.chips import CHIPS, slice_of  # noqa: E402
 from ivideo.files import write_json, write_text  # noqa: E402
 from ivideo.planning.compile import gib  # noqa: E402
 from ivideo.planning.describe import human, human_flops  # noqa: E402
+from ivideo.training.distill_step import updates  # noqa: E402
 
-DATA, PAGE = ROOT / "docs" / "tpu.json", ROOT / "docs" / "tpu.md"
+DATA = ROOT / "docs" / "tpu.json"
 STAGES = ("base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3")
 BATCH = 256
 DISTILLED_STEPS = 8  # per stage, in the paper's distilled cascade
@@ -149,6 +153,31 @@ def table(what, table_rows) -> str:
     return "\n".join(lines)
 
 
+def costs(found: dict) -> str:
+    """The chip-hours of every stage's distillation on one slice as Markdown, for stages whose rows exist."""
+    (topology,) = DISTILL
+    lines = [
+        "| stage | a step of `guidance` | a step of a later phase | updates | chip-hours at least |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for stage in STAGES:
+        pair = [found.get(f"{what} {stage} {topology}", {}) for what in ("distill-guidance", "distill-round")]
+        if not all("roofline_seconds" in row for row in pair):
+            continue
+        config = importlib.import_module(f"configs.{stage}").get_config()
+        first, *later = [updates(config, *stages.student(config, phase)) for phase in stages.phases(config)]
+        guidance, round_ = (row["roofline_seconds"] for row in pair)
+        hours = pair[0]["chips"] * (first * guidance + sum(later) * round_) / 3600
+        lines.append(f"| {stage} | {guidance:.2f} s | {round_:.2f} s | {first + sum(later):,} | {hours:,.0f} |")
+    return "\n".join(lines)
+
+
+def write_between(page: pathlib.Path, begin: str, end: str, text: str) -> None:
+    """Replaces what is between two marks in a page."""
+    head, _, rest = page.read_text().partition(begin)
+    write_text(page, f"{head}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="compile only rows whose name matches this regular expression")
@@ -164,10 +193,9 @@ def main():
             print(
                 name, row.get("does_not_fit") or f"{row['mfu_bound']:.1%} in {row['compile_seconds']:.0f} s", flush=True
             )
-    text = PAGE.read_text()
-    begin, end = "<!-- tables: launch/tpu_table.py -->\n", "<!-- end of tables -->"
-    head, _, rest = text.partition(begin)
-    write_text(PAGE, head + begin + "\n" + tables(found) + "\n\n" + end + rest.partition(end)[2])
+    docs, by = ROOT / "docs", "launch/tpu_table.py -->\n"
+    write_between(docs / "tpu.md", f"<!-- tables: {by}", "<!-- end of tables -->", tables(found))
+    write_between(docs / "distillation.md", f"<!-- chip-hours: {by}", "<!-- end of chip-hours -->", costs(found))
 
 
 if __name__ == "__main__":

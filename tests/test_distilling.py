@@ -4,16 +4,19 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
 import light_network
 import numpy as np
 import pytest
 from distillations import STAGES, assert_same_end, rows, save_teacher, tiny_config
-from test_hosts import logs, losses, start, until_step, wait
+from test_hosts import ROOT, logs, losses, start, until_step, wait
 
 from ivideo import stages
 from ivideo.devices import sharding
+from ivideo.evaluation.distillation import quality
 from ivideo.training import phases
 
 
@@ -74,6 +77,30 @@ def test_killed_in_each_phase_it_ends_with_the_same_bits(undisturbed, tmp_path):
     assert wait(start(workdir, 1, *arguments(config.stage, teacher)), 3000) == [0], logs(workdir, 1)
     assert_same_end(wanted, workdir, config)
     assert f"the distillation of {config.stage} is finished" in logs(workdir, 1)[0]
+
+
+def evaluated(config, workdir, out, variant: str = "small"):
+    """What mode evaluate writes of two clips."""
+    command = [
+        sys.executable, "-m", "ivideo.main", f"--config=configs/{config.stage}.py:{variant}", "--mode=evaluate",
+        *light_network.ARGUMENTS, f"--workdir={workdir}", "--clips=2", f"--out={out}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_every_phase_is_evaluated(undisturbed, tmp_path):
+    config, _, workdir = undisturbed
+    told, found = evaluated(config, workdir, tmp_path / "phases.json")
+    assert [(row["phase"], row["steps"]) for row in found] == [
+        ("teacher", 4), ("guidance", 16), ("8", 8), ("4", 4), ("2", 2), ("2_stochastic", 2),
+    ]  # fmt: skip
+    assert [row["agreement"] for row in found[1:]] == [row["agreement"] for row in rows(workdir)]
+    assert all(np.isfinite(list(quality(row).values())).all() and row["seconds_per_sample"] > 0 for row in found)
+    assert len([line for line in told.splitlines() if line.startswith("| ")]) == 7  # the phases and their heading
+    alone = evaluated(config, workdir, tmp_path / "alone.json", variant="small_distilled_4")[1]
+    assert alone["table"] == found[3]["table"]
 
 
 def test_two_processes_learn_as_one(undisturbed, tmp_path):

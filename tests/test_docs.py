@@ -121,6 +121,25 @@ def test_small_config_keys_exist(page):
             value = value[name]
 
 
+def texts(tree):
+    """The strings of a module, with … where an f-string inserts a value."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_small_messages_of_distillation_that_docs_explain_exist():
+    """The longest words of each message in the first column of the page's last table, between … and numbers."""
+    said = "\n".join(text for path in (ROOT / "ivideo").rglob("*.py") for text in texts(ast.parse(path.read_text())))
+    table = (ROOT / "docs" / "distillation.md").read_text().rpartition("|---|---|\n")[2]
+    messages = [span for line in table.splitlines() for span in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
+    assert len(messages) > 5
+    words = {message: max(re.split(r"…|\d\S*|--\w+=", message), key=len).strip() for message in messages}
+    assert [message for message in messages if words[message] not in said] == []
+
+
 def test_small_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 120
 

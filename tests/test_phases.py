@@ -203,6 +203,21 @@ def test_a_phase_whose_teacher_was_made_again_otherwise_is_refused(teacher, quic
             distill(tiny_config(), teacher, copied)
 
 
+def test_a_phase_that_began_with_another_teacher_is_refused(teacher, quick, copied):
+    """Phase 2 was stopped half-way, and then phase 4 was done again and ended otherwise."""
+    (copied / "2" / "finished.json").unlink()
+    shutil.rmtree(copied / "2_stochastic")
+    (copied / "4" / "finished.json").unlink()
+    before = sorted(p for p in (copied / "2").rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(students, "finish", changed(students.finish))
+        with pytest.raises(
+            UserError, match=r"/2 began with another teacher than the weights that are in .*/4 now: move"
+        ):
+            distill(tiny_config(), teacher, copied)
+    assert sorted(p for p in (copied / "2").rglob("*")) == before
+
+
 def changed(finish):
     """`students.finish`, of parameters that are not quite those."""
     return lambda workdir, phase, params, **options: finish(

@@ -166,7 +166,7 @@ def test_small_a_row_per_phase_and_a_plot(folder, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines() == [
         "| phase | steps | agreement (dB) | seconds per sample | seen captions (%) | held-out captions (%) |",
         "|---|--:|--:|--:|--:|--:|",
-        "| teacher | 4 | – | 1.5 | 100.0 | 100.0 |",
+        "| teacher | 4 | – | 0.75 | 100.0 | 100.0 |",  # 1.5 s were of 8 steps
         "| guidance | 8 | 30.0 | 0.5 | 50.0 | 50.0 |",
         "| 4 | 4 | 29.0 | 0.5 | 33.3 | 33.3 |",
         "| 2 | 2 | 28.0 | 0.5 | 25.0 | 25.0 |",

@@ -18,7 +18,8 @@ def evaluate_phases(
 
     `config`: of the original network, which is sampled as that says. Prints a table, or JSON with `as_json`, and draws
     quality and seconds per sample over steps, to WORKDIR/evaluation.png or beside `out`. `out` has all rows and is
-    written anew after each. The seconds are those that the distillation measured (`ivideo.training.agreement`).
+    written anew after each. The seconds are those that the distillation measured (`ivideo.training.agreement`); those
+    of the original network were measured with `config.distill.teacher_steps` and are scaled to its number of steps.
     UserError, before anything is computed, where a file exists or cannot be written, or where weights do not fit.
     """
     plot = os.path.join(workdir, PLOT) if out is None else f"{os.path.splitext(out)[0]}.png"
@@ -32,8 +33,8 @@ def evaluate_phases(
     for phase, student in cases:
         trained.check(student, students.weights_path(workdir, phase))
     recorded = {row["phase"]: row for row in students.rows(workdir, config)}
-    first = next(iter(recorded.values()))
-    recorded[students.TEACHER] = {"seconds_per_sample": first["teacher_seconds_per_sample"], "agreement": None}
+    per_step = next(iter(recorded.values()))["teacher_seconds_per_sample"] / config.distill.teacher_steps
+    recorded[students.TEACHER] = {"seconds_per_sample": per_step * config.sample.steps, "agreement": None}
     rows = []
     for phase, student in cases:
         sources = {student.stage: students.weights_path(workdir, phase)}

@@ -89,10 +89,10 @@ class Distillation:
 
     def run(self, phase: str, before: str, *, profile_steps: tuple[int, int] | None = None) -> None:
         """Runs a phase from its newest checkpoint and writes its student. The student of `before` is the teacher."""
+        agreeing.from_first_process(lambda: students.begin(self.workdir, phase, before))
         task = Phase(self, phase, before)
         folder, mesh = os.path.join(self.workdir, phase), self.context.mesh
         if jax.process_index() == 0:
-            os.makedirs(folder, exist_ok=True)
             files.write_json(os.path.join(folder, recipe.RUN_CONFIG), task.config.to_dict())
         iterator = loop.make_process_data(task.config, self.context.encoder, mesh)
         context = self.context._replace(iterator=iterator)

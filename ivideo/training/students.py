@@ -1,7 +1,9 @@
 """The files of a distillation: which phases are finished, and where their weights are.
 
 DIR/teacher/        the averaged weights of the original network, copied when the distillation started
-DIR/PHASE/          the run of a phase (`ivideo.training.loop`). When it is finished, it has, like teacher/:
+DIR/PHASE/          the run of a phase (`ivideo.training.loop`)
+    begun.json            the digest of the teacher's parameters
+  and when it is finished, like teacher/:
     weights.safetensors   the student's parameters in float32, with the config that samples them
     finished.json         digests of the file, of its parameters and of the teacher's; the file's size and time of
                           change; the phase's row of distill.jsonl
@@ -23,7 +25,7 @@ from ivideo.weights import config_metadata, save_params
 log = logging.getLogger("ivideo")
 
 TEACHER = "teacher"  # the folder of the first teacher's weights
-WEIGHTS, RECORD, ROWS = "weights.safetensors", "finished.json", "distill.jsonl"
+WEIGHTS, BEGUN, RECORD, ROWS = "weights.safetensors", "begun.json", "finished.json", "distill.jsonl"
 
 
 def weights_path(workdir: str, phase: str) -> str:
@@ -125,6 +127,19 @@ def set_aside(workdir: str, phase: str, problem: str) -> None:
         moved = f", moved to {target}"
     source = "the teacher is copied again" if phase == TEACHER else "the last checkpoint of the phase is used"
     log.warning("%s is damaged (%s)%s: %s", path, problem, moved, source)
+
+
+def begin(workdir: str, phase: str, before: str) -> None:
+    """Notes which weights teach a phase: the student of `before`. UserError if the phase began with other weights."""
+    folder, teacher = os.path.join(workdir, phase), record(workdir, before)["weights"]
+    path = os.path.join(folder, BEGUN)
+    if os.path.exists(path) and files.read_json(path).get("teacher") != teacher:
+        raise UserError(
+            f"{folder} began with another teacher than the weights that are in {os.path.join(workdir, before)} now: "
+            f"move {folder} away to repeat that phase"
+        )
+    os.makedirs(folder, exist_ok=True)
+    files.write_json(path, {"teacher": teacher})
 
 
 def finish(workdir: str, phase: str, params: dict, *, config, teacher, row: dict | None = None) -> dict:
