@@ -56,6 +56,20 @@ def test_small_second_run_is_told_who_holds_the_lock_and_since_when(tmp_path):
         pass
 
 
+def test_small_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--workdir=.*/file/run cannot be written to \(Not a directory\): make"):
+        lock.held(str(tmp_path / "file" / "run")).__enter__()
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(lock, "open", read_only, raising=False)
+    with pytest.raises(UserError, match=r"--workdir=.*/new cannot be written to \(Read-only file system\): make"):
+        lock.held(str(tmp_path / "new")).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_small_new_folder_is_removed_if_nothing_was_written(tmp_path):
     with pytest.raises(UserError, match="no data"), lock.held(str(tmp_path / "new" / "run")):
         raise UserError("no data")

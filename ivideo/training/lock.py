@@ -33,19 +33,22 @@ POLLS_PER_BEAT = 10  # how often another run looks for a heartbeat
 def held(folder: str, *, first: bool = True):
     """Locks a folder for the block. In a run of several processes, only the `first` one locks it.
 
-    UserError if another run has the lock; the message says which run and since when. If another run takes the folder
-    over, because this one had no heartbeat for `STALE_SECONDS`, this process prints one line and exits.
+    UserError if another run has the lock (the message says which run and since when), or if the folder cannot be
+    written to. If another run takes the folder over, because this one had no heartbeat for `STALE_SECONDS`, this
+    process prints one line and exits.
     """
     if not first:
         yield
         return
     new = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
+    with _refusing(folder):
+        os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, NAME)
     own = _own_identity()
     ended = threading.Event()
     try:
-        _acquire(path, own)
+        with _refusing(folder):
+            _acquire(path, own)
         heartbeats = threading.Thread(target=_send_heartbeats, args=(path, own, ended), daemon=True)
         heartbeats.start()
         try:
@@ -61,6 +64,18 @@ def held(folder: str, *, first: bool = True):
         if new:
             with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _refusing(folder: str):
+    """Inside the block, an error of the file system is a UserError."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"--workdir={folder} cannot be written to ({e.strerror or e}): make it writable, make room on its disk, or "
+            "give another folder"
+        ) from e
 
 
 def _own_identity() -> dict:
