@@ -38,7 +38,7 @@ from ivideo.planning import describe
 from ivideo.sampling import cascade
 from ivideo.training import trained
 
-ORIGINAL, DISTILLED = "demo_original", "demo"  # variants of the cascade's config
+ORIGINAL, DISTILLED = "demo", "demo_distilled"  # variants of the cascade's config
 GUIDED = ("base", "tsr1", "ssr1")  # the stages that the paper samples with oscillating guidance
 WEIGHTS, RATIOS, STEPS = (0, 1, 2, 4), (3, 5, 10, 20, 30, 100), (32, 16, 8, 4, 2, 1)
 # Of each plotted part: the label of the horizontal axis, whether it is logarithmic, and what is drawn beside following
