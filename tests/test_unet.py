@@ -76,7 +76,7 @@ def spatially_awake(model, *args):
 
 
 @pytest.mark.parametrize("temporal", ["attention", "convolution"])
-def test_small_network_is_an_image_model_at_initialisation(temporal):
+def test_network_is_an_image_model_at_initialisation(temporal):
     """Each frame's output is the one it has alone, before any training of the temporal layers."""
     model = unet(temporal=(temporal, temporal))
     z, logsnr, text, mask = inputs()
@@ -218,7 +218,7 @@ def test_small_other_sizes_are_refused_by_name():
         shapes_of(unet(temporal=("conv", "none")), *inputs())
 
 
-def test_small_bfloat16_activations_keep_float32_parameters():
+def test_bfloat16_activations_keep_float32_parameters():
     model = unet(dtype=jnp.bfloat16)
     args = inputs()
     params = awake(model, *args)
