@@ -27,7 +27,7 @@ def found(small):
         return benchmark.measure(small, repeats=2)
 
 
-def test_small_every_number_is_there(found):
+def test_every_number_is_there(found):
     assert (found["stage"], found["variant"], found["dtype"]) == ("base", "small", "float32")
     assert found["versions"]["jax"] == jax.__version__
     assert found["device"]["platform"] == "cpu"

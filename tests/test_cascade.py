@@ -58,7 +58,7 @@ def light(small):
     return small
 
 
-def test_small_paper_stages_have_the_published_sizes():
+def test_paper_stages_have_the_published_sizes():
     config = cascade_config.get_config("paper")
     assert list(config.order) == list(PAPER)
     for name, (parameters, size, fps, attention, temporal) in PAPER.items():

@@ -129,7 +129,7 @@ def test_packed_images_equal_images_alone(temporal):
         np.testing.assert_allclose(out[:, T + i : T + i + 1], image, atol=2e-5)
 
 
-def test_small_no_gradient_flows_between_packed_images():
+def test_no_gradient_flows_between_packed_images():
     images = 2
     model = unet(temporal=("attention", "convolution"))
     z, logsnr, text, mask = inputs(frames=T + images, texts=1 + images)

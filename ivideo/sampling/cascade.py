@@ -78,7 +78,7 @@ def embed_prompts(config, prompts: Sequence[str], *, batch: int = ENCODER_BATCH)
 
 
 class StageSampler:
-    """The sampling program of one stage, compiled once for batches of `size` videos.
+    """The sampling program of one stage for batches of `size` videos, compiled once for each size of their input clips.
 
     The batch is split over as many devices as divide it (`sampling_mesh`). `seconds`: what the last batch took, without
     compilation.
@@ -87,7 +87,7 @@ class StageSampler:
     def __init__(self, config, size: int):
         self.config, self.size, self.mesh = config, size, sampling_mesh(config, size)
         self._model, self._progress = stages.build_model(config), None
-        self._compiled, self.seconds = None, None
+        self._compiled, self.seconds = {}, None  # programs by the shape of the low-resolution clips
         video = sharding.logical_sharding(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
 
@@ -121,10 +121,12 @@ class StageSampler:
                 keys = jax.random.key_data(stages.video_keys(self.config, [seeds[row] for row in rows]))
                 clips = None if low_res is None else np.stack([low_res[row] for row in rows])
                 inputs = sharding.inputs_to_mesh((text[rows], mask[rows], np.asarray(keys), clips), self.mesh)
-                if self._compiled is None:
-                    self._compiled = run_interruptibly(lambda: self._run.lower(params, *inputs).compile())  # noqa: B023
+                shape = np.shape(clips)
+                if shape not in self._compiled:
+                    self._compiled[shape] = run_interruptibly(lambda: self._run.lower(params, *inputs).compile())  # noqa: B023
+                program = self._compiled[shape]
                 begin = time.perf_counter()
-                videos = run_interruptibly(lambda: sharding.to_host(self._compiled(params, *inputs)))  # noqa: B023
+                videos = run_interruptibly(lambda: sharding.to_host(program(params, *inputs)))  # noqa: B023
                 self.seconds = time.perf_counter() - begin
                 yield batch, videos[: len(batch)]
                 del videos  # the next batch needs its memory
