@@ -1,0 +1,167 @@
+"""Fréchet and kernel distances against their formulas in float64, and the statistics in memory and in files."""
+
+import re
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from ivideo.errors import UserError
+from ivideo.evaluation import bootstrap, frechet, kernel_distance
+
+PROTOCOL = {"network": "i3d", "frames": 16}
+
+
+def gaussian(rng, dims, rank):
+    """A mean, and a factor [dims, rank] of a covariance whose scales differ by a factor of a thousand."""
+    return rng.normal(size=dims), rng.normal(size=(dims, rank)) * np.logspace(0, -1.5, rank) / np.sqrt(rank)
+
+
+def statistics(mean, factor):
+    return frechet.Statistics(1001, mean, 1000 * factor @ factor.T)
+
+
+def reference(first, second):
+    """The distance by scipy's square root of the product of the covariances."""
+    (mean, f), (other_mean, g) = first, second
+    a, b = f @ f.T, g @ g.T
+    return float(np.sum((mean - other_mean) ** 2) + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real))
+
+
+@pytest.mark.parametrize("dims", [64, 96])
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_small_frechet_distance_is_that_of_scipys_square_root(dims, share):
+    rng = np.random.default_rng(dims)
+    first, second = (gaussian(rng, dims, int(dims * share)) for _ in range(2))
+    found = frechet.distance(statistics(*first), statistics(*second))
+    assert found == pytest.approx(reference(first, second), rel=1e-6)
+
+
+def test_small_frechet_distance_of_few_samples_keeps_its_digits():
+    """Equal means and nearly equal covariances of rank 9 in 60 dimensions: the traces nearly cancel."""
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=(60, 9))
+    other = factor + 1e-3 * rng.normal(size=factor.shape)
+    found = frechet.distance(statistics(np.zeros(60), factor), statistics(np.zeros(60), other))
+    # The trace of the root is the sum of the singular values of a product of the true factors
+    wanted = (factor**2).sum() + (other**2).sum() - 2 * scipy.linalg.svdvals(factor.T @ other).sum()
+    assert wanted < 1e-5 * (factor**2).sum()
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert frechet.distance(statistics(np.zeros(60), factor), statistics(np.zeros(60), factor)) == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+def test_small_frechet_distance_of_one_dimension():
+    """(μ₁ − μ₂)² + (σ₁ − σ₂)²"""
+    first, second = (statistics(np.array([mean]), np.array([[std]])) for mean, std in ((1.0, 2.0), (4.0, 7.0)))
+    assert frechet.distance(first, second) == pytest.approx(9 + 25, rel=1e-12)
+
+
+def test_small_statistics_of_parts_merge_to_those_of_the_whole():
+    features = np.random.default_rng(0).normal(size=(101, 7)) * 3 + 1000
+    parts = [frechet.measure(part, PROTOCOL) for part in np.split(features, [1, 40, 41])]
+    merged = frechet.merge(parts)
+    assert merged.count == 101 and merged.protocol == PROTOCOL
+    np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-11)
+    counts = np.random.default_rng(1).integers(0, 3, 101)
+    drawn = frechet.measure(features, counts=counts)
+    np.testing.assert_allclose(drawn.covariance, np.cov(np.repeat(features, counts, axis=0), rowvar=False), rtol=1e-11)
+
+
+def test_small_statistics_in_a_file_are_the_same(tmp_path):
+    written = frechet.measure(np.random.default_rng(0).normal(size=(9, 4)), PROTOCOL)
+    path = str(tmp_path / "reference.npz")
+    frechet.save(path, written)
+    read = frechet.load(path)
+    assert read.digest == written.digest and frechet.distance(read, written) == pytest.approx(0, abs=1e-12)
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
+    assert read.digest != frechet.measure(np.ones((9, 4)), PROTOCOL).digest
+
+
+def test_small_statistics_that_cannot_be_read_are_one_line_errors(tmp_path):
+    good, path = tmp_path / "good.npz", str(tmp_path / "bad.npz")
+    frechet.save(str(good), frechet.measure(np.eye(4), PROTOCOL))
+    contents = {
+        b"": "not a complete .npz file",
+        b"mu": "not a complete .npz file",
+        good.read_bytes()[:500]: "not a complete .npz file",
+    }
+    for content, message in contents.items():
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{re.escape(path)} is {message}.*copy it again$"):
+            frechet.load(path)
+    with pytest.raises(UserError, match="absent.npz is not a complete .npz file of statistics .*No such file"):
+        frechet.load(str(tmp_path / "absent.npz"))
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(UserError, match=r"has no count \(it holds mu, sigma\): expected statistics that this package"):
+        frechet.load(path)
+    np.savez(path, count=3, mean=np.zeros(4), scatter=np.eye(3), protocol="{}")
+    with pytest.raises(UserError, match=r"'scatter': \(3, 3\)"):
+        frechet.load(path)
+    np.savez(path, count=3, mean=np.array([object()]), scatter=np.eye(3), protocol="{}")
+    with pytest.raises(UserError, match="Object arrays cannot be loaded"):
+        frechet.load(path)
+
+
+def test_small_statistics_of_different_protocols_are_not_compared():
+    first = frechet.measure(np.eye(4), PROTOCOL)
+    second = frechet.measure(np.eye(4), PROTOCOL | {"frames": 9})
+    message = "frames is 16 in one and 9 in the other; measure both in the same way"
+    for compare in (frechet.distance, lambda *both: frechet.merge(both)):
+        with pytest.raises(UserError, match=message):
+            compare(first, second)
+    with pytest.raises(UserError, match="statistics of 4 and 3 dimensions"):
+        frechet.distance(first, frechet.measure(np.eye(3), PROTOCOL))
+    with pytest.raises(ValueError, match="1 samples have no covariance"):
+        frechet.distance(frechet.measure(np.eye(4)[:1]), frechet.measure(np.eye(4)))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet.measure(np.full((2, 2), np.nan))
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+def test_small_kernel_distance_is_the_formula(block):
+    """The mean of the kernel over all pairs of different samples, one pair after the other."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(23, 5)), rng.normal(size=(17, 5)) + 0.3
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    def within(z):
+        return np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
+
+    wanted = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert kernel_distance.distance(x, y, block=block) == pytest.approx(wanted, rel=1e-12)
+    assert kernel_distance.distance_interval(x, y, block=block, replicates=5)[0] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_small_kernel_distance_of_one_distribution_is_0_on_average():
+    rng = np.random.default_rng(0)
+    found = [kernel_distance.distance(*rng.normal(size=(2, 20, 3))) for _ in range(400)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20
+    with pytest.raises(ValueError, match=r"shapes \(2, 3\) and \(2, 4\)"):
+        kernel_distance.distance(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="1 and 2 features, expected two"):
+        kernel_distance.distance(np.ones((1, 3)), np.ones((2, 3)))
+
+
+def test_small_bootstrap_intervals_have_the_width_of_repeated_draws():
+    """Of 100 repetitions with new samples, 95% lie in an interval of the width that one of them found."""
+    rng = np.random.default_rng(0)
+    centre, (low, high) = bootstrap.mean_interval(rng.normal(size=500), replicates=2000)
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(500), rel=0.1)
+    assert low < centre < high
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap.mean_interval([])
+    true = frechet.Statistics(1001, np.zeros(4), 1000 * np.eye(4))
+    other = rng.normal(size=(80, 4)) + 0.5
+    repeated = [frechet.distance(frechet.measure(rng.normal(size=(60, 4)) * 1.5), true) for _ in range(100)]
+    estimate, (low, high) = frechet.distance_interval(rng.normal(size=(60, 4)) * 1.5, true, replicates=200)
+    assert high - low == pytest.approx(2 * 1.96 * np.std(repeated), rel=0.3)
+    assert low < estimate < high
+    repeated = [kernel_distance.distance(rng.normal(size=(60, 4)), other) for _ in range(100)]
+    estimate, (low, high) = kernel_distance.distance_interval(rng.normal(size=(60, 4)), other, replicates=200)
+    assert low < estimate < high
+    assert high - low == pytest.approx(2 * 1.96 * np.std(repeated), rel=0.6)
