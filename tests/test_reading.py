@@ -15,6 +15,7 @@ from ivideo.data.resizing import resize_video
 COUNT, RATE = 100, 25
 RATES = (1, 2, 3, 5, 6, 8, 12, 24, 25, Fraction(30000, 1001))
 X264 = {"g": "12", "sc_threshold": "0", "bf": "3", "x264-params": "b-adapt=0"}
+OPEN = X264 | {"x264-params": "b-adapt=0:open-gop=1"}
 X265 = "log-level=none:open-gop=1:bframes=3:b-adapt=0:scenecut=0:keyint=12:min-keyint=12"
 UNEVEN = sorted(np.random.default_rng(0).choice(np.arange(1, 4000), COUNT - 1, replace=False).tolist())
 
@@ -58,19 +59,17 @@ EVEN = [Fraction(k, RATE) for k in range(COUNT)]
 KINDS = {
     "b_frames": (lambda: files.coded(indexed(), options=X264), EVEN),
     "one_group": (lambda: files.coded(indexed(), options={"g": "999", "sc_threshold": "0"}), EVEN),
-    "open_group_h264": (lambda: files.coded(indexed(), options=X264 | {"x264-params": "b-adapt=0:open-gop=1"}), EVEN),
+    "open_group_h264": (lambda: files.coded(indexed(), options=OPEN), EVEN),
     "open_group_hevc": (lambda: files.coded(indexed(), codec="libx265", options={"x265-params": X265}), EVEN),
     "edit_list": (with_edit_list, EVEN[:-5]),
     "uneven": (of_uneven_times, [Fraction(t, 1000) for t in (0, *UNEVEN)]),
     "mpegts": (lambda: files.coded(indexed(), form="mpegts", options=X264), EVEN),
-    "open_group_mpegts": (
-        lambda: files.coded(indexed(), form="mpegts", options=X264 | {"x264-params": "b-adapt=0:open-gop=1"}), EVEN,
-    ),
-    "matroska": (lambda: files.coded(indexed(), form="matroska", options=X264 | {"x264-params": "b-adapt=0:open-gop=1"}), EVEN),
+    "open_group_mpegts": (lambda: files.coded(indexed(), form="mpegts", options=OPEN), EVEN),
+    "matroska": (lambda: files.coded(indexed(), form="matroska", options=OPEN), EVEN),
     "avi": (lambda: files.coded(indexed(), form="avi", options=X264), EVEN),
     "raw": (lambda: files.coded(indexed(), form="h264", options=X264), EVEN),
     "vp9": (lambda: files.coded(indexed(), form="webm", codec="libvpx-vp9", options={"g": "12"}), EVEN),
-}  # fmt: skip
+}
 
 
 @functools.cache
