@@ -30,17 +30,10 @@ class Source:
     def __len__(self):
         return 12
 
-    def check(self, index):
+    def __getitem__(self, index):
         if index in self.bad:
             raise VideoError(f"clip {index} is corrupt.")
-
-    def read(self, index, rng):
-        self.check(index)
-        return {"video": np.full((2, 4, 4, 3), index, np.uint8), "caption": f"clip {index}"}
-
-    def image(self, index, rng):
-        clip = self.read(index, rng)
-        return {"image": clip["video"][rng.integers(2)], "caption": clip["caption"]}
+        return {"video": np.full((2, 4, 4, 3), index / 12, np.float32), "caption": f"clip {index}"}
 
 
 def iterator(source=None, **options):
@@ -61,7 +54,7 @@ def assert_same(found, wanted):
 
 def clips(found, name="video"):
     first = {"video": (0, 0, 0, 0), "images": (0, 0, 0)}[name]  # a clip's first value tells which one it is
-    return [int(x) for batch in found for x in batch[name][(..., *first)].ravel()]
+    return [round(12 * float(x)) for batch in found for x in batch[name][(..., *first)].ravel()]
 
 
 def test_small_the_next_readable_clip_stands_in_its_place():
@@ -70,7 +63,7 @@ def test_small_the_next_readable_clip_stands_in_its_place():
     assert clips(found) == [place.get(clip, clip) for clip in clips(whole)]
     assert set(clips(whole)) >= BAD
     caption = byte_tokens(["clip 5"], 8)[0][0]
-    assert all((batch["tokens"][batch["video"][:, 0, 0, 0, 0] == 5] == caption).all() for batch in found)
+    assert all((batch["tokens"][np.round(batch["video"][:, 0, 0, 0, 0] * 12) == 5] == caption).all() for batch in found)
     images = clips(batches(iterator()), "images")
     assert not BAD & set(images) and len(images) == 6 * 4 * 2
 
@@ -122,7 +115,7 @@ def test_small_a_set_without_a_readable_clip_ends_the_run():
 
 def test_small_other_errors_end_the_run_at_once():
     class Broken(Source):
-        def read(self, index, rng):
+        def __getitem__(self, index):
             raise OSError("the storage is away")
 
     with pytest.raises(OSError, match="the storage is away"):
@@ -144,13 +137,13 @@ def test_small_a_damaged_clip_of_a_prepared_set_is_left_out_of_training(tmp_path
     folder = sources.prepare_shapes(tmp_path, num_train=8, num_held_out=1, frames=16, height=16, width=16)
     config = base.get_config("small")
     config.update_from_flattened_dict({"data.source": "tfds", "data.dir": folder, "data.max_unreadable": 1})
-    record = sources.TFDSSource._record
+    read = sources.TFDSSource._read
 
     def damaged(self, index):
-        data, caption = record(self, index)
+        data, caption = read(self, index)
         return (data[: len(data) // 3] if index in bad else data), caption
 
-    monkeypatch.setattr(sources.TFDSSource, "_record", damaged)
+    monkeypatch.setattr(sources.TFDSSource, "_read", damaged)
 
     class Encoder:
         tokenizer, length = staticmethod(byte_tokens), 64

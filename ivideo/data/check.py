@@ -1,4 +1,4 @@
-"""Decodes every clip of a data set, and lists the clips that cannot be read or are too short for the stage."""
+"""Reads every clip of a data set as a stage would, and lists the clips that cannot be read."""
 
 import concurrent.futures
 import os
@@ -38,7 +38,7 @@ def check_data(source) -> None:
 
 def _problem(source, index):
     try:
-        source.check(index)
+        source[index]
     except VideoError as e:
         return str(e)
     return ""
