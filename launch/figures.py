@@ -18,6 +18,7 @@ DIR/STAGE_PHASE.safetensors, DIR/STAGE.safetensors, or DIR/STAGE, the folder of 
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -33,7 +34,7 @@ from ivideo import checks, files, stages
 from ivideo.arguments import load_config
 from ivideo.data import shapes
 from ivideo.errors import UserError
-from ivideo.evaluation import averages, evaluate, generated, pictures
+from ivideo.evaluation import averages, evaluate, generated, pictures, prompt_following
 from ivideo.planning import describe
 from ivideo.sampling import cascade
 from ivideo.training import trained
@@ -251,16 +252,8 @@ def markdown(found: list[dict]) -> str:
     )
 
 
-def plot(part: str, found: list[dict], path: pathlib.Path) -> None:
-    """Draws a part's entries; without matplotlib it prints what to install."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path} is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+def draw(part: str, found: list[dict], pyplot):
+    """Draws a part's entries. Returns the figure."""
     label, logarithmic, measures = PLOTS[part]
     figure, panels = pyplot.subplots(1, 1 + len(measures), figsize=(12, 3.5), layout="constrained")
     for network in dict.fromkeys(row["labels"]["network"] for row in found):
@@ -276,9 +269,7 @@ def plot(part: str, found: list[dict], path: pathlib.Path) -> None:
         panel.legend(fontsize=7)
         if logarithmic:
             panel.set_xscale("log", base=2)
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def contact(args, config) -> None:
@@ -293,7 +284,7 @@ def contact(args, config) -> None:
     videos, lines = [], []
     for _, _, video in cascade.run(configs, PROMPTS, seeds=noise, sources=sources, group=4):
         right = generated.measure(video, shapes.parse_caption(PROMPTS[len(videos)]))
-        wrong = [name for name in ("background", "colour", "motion", "shape") if right[name] is False]
+        wrong = [name for name in prompt_following.ATTRIBUTES if right[name] is False]
         lines.append(f"{PROMPTS[len(videos)]}: {'wrong ' + ', '.join(wrong) if wrong else 'right'}")
         videos.append(video[:: max(1, (len(video) - 1) // 5)])  # six frames, or a few more
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -325,7 +316,7 @@ def make_part(part: str, args, networks) -> None:
         files.write_text(args.folder / f"{part}.md", markdown(found) + "\n")
         print(f"\n{markdown(found)}\n")
         if part in PLOTS:
-            plot(part, found, args.folder / f"{part}.png")
+            pictures.plot(args.folder / f"{part}.png", functools.partial(draw, part, found))
 
 
 def load_networks(args) -> dict:

@@ -293,11 +293,9 @@ def render_at(
         raise ValueError(f"A frame is {height} x {width} pixels, expected at least 4 x 4: ask for larger frames.")
     path = trajectory(attrs, seed, times, height=height, width=width)
     (top, bottom, _), (left, right, _) = rows.indices(height), columns.indices(width)
-    share = coverage(attrs.shape, path.x - left, path.y - top, path.radius, height=bottom - top, width=right - left)[
-        ..., None
-    ]
+    share = coverage(attrs.shape, path.x - left, path.y - top, path.radius, height=bottom - top, width=right - left)
     background, colour = level(BACKGROUNDS[attrs.background]), level(COLOURS[attrs.colour])
-    return background + share * (colour - background)
+    return background + share[..., None] * (colour - background)
 
 
 def render(attrs: Attributes, seed: int, *, frames: int, height: int, width: int) -> np.ndarray:

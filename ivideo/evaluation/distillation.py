@@ -1,11 +1,12 @@
 """How good each student of a distillation is, against the original network: one row per phase, and a plot."""
 
+import functools
 import json
 import os
 
 from ivideo import files, stages
 from ivideo.errors import UserError
-from ivideo.evaluation import evaluate
+from ivideo.evaluation import evaluate, pictures
 from ivideo.training import students, trained
 
 PLOT = "evaluation.png"  # in the --workdir, where there is no --out beside which it could be
@@ -72,15 +73,12 @@ def phases_table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """Draws quality and seconds per sample over the number of steps; without matplotlib it prints what to install."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path} is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    """Draws quality and seconds per sample over the number of steps (`pictures.plot`)."""
+    if pictures.plot(path, functools.partial(_figure, rows)):
+        print(path)
 
+
+def _figure(rows, pyplot):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     steps = [row["steps"] for row in rows]
     for name in quality(rows[0]):
@@ -94,7 +92,4 @@ def draw(rows: list[dict], path: str) -> None:
         panel.set(xlabel="steps")
         panel.legend(fontsize=8)
     right.set_yscale("log")
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-    print(path)
+    return figure

@@ -1,9 +1,12 @@
-"""Contact sheets: frames of several clips in one picture."""
+"""Pictures of an evaluation: contact sheets, with frames of several clips, and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ivideo import files
+from ivideo.data import video_io
 
 _MARGIN = 4  # pixels between frames
 _LINE = 14  # pixels of a caption's line
@@ -24,9 +27,29 @@ def contact_sheet(
         top = _MARGIN + number * row
         draw.text((_MARGIN, top), caption, fill="black")
         for column, time in enumerate(np.linspace(0, len(video) - 1, frames).round().astype(int)):
-            levels = np.clip(np.round((np.asarray(video[time], np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+            levels = video_io.to_uint8(video[time][None])[0]
             # Enlarged frames show their pixels
             method = Image.Resampling.NEAREST if width > levels.shape[1] else Image.Resampling.LANCZOS
             picture = Image.fromarray(levels).resize((width, height), method)
             sheet.paste(picture, (_MARGIN + column * (width + _MARGIN), top + _LINE))
     return sheet
+
+
+def plot(path, draw: Callable) -> bool:
+    """Writes the figure that `draw(pyplot)` returns as a PNG, and returns True.
+
+    Without matplotlib it prints what to install, and returns False.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path} is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone")
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure = draw(pyplot)
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+    return True

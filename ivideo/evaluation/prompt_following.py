@@ -18,6 +18,7 @@ import scipy.ndimage
 
 from ivideo.data import shapes
 from ivideo.evaluation import averages, silhouette
+from ivideo.evaluation.fidelity import evenly
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
 # The attributes that are scored in frames too small for shapes.
@@ -136,12 +137,7 @@ def _background(video: np.ndarray) -> tuple[str | None, np.ndarray, np.ndarray]:
 
 def _grain(difference: np.ndarray) -> float:
     """Standard deviation of the background's channels. The median leaves the object out of the estimate."""
-    return _STD_PER_MAD * float(np.median(np.abs(difference[_some(len(difference), _GRAIN_FRAMES)])))
-
-
-def _some(count: int, most: int) -> np.ndarray:
-    """The numbers of `most` of `count` frames, or of all if there are fewer, evenly over the clip."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+    return _STD_PER_MAD * float(np.median(np.abs(difference[evenly(len(difference), _GRAIN_FRAMES)])))
 
 
 def _nearest(level: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
@@ -235,7 +231,7 @@ def _motion(centres: np.ndarray) -> tuple[str | None, tuple[float, float]]:
 def _shape(share: np.ndarray, area: np.ndarray, centroids: np.ndarray, good: np.ndarray) -> tuple[str | None, float]:
     """(the shape whose template overlaps the objects most, or None if no overlap is large enough; its mean overlap)."""
     chosen = np.flatnonzero(good)
-    chosen = chosen[_some(len(chosen), _SHAPE_FRAMES)]
+    chosen = chosen[evenly(len(chosen), _SHAPE_FRAMES)]
     height, width = share.shape[1:]
     seen = np.clip(share[chosen], 0, 1)
     overlaps = {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from ivideo.data import shapes
 from ivideo.evaluation import silhouette
-from ivideo.evaluation.fidelity import LEVELS_PER_UNIT
+from ivideo.evaluation.fidelity import LEVELS_PER_UNIT, evenly
 
 MEASURES = ("ideal_iou", "steady_iou", "grain")
 
@@ -66,7 +66,7 @@ def measure(video: np.ndarray, attrs: shapes.Attributes) -> dict[str, float]:
 
 def _levels(video, attrs):
     """The clip's (background [3], shape's colour [3]), or None where it shows only one of the two."""
-    chosen = video[np.linspace(0, len(video) - 1, min(_COLOUR_FRAMES, len(video))).round().astype(int)]
+    chosen = video[evenly(len(video), _COLOUR_FRAMES)]
     named = shapes.level(shapes.BACKGROUNDS[attrs.background]), shapes.level(shapes.COLOURS[attrs.colour])
     share = _share(chosen, *named)
     inside = share > 0.5
