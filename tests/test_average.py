@@ -240,7 +240,7 @@ def test_small_damaged_checkpoint_that_the_run_moves_away_meanwhile(saved, monke
     assert_same(params, state_of(2).ema)
 
 
-def test_small_reading_beside_a_run_that_saves_every_step(tmp_path):
+def test_reading_beside_a_run_that_saves_every_step(tmp_path):
     """Fifty times, with one checkpoint kept: each is the average of one step, and none is older than the one before."""
     over = threading.Event()
 

@@ -43,7 +43,7 @@ def test_every_number_is_there(found):
     assert [c["batch"] for c in found["cases"].values()] == [1, 1, 8]
 
 
-def test_small_flops_are_counted(small, found):
+def test_flops_are_counted(small, found):
     forward = found["cases"]["forward"]["flops"]
     assert forward == describe.facts(small)["forward_flops"]
     # with and without the text, around which there is no product
@@ -53,7 +53,7 @@ def test_small_flops_are_counted(small, found):
     assert found["cases"]["training_step"]["flops"] == flops.count(step.make_train_step(small), *shapes)
 
 
-def test_small_rematerialised_flops_are_not_the_models(small, found):
+def test_rematerialised_flops_are_not_the_models(small, found):
     config = small.copy_and_resolve_references()
     config.model.remat = "full"
     state = step.state_shapes(config)
@@ -61,14 +61,14 @@ def test_small_rematerialised_flops_are_not_the_models(small, found):
     assert count == found["cases"]["training_step"]["flops"]
 
 
-def test_small_memory_holds_the_arguments(small, found):
+def test_memory_holds_the_arguments(small, found):
     parameters = describe.facts(small)["parameters"]
     assert found["cases"]["forward"]["memory_bytes"] > 4 * parameters
     # parameters, their average and Adam's two moments
     assert found["cases"]["training_step"]["memory_bytes"] > 4 * 4 * parameters
 
 
-def test_small_json_and_table(small, found, capsys, monkeypatch):
+def test_json_and_table(small, found, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "measure", lambda config, repeats: found)
     assert benchmark.benchmark(small, as_json=True) == found
     assert json.loads(capsys.readouterr().out) == found

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import light_network
 import numpy as np
 import pytest
 
@@ -138,6 +139,7 @@ def test_small_a_student_is_told_the_weight_and_evaluated_once(guidance):
 def test_small_a_new_guidance_embedding_changes_nothing():
     """Its last layer is zero, so v is the same bit for bit whatever the weight."""
     config = base.get_config("small")
+    config.update_from_flattened_dict(light_network.OPTIONS)
     student = stages.distilled(config)
     shapes, rng = stages.param_shapes(config), np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), jnp.float32), shapes)

@@ -54,7 +54,7 @@ def events(folder):
     return found
 
 
-def test_small_tensorboard_has_the_numbers_and_the_grid(tmp_path):
+def test_tensorboard_has_the_numbers_and_the_grid(tmp_path):
     config = run_config(**{"train.sample_every": 6, "train.sample_prompts": ("a red star", "a blue circle")})
     train(config, tmp_path)
     found = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]

@@ -87,7 +87,7 @@ def test_small_an_error_that_is_not_of_storage_stays_what_it_is(tmp_path, monkey
         checkpoints.save(1, state_of(1), iterator())
 
 
-def test_small_training_on_a_full_disk_ends_with_the_checkpoints_error(tmp_path, caplog, shared_programs):
+def test_training_on_a_full_disk_ends_with_the_checkpoints_error(tmp_path, caplog, shared_programs):
     """Not with that of the metrics, which cannot be written either."""
     config = base.get_config("small")
     config.update_from_flattened_dict(

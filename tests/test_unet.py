@@ -379,9 +379,12 @@ def test_small_network_that_knows_the_difference_is_small_does_not_see_noise_tha
 def test_small_eps_and_x_networks_return_their_v():
     """The same weights read as eps or x: v = (F - sigma z) / alpha or (alpha z - F) / sigma of their F, read as v."""
     z, logsnr, text, mask = inputs()
-    params = awake(unet(), z, logsnr, text, mask)
+    light = dict(channels=(8,), blocks=(1,), strides=(1,), cross_attention=(False,), spatial_attention=(False,))
+    light["temporal"] = ("none",)
+    params = awake(unet(**light), z, logsnr, text, mask)
     out, v, from_x = (
-        jax.jit(unet(prediction=kind).apply)({"params": params}, z, logsnr, text, mask) for kind in ("v", "eps", "x")
+        jax.jit(unet(prediction=kind, **light).apply)({"params": params}, z, logsnr, text, mask)
+        for kind in ("v", "eps", "x")
     )
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(s * logsnr)))[:, None, None, None, None] for s in (-1, 1))
     np.testing.assert_allclose(v, (out - sigma * z) / alpha, rtol=1e-4, atol=1e-5)

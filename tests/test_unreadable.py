@@ -183,7 +183,7 @@ if __name__ == "__main__":
 """
 
 
-def test_small_a_worker_leaves_signals_to_the_run_is_missed_and_ends_with_it(tmp_path):
+def test_a_worker_leaves_signals_to_the_run_is_missed_and_ends_with_it(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(WORKER)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
