@@ -155,7 +155,7 @@ def test_small_cascade_goes_a_group_at_a_time(light, tmp_path, monkeypatch):
         np.testing.assert_array_equal(video_io.read_video(path)[0], wanted[path.name])
 
 
-def test_small_enlarged_video_does_not_depend_on_its_batch(small):
+def test_enlarged_video_does_not_depend_on_its_batch(small):
     """Its own seed, text and input alone: noise, and the noise on the input too, are drawn by the video."""
     config, params = small.stages.ssr1, random_params(small.stages.ssr1)
     low = np.random.default_rng(2).uniform(-1, 1, (2, 8, 8, 8, 3)).astype(np.float32)

@@ -227,7 +227,7 @@ def test_small_mistake_found_at_the_start_writes_nothing(key, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_small_warning_if_the_run_has_none_of_the_steps_to_profile(tmp_path, caplog):
+def test_warning_if_the_run_has_none_of_the_steps_to_profile(tmp_path, caplog):
     config = run_config(**{"train.steps": 2})
     loop.train(config, str(tmp_path), devices=jax.devices()[:1], profile_steps=(3, 4))
     assert "nothing was profiled: the run had no step from 3 to 4" in caplog.text

@@ -115,7 +115,7 @@ def test_small_another_optimizer_in_the_folder_is_refused(trained):
         train(config, str(workdir), devices=jax.devices()[:1])
 
 
-def test_small_run_begins_with_the_given_weights(tmp_path):
+def test_run_begins_with_the_given_weights(tmp_path):
     """Its average begins with them, too. Weights of another network are refused."""
     config = run_config()
     config.train.start = str(tmp_path / "start.safetensors")
@@ -130,7 +130,7 @@ def test_small_run_begins_with_the_given_weights(tmp_path):
         train(config, str(tmp_path / "other"), devices=jax.devices()[:1])
 
 
-def test_small_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
     """The earlier checkpoints stay the newest, and complete."""
     config, workdir = trained
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)

@@ -200,7 +200,7 @@ def linear_params():
     return {name: jnp.float32(0.1 * i) for i, name in enumerate(Linear.names, 1)}
 
 
-def test_small_parts_of_a_batch_have_the_gradient_of_the_whole(linear):
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(linear):
     """Levels, noise, dropped texts and augmentation of a sample do not depend on `accumulate`."""
     config, batch = linear
     config.train.text_dropout, config.train.clip = 0.4, 1e9

@@ -104,7 +104,7 @@ def test_small_stopped_between_shards_it_goes_on(config, tmp_path, monkeypatch):
     assert sorted(count) == list(range(5))  # none was made twice
 
 
-def test_small_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, shared_programs):
+def test_training_reads_the_cache_and_runs_no_encoder(config, tmp_path, shared_programs):
     config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
     config.text.checkpoint = None  # the encoder is not there
     config.update_from_flattened_dict(

@@ -186,7 +186,7 @@ def test_small_only_the_encoder_is_read_from_a_bucket(tmp_path, weights, objects
     assert text.load_encoder(path, length=8).module.dim == files.TINY["dim"]
 
 
-def test_small_tokenizer_in_a_bucket(tmp_path, objects):
+def test_tokenizer_in_a_bucket(tmp_path, objects):
     sizes = {**files.TINY, "vocab": 400}
     folder = files.write_huggingface(tmp_path / "hf", files.random_weights(sizes), sizes)
     spiece = files.write_spiece(folder, 300)
