@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import re
 import select
 import shlex
@@ -14,52 +13,7 @@ import sys
 import time
 
 import pytest
-
-LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
-SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-RUN = ["--", "--config=configs/ssr2.py", "--workdir=/mnt/runs/a b"]
-PORTS = ("x", "0", "010", "-1", "65536", "70000", "99999999999999999999", "8476.0", "")
-XPK = ["--cluster=c", "--zone=z", "--type=v6e-64"]
-MANIFEST = ["--image=eu/ivideo:1", "--accelerator=tpu-v6e-slice", "--topology=8x8", "--hosts=16"]
-
-
-def launch(script, *arguments, env=None):
-    return subprocess.run(
-        [str(LAUNCH / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **(env or {})},
-    )
-
-
-def printed(*arguments) -> list[list[str]]:
-    """The commands of a dry run, as the words that a shell makes of them."""
-    done = launch(*arguments, "--dry_run") if "--" not in arguments else launch(
-        *arguments[: arguments.index("--")], "--dry_run", *arguments[arguments.index("--") :]
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
-
-
-def fake(folder, name, script):
-    """A program of this name that writes its arguments to NAME.log and then does as the script says."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(
-        f'#!/usr/bin/env bash\necho "$@" >> "{folder}/{name}.log"\nruns=$(wc -l < "{folder}/{name}.log")\n{script}\n'
-    )
-    path.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "PAUSE": "0"}
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def runs(folder, name) -> int:
-    log = folder / f"{name}.log"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+from launch_scripts import LAUNCH, MANIFEST, PORTS, RUN, SCRIPTS, XPK, fake, launch, names, printed, runs
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -308,81 +262,6 @@ def test_small_hosts_end_with_their_script(tmp_path, what, number):
             os.killpg(script.pid, signal.SIGKILL)
 
 
-def test_small_manifest_of_a_jobset():
-    yaml = pytest.importorskip("yaml")
-    done = launch("gke.sh", "render", "ssr2", *MANIFEST, *RUN, 'a "quoted" word')
-    found = yaml.safe_load(done.stdout)
-    assert (found["kind"], found["metadata"]["name"]) == ("JobSet", "ssr2")
-    assert found["spec"]["failurePolicy"]["maxRestarts"] == 50
-    (rule,) = found["spec"]["failurePolicy"]["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    assert re.fullmatch("[A-Za-z][A-Za-z0-9_,:]*", rule["name"])  # what JobSet takes
-    (job,) = found["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    assert spec["parallelism"] == spec["completions"] == 16
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    codes = {"containerName": "ivideo", "operator": "In", "values": [1, 2, 130]}
-    assert rule == {"action": "FailJob", "onExitCodes": codes}
-    pod = spec["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
-        "cloud.google.com/gke-tpu-topology": "8x8",
-    }
-    (container,) = pod["containers"]
-    assert container["name"] == "ivideo"
-    assert container["args"] == ["-m", "ivideo.main", "--distributed", *RUN[1:], 'a "quoted" word']
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-
-
-def test_small_arguments_arrive_through_a_manifest():
-    """Quotes, line breaks and what Kubernetes would take for a variable."""
-    yaml = pytest.importorskip("yaml")
-    words = ["--workdir=/mnt/a: b # c", 'a "b" \\n', "two\nlines\tand\r", "$(HOME) $HOME", "- é {x}", ""]
-    done = launch("gke.sh", "render", "ssr2", *MANIFEST, "--", *words)
-    assert done.returncode == 0, done.stderr
-    pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    # as Kubernetes reads them
-    assert [word.replace("$$", "$") for word in pod["containers"][0]["args"][3:]] == words
-    assert pod["containers"][0]["args"][-3] == "$$(HOME) $HOME"
-    done = launch("gke.sh", "render", "ssr2", *MANIFEST, "--", "a\x1bb")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "contains a control character" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "topology", "hosts", "chips"),
-    [
-        ("tpu-v6e-slice", "8x8", 16, 4),
-        ("tpu-v6e-slice", "2x4", 1, 8),
-        ("tpu-v5-lite-podslice", "1x1", 1, 1),
-        ("tpu-v5p-slice", "4x4x8", 32, 4),
-        ("tpu7x", "2x2x1", 1, 4),
-    ],
-)
-def test_small_slices_that_there_are(accelerator, topology, hosts, chips):
-    options = [f"--accelerator={accelerator}", f"--topology={topology}", f"--hosts={hosts}", f"--chips={chips}"]
-    done = launch("gke.sh", "render", "a", "--image=i", *options, *RUN)
-    assert done.returncode == 0, done.stderr
-
-
-def test_small_codes_that_are_started_again_are_those_of_the_program():
-    """134 is SIGABRT, by which jax ends a process whose run has lost another."""
-    from ivideo.devices import hosts
-    from ivideo.training import guards
-
-    def codes(test):
-        script = f'. {LAUNCH}/lib.sh; for code in $(seq 0 255); do ! {test} "$code" || echo "$code"; done'
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-        return {int(code) for code in done.stdout.split()}
-
-    wanted = {guards.PREEMPTED, guards.HUNG, hosts.LOST, 128 + signal.SIGABRT}
-    assert codes("is_resumable") == wanted
-    assert codes("is_final") == {code for code in range(256) if hosts.is_final(code)}
-    (command,) = printed("gke.sh", "xpk", "a", "--image=i", *XPK, *RUN)
-    assert f"--restart-on-exit-codes={','.join(str(code) for code in sorted(wanted))}" in command
-
-
 @pytest.mark.parametrize(
     ("arguments", "program"),
     [
@@ -402,20 +281,6 @@ def test_small_a_program_that_is_missing_is_named(tmp_path, arguments, program):
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{arguments[0]}: {program} is not installed: ") and len(line) > len(program) + 40
     assert program in launch(*arguments[:2], *arguments[2:], env={"DRY_RUN": "1", "PATH": str(tmp_path)}).stdout
-
-
-def test_small_apply_hands_the_manifest_to_kubectl(tmp_path):
-    env = fake(tmp_path, "kubectl", f'cat > "{tmp_path}/manifest"')
-    assert launch("gke.sh", "apply", "ssr2", *MANIFEST, *RUN, env=env).returncode == 0
-    assert (tmp_path / "kubectl.log").read_text() == "apply -f -\n"
-    assert (tmp_path / "manifest").read_text() == launch("gke.sh", "render", "ssr2", *MANIFEST, *RUN).stdout
-
-
-def test_small_xpk():
-    (command,) = printed("gke.sh", "xpk", "ssr2", "--image=i", *XPK, *RUN)
-    assert command[:4] == ["xpk", "workload", "create", "--workload=ssr2"]
-    assert {"--cluster=c", "--zone=z", "--tpu-type=v6e-64", "--docker-image=i", "--max-restarts=50"} < set(command)
-    assert shlex.split(command[-1])[-1] == "--workdir=/mnt/runs/a b"
 
 
 @pytest.mark.parametrize(
