@@ -14,7 +14,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from ivideo import files
+from ivideo import files, modes
 from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
@@ -50,14 +50,15 @@ PATH = PathParser()
 config_flags.register_flag_parser_for_type(int, IntegerParser())
 
 
-def parse(argv: list[str]) -> None:
+def parse(argv: list[str], *, about: str = "") -> None:
     """Parses the flags into absl's FLAGS. FLAGS.config is the loaded config with its overrides.
 
-    Raises a one-line UserError for any mistake. With a help flag, prints the help and exits with 0.
+    `about`: the first part of the help. Raises a one-line UserError for any mistake. With a help flag, prints the help
+    and exits with 0.
     """
     app.define_help_flags()
     if help_flags := [arg for arg in argv[1:] if HELP.fullmatch(arg)]:
-        _help(argv[0], help_flags[0])
+        _help(argv, help_flags[0], about)
     try:
         argv, spec = _split_config(FLAGS.read_flags_from_files(argv, force_gnu=False))
         if spec is not None:
@@ -203,11 +204,34 @@ def _keys(config, prefix: str = ""):
             yield from _keys(value, f"{prefix}{name}.")
 
 
-def _help(program: str, flag: str):
-    try:
-        FLAGS([program, {"-h": "--help", "--h": "--help"}.get(flag, flag)])
-    except SystemExit:  # absl exits with 1
-        sys.exit(0)
+def _help(argv: list[str], flag: str, about: str):
+    """Prints the help and exits with 0: an overview, or with --mode that mode's flags. --helpfull is absl's."""
+    if flag.lstrip("-") in ("helpfull", "helpxml"):
+        try:
+            FLAGS([argv[0], flag])
+        except SystemExit:  # absl exits with 1
+            sys.exit(0)
+    asked = re.findall(r"^--?mode[= ](.*)$", "\n".join(argv).replace("mode\n", "mode "), re.M)
+    if asked and asked[-1] not in modes.MODES:
+        raise UserError(f"--mode={asked[-1]} is unknown: expected one of {', '.join(modes.MODES)}")
+    print(_help_of_mode(asked[-1]) if asked else f"{about}\n{modes.overview()}")
+    sys.exit(0)
+
+
+def _help_of_mode(name: str) -> str:
+    mode = modes.MODES[name]
+    parts = [f"--mode={name}: {mode.summary}"]
+    for title, names in (("Flags of this mode", mode.flags), ("Flags of all modes", set(modes.COMMON) - {"mode"})):
+        if names:
+            parts.append(f"{title}:\n" + "\n".join(map(_help_of_flag, sorted(names))))
+    return "\n\n".join(parts)
+
+
+def _help_of_flag(name: str) -> str:
+    flag = FLAGS[name]
+    written = f"--[no]{name}" if flag.boolean else f"--{name}"
+    default = "" if flag.default in (None, False, "") else f" Default: {flag.default}."
+    return flags.text_wrap(f"{written}: {flag.help}{default}", length=100, indent="      ", firstline_indent="  ")
 
 
 def _reason(error: Exception, folders: list[str]) -> str:

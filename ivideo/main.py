@@ -1,20 +1,5 @@
 r"""ivideo: text to video with the cascade of diffusion models of Imagen Video (arXiv 2210.02303).
 
-The modes (--mode):
-
-train        train a stage in --workdir; run the same command again to continue from the newest checkpoint
-distill      distil the stage trained in --teacher to 8 sampling steps, in --workdir; repeating the command continues
-sample       make videos for --prompt or --prompts_file and write them to --out
-evaluate     measure how well samples follow their captions, or a super-resolution stage's PSNR
-export       write the averaged weights of the run in --workdir to --out, a safetensors file
-encode_text  embed the captions in --captions once and cache them in the folder --out, for training
-train_text   train the demo's small text encoder and write it to --out
-compile      compile a stage for a TPU slice (--topology) without one; print memory, FLOPs, communication, a roofline
-check_data   read every clip of the data set as training would, and list the unreadable ones
-goodput      print how the training run in --workdir spent its time
-describe     print a stage's parameters, sizes, FLOPs and layers; allocates nothing
-benchmark    time a stage's forward pass, training step and guided sampling step on this machine
-
   python -m ivideo.main --config=configs/base.py:demo --mode=sample \
       --prompt="a yellow star moving right on a teal background" --out=star.mp4
 
@@ -35,21 +20,8 @@ from absl import flags
 
 from ivideo.arguments import EXAMPLE, PATH, parse
 from ivideo.errors import UserError
+from ivideo.modes import MODES, unread
 
-MODES = (
-    "train",
-    "distill",
-    "sample",
-    "evaluate",
-    "export",
-    "encode_text",
-    "train_text",
-    "describe",
-    "benchmark",
-    "compile",
-    "goodput",
-    "check_data",
-)
 # Flags that may differ between the processes of one run. The config is compared by its values
 PER_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
@@ -62,7 +34,7 @@ flags.DEFINE_string(
     "path does not exist, the package's own file is used.",
     allow_override=True,
 )  # fmt: skip
-flags.DEFINE_enum("mode", "train", MODES, "What to do; the modes are listed above.")
+flags.DEFINE_enum("mode", "train", list(MODES), "What to do. --help lists the modes.")
 flags.DEFINE(
     PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard logs. Without it, "
     "sampling uses the weights in the package (variant demo).",
@@ -160,6 +132,7 @@ def run() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError(f"--config is missing: {EXAMPLE}")
+    _check_flags()
     address = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if not FLAGS.distributed and all(value is None for value in address):
         _run_mode(config, several=False)
@@ -172,10 +145,22 @@ def run() -> None:
         _run_mode(config, several=True)
 
 
+def _own_flags() -> list:
+    return FLAGS.get_key_flags_for_module(sys.modules[__name__])
+
+
+def _check_flags() -> None:
+    """UserError for the first flag that --mode does not read: it would change nothing."""
+    if ignored := unread(FLAGS.mode, [flag.name for flag in _own_flags() if flag.present]):
+        known = ", ".join(f"--{name}" for name in MODES[FLAGS.mode].flags)
+        raise UserError(
+            f"mode {FLAGS.mode} does not read --{ignored[0]}: leave it out. It reads {known or 'the config alone'}"
+        )
+
+
 def _shared_flags() -> dict:
     """The flags that must be the same in all processes."""
-    own_flags = FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    return {f"--{flag.name}": flag.value for flag in own_flags if flag.name not in PER_PROCESS}
+    return {f"--{flag.name}": flag.value for flag in _own_flags() if flag.name not in PER_PROCESS}
 
 
 def _run_mode(config, several: bool) -> None:
@@ -366,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("absl", "asyncio"):  # Orbax logs pages, even for errors that it raises too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        parse(sys.argv if argv is None else argv)
+        parse(sys.argv if argv is None else argv, about=__doc__)
         run()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

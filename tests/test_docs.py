@@ -9,7 +9,7 @@ import shlex
 import pytest
 from absl import flags
 
-from ivideo import arguments, main
+from ivideo import arguments, main, modes
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,6 +108,14 @@ def test_small_commands_have_valid_configs(command):
             for name in found[1].split("."):
                 assert name in value, argument
                 value = value[name]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_small_commands_have_flags_of_their_mode(command):
+    values = [argument for argument in command if argument.startswith("--") and not argument.startswith("--config.")]
+    names = [re.match(r"--(\w+)", value)[1] for value in values]
+    (mode,) = [value.removeprefix("--mode=") for value in values if value.startswith("--mode=")] or ["train"]
+    assert modes.unread(mode, names) == []
 
 
 @pages

@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from ivideo import main
+from ivideo.modes import COMMON, MODES
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--config=configs/base.py:small"
@@ -45,6 +47,14 @@ MISTAKES = {
     ),
     "text_batch": ([SMALL, "--config.text.batch=0", "--workdir={tmp}/w"], ["config.text.batch = 0"]),
     "profile": ([SMALL, "--profile_steps=5", "--workdir={tmp}/w"], ["--profile_steps=5", "10,15"]),
+    "unread_flag": (
+        [SMALL, "--mode=distill", "--teacher={tmp}/t", "--workdir={tmp}/w", "--weights={tmp}/x"],
+        ["mode distill does not read --weights", "--teacher, --workdir, --profile_steps"],
+    ),
+    "students_start": (
+        [SMALL, "--mode=distill", "--teacher={tmp}/t", "--workdir={tmp}/w", "--config.train.start=x.safetensors"],
+        ["config.train.start = x.safetensors", "--teacher={tmp}/t"],
+    ),
     "no_run": ([SMALL, "--mode=goodput", "--workdir={tmp}/none"], ["{tmp}/none"]),
     "no_prompt": ([SMALL, "--mode=sample", "--out={tmp}/new.mp4"], ["--prompt", "--prompts_file"]),
     "no_out": ([SMALL, "--mode=sample", "--prompt=x"], ["--out is missing"]),
@@ -101,9 +111,31 @@ def test_small_help_shows_modes_and_an_example():
     done = ivideo("-h")
     text = done.stdout
     assert done.returncode == 0
-    for part in ("--mode=sample", "--prompt", "--workdir", "configs/base.py:demo", "describe", "overwrite"):
+    for part in ("--mode=sample", "--prompt", "--workdir", "configs/base.py:demo", "--help --mode=NAME"):
         assert part in text
+    assert [line.split()[0] for line in text.partition("The modes:\n\n")[2].split("\n\n")[0].splitlines()] == list(
+        MODES
+    )
     assert not done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_help_of_a_mode_lists_its_flags(mode, command_line, capsys):
+    with pytest.raises(SystemExit) as e:
+        main.main(["ivideo", "--help", f"--mode={mode}"])
+    assert e.value.code == 0
+    listed = re.findall(r"^  --(?:\[no\])?(\w+):", capsys.readouterr().out, re.M)
+    assert sorted(listed) == sorted({*MODES[mode].flags, *COMMON} - {"mode"})
+
+
+def test_small_every_flag_is_read_by_a_mode():
+    own = {flag.name for flag in main._own_flags()}
+    assert own == {*COMMON, *(name for mode in MODES.values() for name in mode.flags)}
+
+
+def test_small_help_of_an_unknown_mode(command_line, capsys):
+    assert main.main(["ivideo", "--mode", "sampel", "-h"]) == 2
+    assert "--mode=sampel is unknown: expected one of train, " in capsys.readouterr().err
 
 
 def test_small_config_from_another_folder():

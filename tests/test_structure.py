@@ -18,7 +18,7 @@ VARIANTS = ("paper", "demo", "small")
 
 # Folders and the files beside them, lowest first. Each imports from lower levels and from its own folder, nothing else.
 LEVELS = [
-    {"diffusion", "errors", "demo", "values"},
+    {"diffusion", "errors", "demo", "modes", "values"},
     {"files"},
     {"devices", "prompts", "recipe"},
     {"data", "models"},

@@ -40,6 +40,10 @@ def distill(config, teacher: str, workdir: str, *, devices=None, profile_steps: 
     """
     checks.check(config)
     checks.check_original(config)
+    if config.train.start:
+        raise UserError(
+            f"config.train.start = {config.train.start}: a student starts from --teacher={teacher}; leave it empty"
+        )
     check_workdir(workdir)
     mesh = sharding.make_mesh(config.train.mesh, devices)
     check_batch(config, mesh)
