@@ -18,7 +18,8 @@ import sys
 
 from absl import flags
 
-from ivideo.arguments import EXAMPLE, PATH, parse
+from ivideo.arguments import PATH, parse
+from ivideo.config_files import EXAMPLE
 from ivideo.errors import UserError
 from ivideo.modes import MODES, unread
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 
 from ivideo import checks, files, stages
-from ivideo.arguments import load_config
+from ivideo.config_files import load_config
 from ivideo.data import shapes
 from ivideo.errors import UserError
 from ivideo.evaluation import averages, evaluate, generated, pictures, prompt_following

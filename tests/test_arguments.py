@@ -13,7 +13,7 @@ import jax
 import pytest
 from absl import flags
 
-from ivideo import arguments, checks, files, main
+from ivideo import arguments, checks, config_files, files, main
 from ivideo.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -55,12 +55,12 @@ def test_small_every_way_to_name_a_config(folder, args, caplog):
 
 def test_small_the_packages_own_config_where_there_is_none(folder, caplog):
     with caplog.at_level(logging.INFO, "ivideo"):
-        assert arguments.load_config("configs/tsr1.py:small").stage == "tsr1"
+        assert config_files.load_config("configs/tsr1.py:small").stage == "tsr1"
     assert f"configs/tsr1.py does not exist here: using the package's own file, {ROOT}/configs/tsr1.py" in caplog.text
     (folder / "configs").mkdir()
     (folder / "configs" / "tsr1.py").write_text((ROOT / "configs" / "tsr1.py").read_text().replace("2000", "7"))
     caplog.clear()
-    assert arguments.load_config("configs/tsr1.py:demo").train.steps == 7  # one's own goes before it
+    assert config_files.load_config("configs/tsr1.py:demo").train.steps == 7  # one's own goes before it
     assert not caplog.text
 
 
@@ -68,12 +68,12 @@ def test_small_a_copied_config_finds_its_neighbours(folder):
     copy = folder / "10:30" / "mine.py"  # a colon in the path is not of the variant
     copy.parent.mkdir()
     shutil.copy(ROOT / "configs" / "base.py", copy)
-    assert arguments.load_config("10:30/mine.py:small").seed == 0  # of the package's common.py
+    assert config_files.load_config("10:30/mine.py:small").seed == 0  # of the package's common.py
     common = (ROOT / "configs" / "common.py").read_text()
     copy.with_name("common.py").write_text(common.replace("config.seed = 0", "config.seed = 7"))
     sys.modules.pop("configs.common")
-    assert arguments.load_config(f"{copy}:small").seed == 7
-    assert arguments.load_config(f"{copy}").variant == "paper"
+    assert config_files.load_config(f"{copy}:small").seed == 7
+    assert config_files.load_config(f"{copy}").variant == "paper"
 
 
 def test_small_a_config_is_read_as_it_is_now(folder):
@@ -84,7 +84,7 @@ def test_small_a_config_is_read_as_it_is_now(folder):
             f'def get_config(): config = base.get_config("small"); config.train.steps = {steps}; return config'
         )
         os.utime("sweep.py", (1e9, 1e9))
-        assert arguments.load_config("sweep.py").train.steps == steps
+        assert config_files.load_config("sweep.py").train.steps == steps
 
 
 def test_small_a_linked_config_finds_the_neighbours_of_its_target(folder):
@@ -93,7 +93,7 @@ def test_small_a_linked_config_finds_the_neighbours_of_its_target(folder):
         text = (ROOT / "configs" / name).read_text().replace("config.seed = 0", "config.seed = 7")
         (folder / "there" / name).write_text(text)
     (folder / "here.py").symlink_to(folder / "there" / "base.py")
-    assert arguments.load_config("here.py:small").seed == 7
+    assert config_files.load_config("here.py:small").seed == 7
 
 
 BROKEN = {
@@ -115,7 +115,7 @@ def test_small_an_error_inside_of_a_config_is_its_reason(folder, name):
     text, reason = BROKEN[name]
     (folder / "x.py").write_text(text)
     with pytest.raises(UserError) as e:
-        arguments.load_config("x.py")
+        config_files.load_config("x.py")
     assert str(e.value).startswith("--config=x.py: ") and reason in str(e.value)
     assert str(e.value).endswith(f"({folder}/x.py, line 2)") and "\n" not in str(e.value)
 
@@ -223,8 +223,9 @@ def test_small_installed_package_has_its_configs(tmp_path):
     shutil.copy(lib / "ivideo" / "configs" / "ssr1.py", elsewhere / "copied.py")
     program = """
 import sys
-from ivideo import arguments, main
-print([arguments.load_config(f"{name}:small").stage for name in ("configs/base.py", "configs/cascade.py", "copied.py")])
+from ivideo import config_files, main
+names = ("configs/base.py", "configs/cascade.py", "copied.py")
+print([config_files.load_config(f"{name}:small").stage for name in names])
 sys.exit(main.main(["ivideo", "--config", "configs/tsr1.py:small", "--mode=describe", "--json"]))
 """
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(lib)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base, cascade, ssr2
-from ivideo import arguments, checks, recipe, stages
+from ivideo import checks, config_files, recipe, stages
 from ivideo.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_small_unknown_phases_are_named(phase):
     with pytest.raises(UserError, match=f"phase '{phase}' of distillation is unknown: expected guidance"):
         stages.distilled(base.get_config(), phase)
     with pytest.raises(UserError, match=f"--config=configs/base.py:demo_distilled_{phase}: phase '{phase}'"):
-        arguments.load_config(f"configs/base.py:demo_distilled_{phase}")
+        config_files.load_config(f"configs/base.py:demo_distilled_{phase}")
 
 
 def test_small_variants_of_the_command_line():
@@ -65,25 +65,25 @@ def test_small_variants_of_the_command_line():
         ("demo_distilled_8_stochastic", "8_stochastic", "demo"),
         ("demo_distilled_guidance", "guidance", "demo"),
     ):
-        config = arguments.load_config(f"configs/base.py:{variant}")
+        config = config_files.load_config(f"configs/base.py:{variant}")
         checks.check(config)
         assert config == stages.distilled(base.get_config(of), phase)
         with pytest.raises(AttributeError):
             config.train.batchsize = 1  # still locked
     with pytest.raises(UserError, match="variant 'big' is unknown"):
-        arguments.load_config("configs/base.py:big_distilled")
+        config_files.load_config("configs/base.py:big_distilled")
 
 
 def test_small_the_cascade_takes_any_mix():
-    whole = arguments.load_config("configs/cascade.py:paper_distilled")
-    mixed = arguments.load_config("configs/cascade.py:demo_distilled=ssr1,tsr1")
+    whole = config_files.load_config("configs/cascade.py:paper_distilled")
+    mixed = config_files.load_config("configs/cascade.py:demo_distilled=ssr1,tsr1")
     for config in (whole, mixed):
         checks.check(config)
     assert {stage.phase for stage in whole.stages.values()} == {"8_stochastic"}
     assert {name for name, stage in mixed.stages.items() if stage.phase} == {"ssr1", "tsr1"}
     assert mixed.stages.base == cascade.get_config("demo").stages.base
     with pytest.raises(UserError, match="'ssr9' is no stage of it, expected some of base, ssr1"):
-        arguments.load_config("configs/cascade.py:demo_distilled=ssr1,ssr9")
+        config_files.load_config("configs/cascade.py:demo_distilled=ssr1,ssr9")
 
 
 @pytest.mark.parametrize(

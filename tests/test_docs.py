@@ -9,7 +9,7 @@ import shlex
 import pytest
 from absl import flags
 
-from ivideo import arguments, main, modes
+from ivideo import config_files, main, modes
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +101,7 @@ def test_small_the_sampling_program_runs(capsys):
 def test_small_commands_have_valid_configs(command):
     """The config exists and has every key that the command sets."""
     (spec,) = (argument.removeprefix("--config=") for argument in command if argument.startswith("--config="))
-    config = arguments.load_config(spec)
+    config = config_files.load_config(spec)
     for argument in command:
         if found := re.match(r"--config\.([\w.]+)=", argument):
             value = config
@@ -121,7 +121,7 @@ def test_small_commands_have_flags_of_their_mode(command):
 @pages
 def test_small_config_keys_exist(page):
     """Every `config.…` of a page is a key, or a group of keys, of a stage."""
-    config = arguments.load_config("configs/ssr1.py")
+    config = config_files.load_config("configs/ssr1.py")
     for key in re.findall(r"(?<!--)\bconfig((?:\.[a-z]\w*)+)", re.sub(r"config\.json", "", page.read_text())):
         value = config
         for name in key[1:].split("."):

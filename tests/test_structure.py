@@ -24,7 +24,7 @@ LEVELS = [
     {"data", "models"},
     {"weights"},
     {"text", "stages"},
-    {"checks"},
+    {"checks", "config_files"},
     {"training"},
     {"sampling"},
     {"evaluation", "planning"},
