@@ -37,6 +37,19 @@ def test_small_frechet_distance_is_that_of_scipys_square_root(dims, share):
     assert found == pytest.approx(reference(first, second), rel=1e-6)
 
 
+@pytest.mark.parametrize(("dims", "rank"), [(2048, 2048), (2048, 600)])
+def test_frechet_distance_of_inceptions_2048_dimensions(dims, rank):
+    """With Σ₂ = TΣ₁T, where T is symmetric and positive, the root of the product has the trace of TΣ₁."""
+    rng = np.random.default_rng(rank)
+    mean, factor = gaussian(rng, dims, rank)
+    rows = rng.normal(size=(dims, 5))
+    change = np.diag(rng.uniform(0.5, 1.5, dims)) + rows @ rows.T / dims
+    other = change @ factor
+    wanted = (factor**2).sum() + (other**2).sum() - 2 * (factor * other).sum() + 1e-4 * dims
+    found = frechet.distance(statistics(mean, factor), statistics(mean + 0.01, other))
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 def test_small_frechet_distance_of_few_samples_keeps_its_digits():
     """Equal means and nearly equal covariances of rank 9 in 60 dimensions: the traces nearly cancel."""
     rng = np.random.default_rng(0)

@@ -91,7 +91,7 @@ def _read_from_bucket(path: str) -> dict[str, StoredArray]:
 
 def read_directory(path: str, files: list[str]) -> dict[str, StoredArray]:
     """The arrays of a Hugging Face directory by name; `files` are the names in it. UserError unless it is a T5 1.1."""
-    shards = _shards(path, files)
+    names = shards(path, files)
     if "config.json" not in files:
         raise UserError(f"{path} has no config.json: copy the whole Hugging Face directory")
     config = read_json(inside(path, "config.json"))
@@ -109,26 +109,26 @@ def read_directory(path: str, files: list[str]) -> dict[str, StoredArray]:
                 "such as google/t5-v1_1-xxl, are read"
             )
     arrays = {}
-    for shard in shards:
+    for shard in names:
         arrays |= read_file(inside(path, shard))
     return arrays
 
 
-def _shards(path: str, files: list[str]) -> list[str]:
+def shards(path: str, files: list[str]) -> list[str]:
     """The names of the safetensors files in a Hugging Face directory."""
     if "model.safetensors.index.json" in files:
         weight_map = read_json(inside(path, "model.safetensors.index.json")).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{path}/model.safetensors.index.json has no weight_map of files: copy it again")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
+        names = sorted(set(weight_map.values()))
+        for shard in names:
             if not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
                 raise UserError(
                     f"{path}/model.safetensors.index.json names {shard!r}, expected a file beside it: copy it again"
                 )
             if shard not in files:
                 raise UserError(f"{path} lacks {shard}, which its index names: copy the whole directory")
-        return shards
+        return names
     if "model.safetensors" in files:
         return ["model.safetensors"]
     pickles = [name for name in files if name.endswith(PICKLES)]
