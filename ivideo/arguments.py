@@ -136,7 +136,8 @@ def _help(argv: list[str], flag: str, about: str):
 def _help_of_mode(name: str) -> str:
     mode = modes.MODES[name]
     parts = [f"--mode={name}: {mode.summary}"]
-    for title, names in (("Flags of this mode", mode.flags), ("Flags of all modes", set(modes.COMMON) - {"mode"})):
+    own = [flag for flag in modes.read_by(name) if flag not in modes.COMMON]
+    for title, names in (("Flags of this mode", own), ("Flags of all modes", set(modes.COMMON) - {"mode"})):
         if names:
             parts.append(f"{title}:\n" + "\n".join(map(_help_of_flag, sorted(names))))
     return "\n\n".join(parts)

@@ -18,120 +18,19 @@ import sys
 
 from absl import flags
 
-from ivideo.arguments import PATH, parse
+from ivideo import options
+from ivideo.arguments import parse
 from ivideo.config_files import EXAMPLE
 from ivideo.errors import UserError
-from ivideo.modes import MODES, unread
+from ivideo.modes import COMMON, MODES, read_by, unread
 
-# Flags that may differ between the processes of one run. The config is compared by its values
-PER_PROCESS = (
-    "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
-    "compile_cache",
-)  # fmt: skip
 FLAGS = flags.FLAGS
-
-flags.DEFINE_string(
-    "config", None, "Config file, with an optional variant: configs/base.py or configs/base.py:demo. If a relative "
-    "path does not exist, the package's own file is used.",
-    allow_override=True,
-)  # fmt: skip
-flags.DEFINE_enum("mode", "train", list(MODES), "What to do. --help lists the modes.")
-flags.DEFINE(
-    PATH, "workdir", None, "Folder of a training run: checkpoints, metrics.jsonl, TensorBoard logs. Without it, "
-    "sampling uses the weights in the package (variant demo).",
-)  # fmt: skip
-flags.DEFINE(
-    PATH, "weights", None, "Weights written by mode export, instead of --workdir: a .safetensors file for one stage, "
-    "or a folder of STAGE.safetensors. In mode train, a new run starts from them.",
-)  # fmt: skip
-flags.DEFINE(
-    PATH, "teacher", None, "What mode distill distils: the folder of a stage's training run, or a .safetensors file of "
-    "its weights."
-)  # fmt: skip
-flags.DEFINE_string("prompt", None, 'The text prompt. --prompt="" samples without text.')
-flags.DEFINE(
-    PATH, "prompts_file", None, "A UTF-8 file with one prompt per line. --out is then a folder of 000.mp4, 001.mp4, …"
-)
-flags.DEFINE(
-    PATH,
-    "out",
-    None,
-    "The file to write: .mp4, .mov, .webm or .gif in mode sample, .safetensors in export and train_text, .json in "
-    "evaluate and compile. For several videos, and in encode_text, a folder.",
-)
-flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
-flags.DEFINE_multi_string(
-    "beam",
-    None,
-    "Run mode encode_text with Apache Beam. One flag per Beam option, such as --beam=--runner=DirectRunner.",
-)
-flags.DEFINE_integer("shards", 256, "Number of files in the cache that --beam writes.", lower_bound=1)
-flags.DEFINE_integer(
-    "seed", 0, "Seed of the sampling noise. The same seed and prompt give the same video.", lower_bound=0,
-    upper_bound=2**64 - 1,
-)  # fmt: skip
-flags.DEFINE_integer("num_videos", 1, "Videos per prompt. With more than one, --out is a folder.", lower_bound=1)
-flags.DEFINE_bool("same_noise", False, "Start all prompts from the same noise, to compare them.")
-flags.DEFINE_bool(
-    "resume", False, "Mode sample: keep the videos that an earlier run of the same command wrote, and make the missing "
-    "ones.",
-)  # fmt: skip
-flags.DEFINE(PATH, "input", None, "A video file for the first stage to upsample; needs a super-resolution stage.")
-flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run. After base it needs --input.")
-flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")
-flags.DEFINE_bool("save_stages", False, "Also write each stage's output, next to --out: out.base.mp4, out.tsr1.mp4, …")
-flags.DEFINE_integer(
-    "zoom", 1, "Enlarge each pixel of a video this many times, to look at small stages.", lower_bound=1
-)
-flags.DEFINE_bool("overwrite", False, "Replace the file at --out.")
-flags.DEFINE_bool(
-    "json", False, "Print JSON instead of a table (modes describe, benchmark, evaluate, compile, goodput)."
-)
-flags.DEFINE_string("topology", None, "TPU slice for mode compile, such as v5e:4x4 or v5p:4x4x4.")
-flags.DEFINE_enum(
-    "what",
-    "train",
-    ("train", "distill", "distill-guidance", "distill-round", "sample", "text"),
-    "Program for mode compile: a training step, a distillation step (of the first phase and of a later one, or one of "
-    "the two), a sampling step, or the text encoder.",
-)
-flags.DEFINE_float(
-    "effort",
-    -1.0,
-    "Optimization effort of mode compile: -1 takes minutes, 0 is the default of programs that run on TPUs.",
-)
-flags.DEFINE_string(
-    "profile_steps",
-    None,
-    "First and last step to profile in modes train and distill, such as 10,15; read WORKDIR/profile with xprof. Mode "
-    "distill profiles the phase that runs first, in WORKDIR/PHASE/profile.",
-)
-flags.DEFINE(
-    PATH, "compile_cache", None, "Folder that keeps compiled programs for the next run; default ~/.cache/ivideo, empty "
-    "for none. The environment variable JAX_COMPILATION_CACHE_DIR overrides it.",
-)  # fmt: skip
-flags.DEFINE_bool(
-    "distributed", False, "Run as one of several processes on a TPU slice, GKE or Slurm, which supply the addresses."
-)
-flags.DEFINE_string(
-    "coordinator",
-    None,
-    "HOST:PORT of the first of several processes on other machines; with --num_processes and --process_id.",
-)
-flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
-flags.DEFINE_integer(
-    "clips",
-    96,
-    "Number of clips that mode evaluate samples; of the base and the cascade, half have held-out captions.",
-    lower_bound=2,
-)
 
 
 def run() -> None:
     """Runs the mode that the flags ask for, alone or as one of several processes."""
     config = FLAGS.config
-    if config is None:
+    if config is None and MODES[FLAGS.mode].config:
         raise UserError(f"--config is missing: {EXAMPLE}")
     _check_flags()
     address = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
@@ -142,26 +41,21 @@ def run() -> None:
 
     joining.join(*address, run=FLAGS.workdir or "")
     with hosts.exiting_together():
-        agreeing.agree(lambda: _shared_flags() | agreeing.config_values(config) | agreeing.program_values())
+        values = {} if config is None else agreeing.config_values(config)
+        agreeing.agree(lambda: _shared_flags() | values | agreeing.program_values())
         _run_mode(config, several=True)
-
-
-def _own_flags() -> list:
-    return FLAGS.get_key_flags_for_module(sys.modules[__name__])
 
 
 def _check_flags() -> None:
     """UserError for the first flag that --mode does not read: it would change nothing."""
-    if ignored := unread(FLAGS.mode, [flag.name for flag in _own_flags() if flag.present]):
-        known = ", ".join(f"--{name}" for name in MODES[FLAGS.mode].flags)
-        raise UserError(
-            f"mode {FLAGS.mode} does not read --{ignored[0]}: leave it out. It reads {known or 'the config alone'}"
-        )
+    if ignored := unread(FLAGS.mode, [flag.name for flag in options.own() if flag.present]):
+        known = ", ".join(f"--{name}" for name in read_by(FLAGS.mode) if name not in COMMON)
+        raise UserError(f"mode {FLAGS.mode} does not read --{ignored[0]}: leave it out. It reads {known}")
 
 
 def _shared_flags() -> dict:
     """The flags that must be the same in all processes."""
-    return {f"--{flag.name}": flag.value for flag in _own_flags() if flag.name not in PER_PROCESS}
+    return {f"--{flag.name}": flag.value for flag in options.own() if flag.name not in options.PER_PROCESS}
 
 
 def _run_mode(config, several: bool) -> None:
@@ -171,6 +65,20 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.training.goodput import report
 
         report(_needed("workdir"), as_json=FLAGS.json)
+        return
+    if FLAGS.mode == "show":
+        from ivideo.sampling import recipes
+
+        recipes.show(_needed("input"), as_json=FLAGS.json)
+        return
+    if FLAGS.mode == "replay":
+        from ivideo.sampling.replay import replay
+
+        with _exit_on_signal(several):
+            replay(
+                _needed("input"), clip=FLAGS.clip, workdir=FLAGS.workdir, weights_path=FLAGS.weights, out=FLAGS.out,
+                overwrite=FLAGS.overwrite, as_json=FLAGS.json,
+            )  # fmt: skip
         return
     from ivideo import checks
     from ivideo.sampling import cascade
@@ -210,6 +118,7 @@ def _run_mode(config, several: bool) -> None:
                 num_videos=FLAGS.num_videos, same_noise=FLAGS.same_noise, in_folder=FLAGS.prompts_file is not None,
                 zoom=FLAGS.zoom, overwrite=FLAGS.overwrite, resume=FLAGS.resume, from_stage=FLAGS.from_stage,
                 to_stage=FLAGS.to_stage, input_path=FLAGS.input, save_stages=FLAGS.save_stages,
+                with_recipe=FLAGS.metadata == "recipe",
             )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluation.distillation import evaluate_phases

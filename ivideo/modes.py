@@ -6,10 +6,11 @@ from typing import NamedTuple
 class Mode(NamedTuple):
     summary: str
     flags: tuple[str, ...]  # of its own; every mode also reads COMMON
+    config: bool = True  # whether it needs --config
 
 
 COMMON = (
-    "config", "mode", "compile_cache", "distributed", "coordinator", "num_processes", "process_id",
+    "mode", "compile_cache", "distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 _WEIGHTS = ("workdir", "weights")
 _RESULT = ("out", "json", "overwrite")
@@ -27,9 +28,15 @@ MODES = {
         "make videos for --prompt or --prompts_file and write them to --out",
         (
             "prompt", "prompts_file", "out", *_WEIGHTS, "seed", "num_videos", "same_noise", "input", "from_stage",
-            "to_stage", "save_stages", "zoom", "resume", "overwrite",
+            "to_stage", "save_stages", "zoom", "metadata", "resume", "overwrite",
         ),
     ),
+    "replay": Mode(
+        "sample the video in the file --input again from the recipe in it, and print how equal the two are",
+        ("input", "clip", *_WEIGHTS, *_RESULT),
+        config=False,
+    ),
+    "show": Mode("print the recipe in the video file --input", ("input", "json"), config=False),
     "evaluate": Mode(
         "measure how well samples follow their captions, or a super-resolution stage's PSNR",
         (*_WEIGHTS, "clips", "seed", "to_stage", *_RESULT),
@@ -48,7 +55,9 @@ MODES = {
         ("topology", "what", "effort", *_RESULT),
     ),
     "check_data": Mode("read every clip of the data set as training would, and list the unreadable ones", ()),
-    "goodput": Mode("print how the training run in --workdir spent its time", ("workdir", "json")),
+    "goodput": Mode(
+        "print how the training run in --workdir spent its time", ("config", "workdir", "json"), config=False
+    ),
     "describe": Mode("print a stage's parameters, sizes, FLOPs and layers; allocates nothing", ("json",)),
     "benchmark": Mode(
         "time a stage's forward pass, training step and guided sampling step on this machine", ("json",)
@@ -63,6 +72,11 @@ def overview() -> str:
     return f"The modes:\n\n{lines}\n\n--help --mode=NAME lists a mode's flags, --helpfull those of all libraries too."
 
 
+def read_by(mode: str) -> tuple[str, ...]:
+    """The flags that the mode reads."""
+    return (*(("config",) if MODES[mode].config else ()), *MODES[mode].flags, *COMMON)
+
+
 def unread(mode: str, given: list[str]) -> list[str]:
     """The flags among `given` that the mode does not read."""
-    return [name for name in given if name not in COMMON + MODES[mode].flags]
+    return [name for name in given if name not in read_by(mode)]

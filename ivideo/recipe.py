@@ -57,9 +57,18 @@ def network_differences(saved, config) -> list[tuple]:
 
 def video_differences(saved, config) -> list[tuple]:
     """The differences that change a video."""
-    ignored = tuple(key for key in _COMPUTING if key.endswith("."))
-    different = differences(saved, config, VIDEO)
-    return [(key, *values) for key, *values in different if key not in _COMPUTING and not key.startswith(ignored)]
+    return [(key, *values) for key, *values in differences(saved, config, VIDEO) if _changes_videos(key)]
+
+
+def video_settings(config) -> dict:
+    """A stage's values that change its videos, by their dotted keys."""
+    return {key: value for key, value in flat(config).items() if _changes_videos(key)}
+
+
+def _changes_videos(key: str) -> bool:
+    groups, ignored = ([k for k in keys if k.endswith(".")] for keys in (VIDEO, _COMPUTING))
+    wanted = key in VIDEO or key.startswith(tuple(groups))
+    return wanted and key not in _COMPUTING and not key.startswith(tuple(ignored))
 
 
 def check_network(source: str, saved, config, *, any_stage: bool = False) -> None:

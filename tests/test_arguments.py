@@ -13,7 +13,7 @@ import jax
 import pytest
 from absl import flags
 
-from ivideo import arguments, checks, config_files, files, main
+from ivideo import arguments, checks, config_files, files, main, options
 from ivideo.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -154,7 +154,7 @@ def test_small_mistakes_in_arguments_are_one_line(folder, args, said):
 
 def test_small_home_is_expanded_in_every_path(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    own = [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name) == main.__name__]
+    own = [flag.name for flag in options.own()]
     paths = {name for name in own if flags.FLAGS[name].parser is arguments.PATH}
     texts = {name for name in own if flags.FLAGS[name].flag_type() == "string"}
     assert {"workdir", "out", "input", "prompts_file", "captions", "compile_cache"} <= paths

@@ -1,6 +1,5 @@
 """Prompts to video files: their content, what it depends on, and which requests are refused."""
 
-import json
 import os
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo import stages
+from ivideo import recipe, stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import prompt_following
@@ -99,10 +98,13 @@ def test_small_files_carry_what_made_them(exported, tmp_path):
     paths = generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), num_videos=2, zoom=2, **options)
     assert [p.rsplit("/", 1)[1] for p in paths] == ["000.mp4", "001.mp4", "002.mp4", "003.mp4"]
     metadata = video_io.read_metadata(paths[2])
-    assert (metadata["prompt"], metadata["seed"], metadata["number"]) == (PROMPTS[1], "3", "0")
-    assert (metadata["noise"], metadata["stages"], metadata["zoom"]) == ("of the prompt", "base", "2")
-    assert metadata["weights of base"] == file_identity(path)
-    assert json.loads(metadata["config"])["stage"] == "base"
+    assert (metadata["prompt"], metadata["seed"], metadata["number"]) == (PROMPTS[1], 3, 0)
+    assert (metadata["noise"], metadata["stages"], metadata["zoom"]) == ("of the prompt", "base", 2)
+    assert (metadata["weights"], metadata["batch"]) == ({"base": file_identity(path)}, {"base": 1})
+    assert (metadata["config"], metadata["phases"]) == ("base:small", {})
+    before, after = recipe.flat(base.get_config("small")), recipe.flat(config)
+    assert metadata["changes"] == {key: value for key, value in after.items() if before[key] != value}
+    assert metadata["changes"]["sample.weight"] == 2.0 and "model.temporal" in metadata["changes"]
     assert metadata["ivideo_version"] == config_metadata(config)["ivideo_version"]
     frames, fps = video_io.read_video(paths[0])
     assert (frames.shape, fps) == ((4, 16, 16, 3), 3)
@@ -172,7 +174,7 @@ def test_small_files_of_something_else_are_not_taken_for_ours(exported, tmp_path
 
     run()
     run()  # nothing is missing
-    with pytest.raises(UserError, match=r"000.mp4 was made with seed '0', and this command has '5'"):
+    with pytest.raises(UserError, match=r"000.mp4 was made with seed 0, and this command has 5"):
         run(seed=5)
     with pytest.raises(UserError, match=r"000.mp4 was made with prompt 'a red star .*', and this command has 'a blue"):
         run(PROMPTS[1::-1])

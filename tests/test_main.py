@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from ivideo import main
-from ivideo.modes import COMMON, MODES
+from ivideo import main, options
+from ivideo.modes import COMMON, MODES, read_by
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--config=configs/base.py:small"
@@ -125,12 +125,12 @@ def test_small_help_of_a_mode_lists_its_flags(mode, command_line, capsys):
         main.main(["ivideo", "--help", f"--mode={mode}"])
     assert e.value.code == 0
     listed = re.findall(r"^  --(?:\[no\])?(\w+):", capsys.readouterr().out, re.M)
-    assert sorted(listed) == sorted({*MODES[mode].flags, *COMMON} - {"mode"})
+    assert sorted(listed) == sorted({*read_by(mode)} - {"mode"})
 
 
 def test_small_every_flag_is_read_by_a_mode():
-    own = {flag.name for flag in main._own_flags()}
-    assert own == {*COMMON, *(name for mode in MODES.values() for name in mode.flags)}
+    own = {flag.name for flag in options.own()}
+    assert own == {*COMMON, "config", *(name for mode in MODES.values() for name in mode.flags)}
 
 
 def test_small_help_of_an_unknown_mode(command_line, capsys):

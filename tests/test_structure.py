@@ -29,6 +29,7 @@ LEVELS = [
     {"sampling"},
     {"evaluation", "planning"},
     {"arguments"},
+    {"options"},
     {"main"},
 ]
 
@@ -122,7 +123,7 @@ def test_small_a_reader_finds_everything_by_its_folder():
 
 def test_small_only_main_reads_flags_and_only_sharding_names_axes():
     for name, path in modules():
-        if name not in ("arguments", "main"):
+        if name not in ("arguments", "main", "options"):
             assert "absl" not in {i.split(".")[0] for i in imports(path)}, path
         if dotted(path) != "ivideo.devices.sharding":
             assert "PartitionSpec" not in path.read_text(), path

@@ -66,16 +66,16 @@ def write_video(
     video: np.ndarray,
     *,
     fps: Rate,
-    metadata: dict[str, str] | None = None,
+    metadata: dict | None = None,
     crf: int = 18,
     overwrite: bool = False,
 ) -> None:
     """Writes a clip atomically as .mp4 or .mov (H.264), .webm (VP9) or .gif, by the extension of `path`.
 
     `video` [T,H,W,3] is float in [-1, 1] or uint8; `fps` is in frames per second. `crf` is H.264's constant quality, 0
-    (best) to 51; for VP9 it is scaled to VP9's range. `metadata`, e.g. prompt, seed, config and version, is stored as
-    JSON in the file's comment, where `read_metadata` finds it. If `path` is a link, the file that it points to is
-    written. GIF counts time in hundredths of a second, so its frames can be early or late by half of that.
+    (best) to 51; for VP9 it is scaled to VP9's range. `metadata`, JSON values by name, is stored in the file's comment,
+    where `read_metadata` finds it. If `path` is a link, the file that it points to is written. GIF counts time in
+    hundredths of a second, so its frames can be early or late by half of that.
 
     FileExistsError where `path` exists, unless `overwrite`. UserError for another extension, for odd sizes except in
     gif (the others store colour at half the resolution), and for videos that `to_uint8` refuses.
@@ -88,7 +88,7 @@ def write_video(
         raise FileNotFoundError(f"{target.parent} is not a folder, expected one to write {path} in: create it first.")
     frames, fps = to_uint8(video), _rate(fps)
     encoders.check(suffix, frames, crf)
-    comment = "" if metadata is None else json.dumps({str(k): str(v) for k, v in metadata.items()}, ensure_ascii=False)
+    comment = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
     # The temporary name is short, so that `path` can be as long as the file system allows
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -112,7 +112,7 @@ def _rate(fps: Rate) -> Fraction:
     return Fraction(rate)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict:
     """The metadata that `write_video` put in the file; empty where there is no such comment.
 
     VideoError where the file cannot be opened as a video.

@@ -12,10 +12,9 @@ from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.files import digest, prepare_folders, refuse_existing
 from ivideo.prompts import samples
-from ivideo.sampling import cascade, outputs
+from ivideo.sampling import cascade, outputs, recipes
 from ivideo.sampling.interrupts import Interrupted
 from ivideo.training import trained
-from ivideo.weights import config_metadata
 
 log = logging.getLogger("ivideo")
 
@@ -38,6 +37,7 @@ def generate(
     to_stage: str | None = None,
     input_path: str | None = None,
     save_stages: bool = False,
+    with_recipe: bool = True,
 ) -> list[str]:
     """Samples `num_videos` videos per prompt and writes each one as soon as it is finished. Returns their paths.
 
@@ -49,13 +49,15 @@ def generate(
     `zoom`: enlarge each pixel this many times, to look at small stages.
     `same_noise`: all prompts start from the same noise (`prompts.samples`).
     `resume`: keep the files that exist, if they are complete and were made with the same settings.
-    A file's metadata records how it was made: prompt, seed, number, kind of noise, stages, weights, config, version.
+    `with_recipe`: store in each file how it was made (`recipes`), from which `replay` makes it again.
     UserError before anything is compiled or written if a file exists and neither `overwrite` nor `resume` is set, if an
     existing file was made with other settings, if an output cannot be written, if a stage's weights are missing or
     belong to another network, and if `cascade.select` or `read_clip` raise it.
     """
     if resume and overwrite:
         raise UserError("--resume keeps the files that exist and --overwrite replaces them: give one of them")
+    if resume and not with_recipe:
+        raise UserError("--resume compares the recipes in the files that exist, and --metadata=none leaves them out")
     configs = cascade.select(config, from_stage, to_stage)
     rows = samples(prompts, seed=seed, num_videos=num_videos, same_noise=same_noise)
     paths = outputs.output_paths(out, len(rows), in_folder=in_folder or len(rows) > 1)
@@ -74,19 +76,14 @@ def generate(
         input_metadata = {"input": digest(input_path)[:32]}
     cascade.check_input(configs[0], has_input=low_res is not None)
 
-    def metadata(stage, row):
-        stages_run = configs[: configs.index(stage) + 1]
-        return config_metadata(
-            config,
-            prompt=rows[row].prompt,
-            seed=str(seed),
-            number=str(rows[row].number),
-            noise="shared" if same_noise else "of the prompt",
-            stages=" ".join(c.stage for c in stages_run),
-            zoom=str(zoom),
-            **{f"weights of {c.stage}": identities[c.stage] for c in stages_run},
-            **input_metadata,
+    batch = {stage.stage: min(stage.sample.batch, len(rows)) for stage in configs}
+
+    def recipe_of(stage, row):
+        made_by = configs[: configs.index(stage) + 1]
+        found = recipes.of_video(
+            config, made_by, rows[row], seed=seed, same_noise=same_noise, zoom=zoom, weights=identities, batch=batch
         )
+        return found | input_metadata
 
     def missing():
         """Per stage, the rows whose files have to be written. Only the first process looks: it writes the files."""
@@ -94,7 +91,7 @@ def generate(
         if resume:
             for number, stage in enumerate(configs, 1):
                 finished = [
-                    outputs.is_finished(path, metadata(stage, row), configs[:number])
+                    outputs.is_finished(path, recipe_of(stage, row), configs[:number])
                     for row, path in enumerate(files.get(stage.stage, []))
                 ]
                 if finished:
@@ -117,9 +114,11 @@ def generate(
     try:
         for stage, row, video in sampled:
             if jax.process_index() == 0:  # every process has all videos; one writes them
-                path, video = files[stage.stage][row], video.repeat(zoom, axis=1).repeat(zoom, axis=2)
-                options = {"fps": stage.video.fps, "metadata": metadata(stage, row), "overwrite": overwrite}
-                video_io.write_video(path, video, **options)
+                path, metadata = files[stage.stage][row], None
+                if with_recipe:
+                    metadata = recipe_of(stage, row) | {"frames": recipes.frames_digest(video)}
+                video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+                video_io.write_video(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
                 remaining -= stage is configs[-1]
                 outputs.print_line(path)
             del video  # it would keep its whole batch in memory while the next one is sampled

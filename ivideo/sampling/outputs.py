@@ -1,6 +1,5 @@
 """The video files that sampling writes: their names, the checks before any work, and which exist already."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 from ivideo import recipe
 from ivideo.data import encoders, video_io
 from ivideo.errors import UserError
+from ivideo.sampling import recipes
 
 VIDEO_SUFFIXES = (*video_io.EXTENSIONS, ".m4v", ".mkv", ".avi")  # a folder named like this is a user's mistake
 PROBE_CRF = 18  # quality of the test frame in `check_encoder`
@@ -45,8 +45,8 @@ def check_encoder(path: str, *, height: int, width: int, fps: int) -> None:
         raise UserError(f"frames of {height}×{width} cannot be written as H.264 ({e}): choose another --zoom") from e
 
 
-def is_finished(path: str, metadata: dict[str, str], configs: Sequence) -> bool:
-    """Whether the video at `path` is complete and was made with this `metadata`. False if there is no file.
+def is_finished(path: str, wanted: dict, configs: Sequence) -> bool:
+    """Whether the video at `path` is complete and was made by the recipe `wanted`. False if there is no file.
 
     `configs`: the stages that make the video, whose last one gives its number of frames. UserError if the file is
     damaged, or was made with other settings; the message names the first difference.
@@ -55,19 +55,22 @@ def is_finished(path: str, metadata: dict[str, str], configs: Sequence) -> bool:
         return False
     advice = "move it away, or choose another --out"
     try:
-        found, count = video_io.read_metadata(path), video_io.count_frames(path)
+        whole, count = video_io.read_metadata(path), video_io.count_frames(path)
     except video_io.VideoError as e:
         raise UserError(f"--resume: {path} is not whole ({e}): delete it") from e
     if count != (frames := configs[-1].video.frames):
         raise UserError(f"--resume: {path} is not whole, with {count} of {frames} frames: delete it")
-    for key in metadata:
-        if key in ("config", "ivideo_version") or found.get(key) == metadata[key]:
+    found, wanted = recipes.identity(whole), recipes.identity(wanted)
+    for key, value in wanted.items():
+        if found.get(key) == value:
             continue
         in_file = f"with {key} {found[key]!r}" if key in found else f"without a record of its {key}"
-        raise UserError(f"--resume: {path} was made {in_file}, and this command has {metadata[key]!r}: {advice}")
-    file_config = json.loads(found["config"])
+        raise UserError(f"--resume: {path} was made {in_file}, and this command has {value!r}: {advice}")
+    if whole["config_digest"] == recipes.digest(configs):
+        return True
+    config_then = recipes.config_from(whole)
     for config in configs:
-        stage_config = file_config.get("stages", {config.stage: file_config})[config.stage]
+        stage_config = config_then.get("stages", {config.stage: config_then})[config.stage]
         for key, was, now in recipe.video_differences(stage_config, config):
             raise UserError(
                 f"--resume: {path} was made with config.{key} = {was!r} of stage {config.stage}, and this command has "
