@@ -100,7 +100,7 @@ def test_small_files_carry_what_made_them(exported, tmp_path):
     metadata = video_io.read_metadata(paths[2])
     assert (metadata["prompt"], metadata["seed"], metadata["number"]) == (PROMPTS[1], 3, 0)
     assert (metadata["noise"], metadata["stages"], metadata["zoom"]) == ("of the prompt", "base", 2)
-    assert (metadata["weights"], metadata["batch"]) == ({"base": file_identity(path)}, {"base": 1})
+    assert (metadata["weights"], metadata["batch"]) == ({"base": file_identity(path)}, {"base": 4})
     assert (metadata["config"], metadata["phases"]) == ("base:small", {})
     before, after = recipe.flat(base.get_config("small")), recipe.flat(config)
     assert metadata["changes"] == {key: value for key, value in after.items() if before[key] != value}
