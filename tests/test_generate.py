@@ -247,3 +247,19 @@ def test_shipped_base_follows_its_captions():
     for video, attrs in zip(videos, attributes, strict=True):
         right = prompt_following.score(video, attrs)
         assert all(right[name] for name in prompt_following.COARSE), (attrs, right)
+
+
+def test_small_a_video_that_cannot_be_encoded_costs_no_other(exported, tmp_path, monkeypatch, capsys):
+    config, path = exported
+    write = video_io.write_video
+
+    def failing(target, *args, **options):
+        if target.endswith("000.mp4"):
+            raise ValueError("the encoder fails")
+        write(target, *args, **options)
+
+    monkeypatch.setattr(video_io, "write_video", failing)
+    with pytest.raises(UserError, match="1 of the videos could not be encoded: their frames are PNG files in .*000.mp4.frames"):
+        generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), weights_path=path)
+    assert sorted(os.listdir(tmp_path / "out")) == ["000.mp4.frames", "001.mp4"]
+    assert os.listdir(tmp_path / "out" / "000.mp4.frames")[0].endswith((".png", ".json"))

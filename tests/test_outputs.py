@@ -1,12 +1,17 @@
 """Output files: valid names, and errors that are found before any work."""
 
 import errno
+import json
 import os
+import pathlib
 import tempfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ivideo import files
+from ivideo.data import encoders
 from ivideo.errors import UserError
 from ivideo.sampling import outputs
 
@@ -68,3 +73,46 @@ def test_small_sizes_that_cannot_be_encoded_are_found_first():
         outputs.check_encoder("a.MP4", height=9, width=8, fps=3)
     with pytest.raises(UserError, match="frames of 64×40000 cannot be written as H.264 .*: choose another --zoom"):
         outputs.check_encoder("a.mp4", height=64, width=40000, fps=3)
+
+
+def frames_in(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [*(f"{number:03}.png" for number in range(len(names) - 1)), "recipe.json"]
+    return np.stack([np.asarray(Image.open(folder / name)) for name in names[:-1]])
+
+
+@pytest.mark.parametrize("reason", ["encoder", "exists", "no folder"])
+def test_small_a_video_that_cannot_be_encoded_is_kept_as_frames(reason, tmp_path, monkeypatch, caplog):
+    """Beside its file, or in a folder for temporary files. What is there already is not touched."""
+    video = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), np.uint8)
+    path = tmp_path / "out" / "a.mp4"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if reason != "no folder":
+        path.parent.mkdir()
+        (tmp_path / "out" / "a.mp4.frames").mkdir()
+    else:
+        path.parent.write_text("a file")
+    if reason == "exists":
+        path.write_bytes(b"kept")
+    if reason == "encoder":
+        monkeypatch.setattr(encoders, "write", lambda *_: (_ for _ in ()).throw(ValueError("codec is gone")))
+    folder = pathlib.Path(outputs.write(str(path), video, fps=3, metadata={"prompt": "x"}, overwrite=False))
+    assert (folder.parent == path.parent and folder.name == "a.mp4.frames_1") or reason == "no folder"
+    np.testing.assert_array_equal(frames_in(folder), video)
+    assert json.loads((folder / "recipe.json").read_text()) == {"prompt": "x"}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path} could not be written (") and line.endswith(f"PNG files in {folder}")
+    if reason == "exists":
+        assert path.read_bytes() == b"kept"
+
+
+def test_small_frames_that_find_no_room_leave_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(encoders, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        outputs.write(str(tmp_path / "a.mp4"), np.zeros((2, 4, 4, 3), np.uint8), fps=3, metadata=None, overwrite=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

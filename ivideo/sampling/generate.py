@@ -50,6 +50,7 @@ def generate(
     `same_noise`: all prompts start from the same noise (`prompts.samples`).
     `resume`: keep the files that exist, if they are complete and were made with the same settings.
     `with_recipe`: store in each file how it was made (`recipes`), from which `replay` makes it again.
+    A video that cannot be encoded is written as PNG frames (`outputs.write`), with a UserError at the end.
     UserError before anything is compiled or written if a file exists and neither `overwrite` nor `resume` is set, if an
     existing file was made with other settings, if an output cannot be written, if a stage's weights are missing or
     belong to another network, and if `cascade.select` or `read_clip` raise it.
@@ -111,6 +112,7 @@ def generate(
         configs, [row.prompt for row in rows], seeds=[row.noise for row in rows], sources=sources,
         identities=identities, low_res=low_res, group=config.sample.group, wanted=wanted,
     )  # fmt: skip
+    as_frames = []
     try:
         for stage, row, video in sampled:
             if jax.process_index() == 0:  # every process has all videos; one writes them
@@ -118,9 +120,11 @@ def generate(
                 if with_recipe:
                     metadata = recipe_of(stage, row) | {"frames": recipes.frames_digest(video)}
                 video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
-                video_io.write_video(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
+                written = outputs.write(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
+                if written != path:
+                    as_frames.append(written)
                 remaining -= stage is configs[-1]
-                outputs.print_line(path)
+                outputs.print_line(written)
             del video  # it would keep its whole batch in memory while the next one is sampled
     except Interrupted as e:
         if len(rows) == 1:
@@ -130,6 +134,10 @@ def generate(
             f"interrupted: {len(rows) - remaining} of {len(rows)} videos are written; the same command with --resume "
             "makes the others",
         ) from e
+    if as_frames:
+        raise UserError(
+            f"{len(as_frames)} of the videos could not be encoded: their frames are PNG files in {as_frames[0]}, …"
+        )
     return paths
 
 

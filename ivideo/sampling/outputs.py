@@ -1,16 +1,23 @@
 """The video files that sampling writes: their names, the checks before any work, and which exist already."""
 
+import itertools
+import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from ivideo import recipe
 from ivideo.data import encoders, video_io
 from ivideo.errors import UserError
+from ivideo.files import write_json
 from ivideo.sampling import recipes
 
+log = logging.getLogger("ivideo")
 VIDEO_SUFFIXES = (*video_io.EXTENSIONS, ".m4v", ".mkv", ".avi")  # a folder named like this is a user's mistake
 PROBE_CRF = 18  # quality of the test frame in `check_encoder`
 
@@ -77,6 +84,42 @@ def is_finished(path: str, wanted: dict, configs: Sequence) -> bool:
                 f"{now!r}: {advice}"
             )
     return True
+
+
+def write(path: str, video: np.ndarray, *, fps: int, metadata: dict | None, overwrite: bool) -> str:
+    """Writes a sampled video to `path`, or where that fails its frames to a folder. Returns what was written.
+
+    The folder has 000.png, 001.png, … and the metadata in recipe.json. It is `path`.frames, or where that cannot be
+    written either, a folder for temporary files. A sample may have taken hours, so nothing but a lack of any room loses
+    it. OSError in that case.
+    """
+    try:
+        video_io.write_video(path, video, fps=fps, metadata=metadata, overwrite=overwrite)
+        return path
+    except Exception as e:  # FFmpeg raises many types
+        reason = e
+    try:
+        folder = _write_frames(f"{path}.frames", video, metadata)
+    except OSError:
+        folder = _write_frames(os.path.join(tempfile.mkdtemp(prefix="ivideo_"), "frames"), video, metadata)
+    log.warning("%s could not be written (%s): its frames are the PNG files in %s", path, reason, folder)
+    return folder
+
+
+def _write_frames(folder: str, video: np.ndarray, metadata: dict | None) -> str:
+    """Writes a video's frames to a new folder of this name, with a number at its end if the name is taken."""
+    names = itertools.chain([folder], (f"{folder}_{number}" for number in itertools.count(1)))
+    folder = next(name for name in names if not os.path.lexists(name))
+    temporary = f"{folder}.tmp{os.getpid()}"
+    os.makedirs(temporary)
+    try:
+        for number, frame in enumerate(video_io.to_uint8(video)):
+            Image.fromarray(frame).save(os.path.join(temporary, f"{number:03}.png"))
+        write_json(os.path.join(temporary, "recipe.json"), metadata or {})
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def print_line(line: str) -> None:
