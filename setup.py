@@ -33,6 +33,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
+        "packaging>=24",
         "pillow>=11",  # an undeclared dependency of tensorboardX, for images
         "safetensors>=0.5",
         "scipy>=1.14",

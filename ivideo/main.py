@@ -71,6 +71,11 @@ def _run_mode(config, several: bool) -> None:
 
         recipes.show(_needed("input"), as_json=FLAGS.json)
         return
+    if FLAGS.mode == "doctor":
+        from ivideo.planning.doctor import doctor
+
+        doctor(config, compile_cache=_compile_cache(), as_json=FLAGS.json)
+        return
     if FLAGS.mode == "replay":
         from ivideo.sampling.replay import replay
 
@@ -174,14 +179,21 @@ def _set_compilation_cache(several: bool) -> None:
     """Makes jax keep compiled programs on disk for the next run of the same program."""
     import jax
 
-    folder = os.path.expanduser("~/.cache/ivideo") if FLAGS.compile_cache is None else FLAGS.compile_cache
-    no_home = folder.startswith("~")  # a container's user may have no entry in /etc/passwd
-    if not folder or no_home or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
+    folder = _compile_cache()
+    if not folder or jax.config.jax_compilation_cache_dir or FLAGS.mode == "compile":
         return
     # Only the first of several processes writes to the cache, so only it finds its program there and starts early. On
     # CPUs it then times out waiting for the others to compile; accelerators wait longer
     if not (several and jax.default_backend() == "cpu"):
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _compile_cache() -> str:
+    """The folder for compiled programs; empty for none."""
+    if FLAGS.compile_cache is not None:
+        return FLAGS.compile_cache
+    folder = os.path.expanduser("~/.cache/ivideo")
+    return "" if folder.startswith("~") else folder  # a container's user may have no entry in /etc/passwd
 
 
 def _profile_steps() -> tuple[int, int] | None:

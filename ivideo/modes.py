@@ -58,6 +58,9 @@ MODES = {
     "goodput": Mode(
         "print how the training run in --workdir spent its time", ("config", "workdir", "json"), config=False
     ),
+    "doctor": Mode(
+        "print what is installed, what this machine has, and whether --config fits it", ("config", "json"), config=False
+    ),
     "describe": Mode("print a stage's parameters, sizes, FLOPs and layers; allocates nothing", ("json",)),
     "benchmark": Mode(
         "time a stage's forward pass, training step and guided sampling step on this machine", ("json",)

@@ -259,7 +259,9 @@ def test_small_a_video_that_cannot_be_encoded_costs_no_other(exported, tmp_path,
         write(target, *args, **options)
 
     monkeypatch.setattr(video_io, "write_video", failing)
-    with pytest.raises(UserError, match="1 of the videos could not be encoded: their frames are PNG files in .*000.mp4.frames"):
+    with pytest.raises(
+        UserError, match="1 of the videos could not be encoded: their frames are PNG files in .*000.mp4.frames"
+    ):
         generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), weights_path=path)
     assert sorted(os.listdir(tmp_path / "out")) == ["000.mp4.frames", "001.mp4"]
     assert os.listdir(tmp_path / "out" / "000.mp4.frames")[0].endswith((".png", ".json"))
