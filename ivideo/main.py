@@ -131,14 +131,26 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.training import students
 
         with _exit_on_signal(several):
+            if FLAGS.reference or FLAGS.samples:
+                from ivideo.evaluation.quality import evaluate_quality
+
+                evaluate_quality(
+                    config, _needed("out"), reference=FLAGS.reference, samples=FLAGS.samples, clips=FLAGS.clips,
+                    prompts_file=FLAGS.prompts_file, workdir=FLAGS.workdir, weights_path=FLAGS.weights,
+                    seed=FLAGS.seed, to_stage=FLAGS.to_stage, as_json=FLAGS.json, overwrite=FLAGS.overwrite,
+                )  # fmt: skip
+                return
+            if FLAGS.prompts_file:
+                raise UserError(f"--prompts_file={FLAGS.prompts_file} is read with --reference or --samples: give one")
+            clips = FLAGS.clips or 96
             if not cascade.is_cascade(config) and not config.phase and students.is_distillation(FLAGS.workdir or ""):
                 evaluate_phases(
-                    config, FLAGS.workdir, clips=FLAGS.clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
+                    config, FLAGS.workdir, clips=clips, seed=FLAGS.seed, out=FLAGS.out, as_json=FLAGS.json,
                     overwrite=FLAGS.overwrite,
                 )  # fmt: skip
                 return
             evaluate(
-                config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=FLAGS.clips, seed=FLAGS.seed,
+                config, workdir=FLAGS.workdir, weights_path=FLAGS.weights, clips=clips, seed=FLAGS.seed,
                 out=FLAGS.out, as_json=FLAGS.json, overwrite=FLAGS.overwrite, to_stage=FLAGS.to_stage,
             )  # fmt: skip
     elif FLAGS.mode == "export":

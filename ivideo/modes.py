@@ -38,8 +38,9 @@ MODES = {
     ),
     "show": Mode("print the recipe in the video file --input", ("input", "json"), config=False),
     "evaluate": Mode(
-        "measure how well samples follow their captions, or a super-resolution stage's PSNR",
-        (*_WEIGHTS, "clips", "seed", "to_stage", *_RESULT),
+        "measure how well samples follow their captions, or a super-resolution stage's PSNR; with --reference or "
+        "--samples FVD, FID, KID, CLIP score, R-precision and what time does",
+        (*_WEIGHTS, "reference", "samples", "prompts_file", "clips", "seed", "to_stage", *_RESULT),
     ),
     "export": Mode(
         "write the averaged weights of the run in --workdir to --out, a safetensors file",

@@ -10,7 +10,7 @@ from ivideo.modes import MODES
 # Flags that may differ between the processes of one run. The config is compared by its values
 PER_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
-    "clip", "compile_cache",
+    "clip", "compile_cache", "reference", "samples",
 )  # fmt: skip
 
 flags.DEFINE_string(
@@ -40,7 +40,8 @@ flags.DEFINE(
     "out",
     None,
     "The file to write: .mp4, .mov, .webm or .gif in mode sample, .safetensors in export and train_text, .json in "
-    "evaluate and compile. For several videos, and in encode_text, a folder.",
+    "evaluate and compile. For several videos, in encode_text, and in evaluate with --reference or --samples, a "
+    "folder.",
 )
 flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
 flags.DEFINE_multi_string(
@@ -111,11 +112,15 @@ flags.DEFINE_string(
 flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
 flags.DEFINE_integer(
-    "clips",
-    96,
-    "Number of clips that mode evaluate samples; of the base and the cascade, half have held-out captions.",
+    "clips", None, "Number of clips that mode evaluate measures: by default 96, of the base and the cascade half with "
+    "held-out captions; with --reference or --samples config.evaluate.clips.",
     lower_bound=2,
-)
+)  # fmt: skip
+flags.DEFINE(
+    PATH, "reference", None, "Mode evaluate: clips that samples are measured against. A folder of video files, the "
+    "folder of a prepared set, 'shapes', or the reference.npz of an earlier run.",
+)  # fmt: skip
+flags.DEFINE(PATH, "samples", None, "Mode evaluate: a folder of video files to measure, instead of new samples.")
 
 
 def own() -> list[flags.Flag]:

@@ -15,7 +15,19 @@ from ivideo.planning import describe
 BAD = ("abc", 0, -1, math.nan, math.inf, None, ())
 # What a stage's config may hold of these values, by the end of the key's name
 ALLOWED = {
-    "abc": {"stage", "variant", "checkpoint", "tokenizer", "dir", "split", "text_cache", "start"},
+    "abc": {
+        "stage",
+        "variant",
+        "checkpoint",
+        "tokenizer",
+        "dir",
+        "split",
+        "text_cache",
+        "start",
+        "i3d",
+        "inception",
+        "clip",
+    },
     0: {
         *(
             "seed",

@@ -14,6 +14,20 @@ def test_small_psnr_of_a_constant_error():
         fidelity.psnr(truth[:3], truth)
 
 
+def test_small_psnr_and_ssim_are_those_of_scikit_image():
+    """structural_similarity(x, y, channel_axis=-1, data_range=2, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False) of scikit-image 0.26, the mean over frames, and peak_signal_noise_ratio."""
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(-1, 1, (3, 20, 28, 3))
+    video = np.clip(truth + rng.normal(size=truth.shape) * 0.2, -1, 1)
+    assert fidelity.ssim(video, truth) == pytest.approx(0.7411960569194543, rel=1e-9)
+    assert fidelity.psnr(video, truth) == pytest.approx(20.491836621376905, rel=1e-9)
+    assert fidelity.ssim(truth, truth) == 1
+    assert 0 < fidelity.ssim(video[:, :8, :8], truth[:, :8, :8]) < 1
+    with pytest.raises(ValueError, match=r"\(2, 20, 28, 3\)"):
+        fidelity.ssim(truth[:2], truth)
+
+
 def test_small_drift_is_the_backgrounds():
     """Ten levels of green over the clip; an object that moves over a third of the frame does not count."""
     video = np.full((5, 6, 9, 3), -0.5)

@@ -1,5 +1,6 @@
 """Fréchet and kernel distances against their formulas in float64, and the statistics in memory and in files."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -86,8 +87,9 @@ def test_small_statistics_of_parts_merge_to_those_of_the_whole():
 def test_small_statistics_in_a_file_are_the_same(tmp_path):
     written = frechet.measure(np.random.default_rng(0).normal(size=(9, 4)), PROTOCOL)
     path = str(tmp_path / "reference.npz")
-    frechet.save(path, written)
-    read = frechet.load(path)
+    frechet.save(path, {"fvd": written, "fid": dataclasses.replace(written, sample=np.ones((2, 4), np.float32))})
+    read, other = frechet.load(path)["fvd"], frechet.load(path)["fid"]
+    assert read.sample is None and other.sample.dtype == np.float32 and other.sample.tolist() == [[1] * 4] * 2
     assert read.digest == written.digest and frechet.distance(read, written) == pytest.approx(0, abs=1e-12)
     assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
     assert read.digest != frechet.measure(np.ones((9, 4)), PROTOCOL).digest
@@ -95,7 +97,7 @@ def test_small_statistics_in_a_file_are_the_same(tmp_path):
 
 def test_small_statistics_that_cannot_be_read_are_one_line_errors(tmp_path):
     good, path = tmp_path / "good.npz", str(tmp_path / "bad.npz")
-    frechet.save(str(good), frechet.measure(np.eye(4), PROTOCOL))
+    frechet.save(str(good), {"fvd": frechet.measure(np.eye(4), PROTOCOL)})
     contents = {
         b"": "not a complete .npz file",
         b"mu": "not a complete .npz file",
@@ -108,12 +110,17 @@ def test_small_statistics_that_cannot_be_read_are_one_line_errors(tmp_path):
     with pytest.raises(UserError, match="absent.npz is not a complete .npz file of statistics .*No such file"):
         frechet.load(str(tmp_path / "absent.npz"))
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(UserError, match=r"has no count \(it holds mu, sigma\): expected statistics that this package"):
+    with pytest.raises(UserError, match=r"has no fvd/mean \(it holds mu, sigma\): expected statistics that this"):
         frechet.load(path)
-    np.savez(path, count=3, mean=np.zeros(4), scatter=np.eye(3), protocol="{}")
+    arrays = {"count": 3, "mean": np.zeros(4), "scatter": np.eye(4), "sample": np.ones((2, 4)), "protocol": "{}"}
+    arrays = {f"fid/{name}": value for name, value in arrays.items()}
+    np.savez(path, **arrays | {"fid/scatter": np.eye(3)})
     with pytest.raises(UserError, match=r"'scatter': \(3, 3\)"):
         frechet.load(path)
-    np.savez(path, count=3, mean=np.array([object()]), scatter=np.eye(3), protocol="{}")
+    np.savez(path, **{name: value for name, value in arrays.items() if name != "fid/sample"})
+    with pytest.raises(UserError, match="has no fid/sample"):
+        frechet.load(path)
+    np.savez(path, **arrays | {"fid/mean": np.array([object()])})
     with pytest.raises(UserError, match="Object arrays cannot be loaded"):
         frechet.load(path)
 

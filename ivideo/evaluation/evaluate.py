@@ -83,9 +83,9 @@ def measure_captions(
 def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
     """Measures a super-resolution stage on held-out clips that were downsampled and upsampled again.
 
-    PSNR, next to that of plain upsampling (bilinear in space, repeated frames in time), the colour's error, and
-    `steadiness.measure`. Returns {'table': PSNR in dB over all clips together and the means of the others, 'clips': a
-    row per clip}. PSNR is infinite for a clip that equals the true one: repeated frames of a shape that stands still
+    PSNR and SSIM, next to those of plain upsampling (bilinear in space, repeated frames in time), the colour's error,
+    and `steadiness.measure`. Returns {'table': PSNR in dB over all clips together and the means of the others, 'clips':
+    a row per clip}. PSNR is infinite for a clip that equals the true one: repeated frames of a shape that stands still
     do.
     """
     captions, videos = upsample_held_out_clips(config, sources=sources, clips=clips, seed=seed)
@@ -94,13 +94,14 @@ def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
         {
             "caption": caption,
             **{name: fidelity.psnr(videos[name][n], truth[n]) for name in ("stage", "trivial")},
+            **{f"{name}_ssim": fidelity.ssim(videos[name][n], truth[n]) for name in ("stage", "trivial")},
             "colour_error": fidelity.colour_error(videos["stage"][n], truth[n]),
             **steadiness.measure(videos["stage"][n], shapes.parse_caption(caption)),
         }
         for n, caption in enumerate(captions)
     ]
     overall = {name: fidelity.psnr(videos[name], truth) for name in ("stage", "trivial")}
-    for name in ("colour_error", *steadiness.MEASURES):
+    for name in ("stage_ssim", "trivial_ssim", "colour_error", *steadiness.MEASURES):
         overall[name] = averages.mean([row[name] for row in rows])
     return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
 
@@ -130,11 +131,12 @@ def psnr_table(table: dict) -> str:
     """The table of `super_resolution` as Markdown."""
     gain = table["stage"] - table["trivial"]
     return (
-        "| stage | clips | PSNR | bilinear, repeated frames | gain | colour error | ideal IoU | steady IoU | grain |\n"
-        f"|---|{'--:|' * 8}\n"
+        "| stage | clips | PSNR | bilinear, repeated frames | gain | SSIM | bilinear, repeated frames | colour error "
+        "| ideal IoU | steady IoU | grain |\n"
+        f"|---|{'--:|' * 10}\n"
         f"| {table['name']} | {table['clips']} | {table['stage']:.2f} dB | {table['trivial']:.2f} dB | {gain:+.2f} dB "
-        f"| {table['colour_error']:.1f} of 255 | {table['ideal_iou']:.3f} | {table['steady_iou']:.3f} "
-        f"| {table['grain']:.2f} of 255 |"
+        f"| {table['stage_ssim']:.4f} | {table['trivial_ssim']:.4f} | {table['colour_error']:.1f} of 255 "
+        f"| {table['ideal_iou']:.3f} | {table['steady_iou']:.3f} | {table['grain']:.2f} of 255 |"
     )
 
 

@@ -17,7 +17,7 @@ from ivideo.errors import UserError
 from ivideo.evaluation import bootstrap
 from ivideo.files import atomic_write, open_read
 
-_ARRAYS = ("count", "mean", "scatter")
+_ARRAYS = ("count", "mean", "scatter", "sample")
 SUFFIX = ".npz"
 
 
@@ -26,13 +26,15 @@ class Statistics:
     """Count, mean [D] and scatter [D, D] of features, float64, and the protocol that they belong to.
 
     The scatter is the sum of the outer products of the deviations from the mean. `protocol` says what the features are
-    of: the network, the digest of its weights, frames, size and so on, as values of JSON.
+    of: the network, the digest of its weights, frames, size and so on, as values of JSON. `sample` [M, D] float32 has
+    some of the features, for measures that need them.
     """
 
     count: int
     mean: np.ndarray
     scatter: np.ndarray
     protocol: Mapping = dataclasses.field(default_factory=dict)
+    sample: np.ndarray | None = None
 
     @property
     def covariance(self) -> np.ndarray:
@@ -42,8 +44,15 @@ class Statistics:
         return self.scatter / (self.count - 1)
 
     @functools.cached_property
+    def factor(self) -> np.ndarray:
+        """F [D, rank] with FFᵀ = Σ, the covariance. Eigenvalues that rounding cannot tell from zero are zero."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+        return vectors[:, kept] * np.sqrt(values[kept])
+
+    @functools.cached_property
     def digest(self) -> str:
-        """The SHA-256 of everything in the statistics, in hexadecimal."""
+        """The SHA-256 of count, mean, scatter and protocol, in hexadecimal."""
         digest = hashlib.sha256(json.dumps([self.count, self.protocol], sort_keys=True).encode())
         for array in (self.mean, self.scatter):
             digest.update(np.ascontiguousarray(array, "<f8").tobytes())
@@ -84,29 +93,36 @@ def distance(first: Statistics, second: Statistics) -> float:
     traces = np.trace(first.covariance) + np.trace(second.covariance)
     # With Σ = FFᵀ the last trace is the sum of the singular values of F₁ᵀF₂. This is accurate where Σ₁Σ₂ is singular:
     # there, roots of eigenvalues would turn an error of 1e-16 into one of 1e-8 per dimension
-    product = _factor(first.covariance).T @ _factor(second.covariance)
-    return float(gap @ gap + traces - 2 * np.linalg.svd(product, compute_uv=False).sum())
+    return float(gap @ gap + traces - 2 * np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum())
 
 
 def distance_interval(
     features: np.ndarray,
     reference: Statistics,
     *,
+    group: int = 1,
     replicates: int = bootstrap.REPLICATES,
     seed: int = 0,
     level: float = bootstrap.LEVEL,
 ) -> tuple[float, tuple[float, float]]:
     """The distance of features [N, D] from a reference, and its bootstrap interval over the features.
 
-    The reference is taken as exact. Each replicate takes one decomposition of a D×D matrix and one of a product.
+    Each `group` of features, one after the other, is drawn together: the frames of a clip are not independent. The
+    reference is taken as exact.
     """
-
-    def of(counts=None):
-        return distance(measure(features, reference.protocol, counts=counts), reference)
-
-    estimate = of()
-    found = [of(counts) for counts in bootstrap.counts(len(features), replicates=replicates, seed=seed)]
+    features = np.asarray(features, np.float64)
+    estimate = distance(measure(features, reference.protocol), reference)
+    drawn = bootstrap.counts(len(features) // group, replicates=replicates, seed=seed).repeat(group, axis=1)
+    found = [_quick_distance(measure(features, counts=counts), reference) for counts in drawn]
     return estimate, bootstrap.interval(estimate, found, level=level)
+
+
+def _quick_distance(first: Statistics, second: Statistics) -> float:
+    """`distance` with one decomposition, accurate to 1e-8 of the scale per dimension: enough for an interval."""
+    gap = first.mean - second.mean
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    roots = np.sqrt(np.maximum(np.linalg.eigvalsh(second.factor.T @ first.covariance @ second.factor), 0))
+    return float(gap @ gap + traces - 2 * roots.sum())
 
 
 def check_same_protocol(first: Statistics, second: Statistics) -> None:
@@ -125,45 +141,49 @@ def check_same_protocol(first: Statistics, second: Statistics) -> None:
             )
 
 
-def save(path: str, statistics: Statistics) -> None:
-    """Writes statistics to an .npz file, atomically."""
+def save(path: str, statistics: Mapping[str, Statistics]) -> None:
+    """Writes statistics by name, such as fvd and fid, to an .npz file, atomically."""
+    arrays = {}
+    for name, found in statistics.items():
+        sample = np.zeros((0, len(found.mean)), np.float32) if found.sample is None else found.sample
+        arrays |= {
+            f"{name}/count": np.int64(found.count),
+            f"{name}/mean": found.mean,
+            f"{name}/scatter": found.scatter,
+            f"{name}/sample": sample,
+            f"{name}/protocol": np.str_(json.dumps(dict(found.protocol), sort_keys=True)),
+        }
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
-        np.savez(
-            f,
-            count=np.int64(statistics.count),
-            mean=statistics.mean,
-            scatter=statistics.scatter,
-            protocol=np.str_(json.dumps(dict(statistics.protocol), sort_keys=True)),
-        )
+        np.savez(f, **arrays)
 
 
-def load(path: str) -> Statistics:
-    """Reads statistics that `save` wrote. UserError where the file is missing, damaged or of another kind."""
+def load(path: str) -> dict[str, Statistics]:
+    """Reads the statistics that `save` wrote. UserError where the file is missing, damaged or of another kind."""
     try:
         with open_read(path) as f, np.load(f, allow_pickle=False) as stored:
-            missing = [name for name in (*_ARRAYS, "protocol") if name not in stored]
-            if missing:
+            names = sorted({name.partition("/")[0] for name in stored if "/" in name})
+            wanted = [f"{name}/{part}" for name in names for part in (*_ARRAYS, "protocol")] or ["fvd/mean"]
+            if missing := [name for name in wanted if name not in stored]:
                 raise UserError(
                     f"{path} has no {missing[0]} (it holds {', '.join(stored.files[:5]) or 'nothing'}): expected "
                     "statistics that this package wrote; measure the reference's videos again"
                 )
-            arrays = {name: np.asarray(stored[name], np.float64) for name in _ARRAYS}
-            protocol = json.loads(str(stored["protocol"]))
+            return {name: _read(path, stored, name) for name in names}
     except UserError:
         raise
     except (OSError, ValueError, TypeError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is not a complete {SUFFIX} file of statistics ({reason}): copy it again") from e
-    shapes = {name: array.shape for name, array in arrays.items()}
-    dims = shapes["mean"]
-    good = isinstance(protocol, dict) and shapes == {"count": (), "mean": dims, "scatter": (*dims, *dims)}
-    if not good or len(dims) != 1 or not all(np.isfinite(array).all() for array in arrays.values()):
+
+
+def _read(path, stored, name):
+    arrays = {part: np.asarray(stored[f"{name}/{part}"], np.float64) for part in _ARRAYS}
+    protocol = json.loads(str(stored[f"{name}/protocol"]))
+    shapes = {part: array.shape for part, array in arrays.items()}
+    dims, rows = shapes["mean"], shapes["sample"][:1]
+    good = shapes == {"count": (), "mean": dims, "scatter": (*dims, *dims), "sample": (*rows, *dims)}
+    finite = all(np.isfinite(array).all() for array in arrays.values())
+    if not good or not finite or len(dims) != 1 or not isinstance(protocol, dict):
         raise UserError(f"{path} holds arrays of {shapes}, expected finite statistics of one network: copy it again")
-    return Statistics(int(arrays["count"]), arrays["mean"], arrays["scatter"], protocol)
-
-
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F [D, rank] with FFᵀ = Σ. Eigenvalues that rounding cannot tell from zero are zero."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
-    return vectors[:, kept] * np.sqrt(values[kept])
+    sample = arrays["sample"].astype(np.float32) if rows[0] else None
+    return Statistics(int(arrays["count"]), arrays["mean"], arrays["scatter"], protocol, sample)

@@ -25,6 +25,7 @@ def distance_interval(
     first: np.ndarray,
     second: np.ndarray,
     *,
+    group: int = 1,
     replicates: int = bootstrap.REPLICATES,
     seed: int = 0,
     level: float = bootstrap.LEVEL,
@@ -32,14 +33,16 @@ def distance_interval(
 ) -> tuple[float, tuple[float, float]]:
     """The kernel distance, and its bootstrap interval over both sets. The kernel is computed once for all replicates.
 
-    A replicate's pairs of a sample with itself do not count, however often it is drawn.
+    A replicate's pairs of a sample with itself do not count, however often it is drawn. Each `group` of features, one
+    after the other, is drawn together.
     """
     first, second = _checked(first, second)
     # The first row is the estimate itself
-    weights = [
-        np.concatenate([np.ones((1, len(features))), bootstrap.counts(len(features), replicates=replicates, seed=s)])
-        for features, s in ((first, (seed, 0)), (second, (seed, 1)))
-    ]
+    weights = []
+    for features, number in ((first, 0), (second, 1)):
+        drawn = bootstrap.counts(-(-len(features) // group), replicates=replicates, seed=(seed, number))
+        drawn = drawn.repeat(group, axis=1)[:, : len(features)]
+        weights.append(np.concatenate([np.ones((1, len(features))), drawn]))
     estimate, *found = _distances(first, second, *weights, block)
     return float(estimate), bootstrap.interval(estimate, found, level=level)
 

@@ -155,10 +155,17 @@ class Reader:
         """The vectors [B, P] of texts, each of length 1. A text of too many tokens is cut, with a warning."""
         return np.asarray(_apply(self.module, self.weights.params, "of_tokens", self.tokenizer(texts)))
 
+    def of_frames(self, params, ready: jax.Array) -> jax.Array:
+        """The vectors [B, P] of frames that `prepare` made, each of length 1; `params` are those of `weights`."""
+        return _apply(self.module, params, "of_frames", ready)
+
     def frames(self, frames: np.ndarray) -> np.ndarray:
         """The vectors [B, P] of frames uint8 [B, H, W, 3], each of length 1."""
-        ready = prepare(frames, self.module.vision.size)
-        return np.asarray(_apply(self.module, self.weights.params, "of_frames", ready))
+        return np.asarray(self.of_frames(self.weights.params, self.prepare(frames)))
+
+    def prepare(self, frames: np.ndarray) -> np.ndarray:
+        """The network's inputs from frames uint8 [B, H, W, 3] (`prepare`)."""
+        return prepare(frames, self.module.vision.size)
 
     def protocol(self) -> dict:
         """What a score belongs to: two of them can be compared only where all of this is equal."""

