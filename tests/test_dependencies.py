@@ -13,7 +13,8 @@ from ivideo.errors import UserError
 from ivideo.evaluation import distillation
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXTRAS = {"apache_beam": "beam", "matplotlib": "plot"}  # optional modules; a message names the extra if one is missing
+# Optional modules; a message names the extra if one is missing
+EXTRAS = {"apache_beam": "beam", "cv2": "metrics", "matplotlib": "plot"}
 PARTS = {"jaxlib": "jax"}  # packages that a declared one is never without
 # What a declared package imports late without declaring it: (module that imports, what it imports, its distribution)
 LATE = [("tensorboardX/summary.py", "PIL", "pillow"), ("tensorflow_datasets", "importlib_resources", None)]

@@ -1,5 +1,7 @@
 """Flicker, warping error and drift of clips in which they are known."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,12 @@ def test_small_changes_and_drift_of_known_clips():
     video[2:] = 40
     np.testing.assert_allclose(motion.changes(video), [10, 30, 0])
     assert motion.measure(video, flow=False) == {"drift": pytest.approx(40, abs=1e-3)}
+
+
+def test_small_without_opencv_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert not motion.has_flow()
+    assert motion.HOW_TO_GET.endswith("is not installed: run `pip install '.[metrics]'` in the clone")
 
 
 def test_small_flicker_is_of_what_stands_still_and_warping_error_of_what_moves():

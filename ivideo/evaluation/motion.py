@@ -22,7 +22,7 @@ MEASURES = {
     "warping": "mean difference of a frame and the next one, moved back by optical flow, where both see the same",
     "drift": "largest change of the background's colour from the first to the last frame",
 }
-HOW_TO_GET = "install OpenCV for optical flow: pip install '.[metrics]' in the clone"
+HOW_TO_GET = "OpenCV, for optical flow, is not installed: run `pip install '.[metrics]'` in the clone"
 
 
 def has_flow() -> bool:
