@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["ivideo", "ivideo.*"]), "ivideo.configs"],
     package_dir={"ivideo.configs": "configs"},
-    package_data={"ivideo": ["demo/weights/*.safetensors"]},
+    package_data={"ivideo": ["demo/weights/*.safetensors", "sampling/*.txt"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",

@@ -123,7 +123,8 @@ def _run_mode(config, several: bool) -> None:
                 num_videos=FLAGS.num_videos, same_noise=FLAGS.same_noise, in_folder=FLAGS.prompts_file is not None,
                 zoom=FLAGS.zoom, overwrite=FLAGS.overwrite, resume=FLAGS.resume, from_stage=FLAGS.from_stage,
                 to_stage=FLAGS.to_stage, input_path=FLAGS.input, save_stages=FLAGS.save_stages,
-                with_recipe=FLAGS.metadata == "recipe",
+                with_recipe=FLAGS.metadata == "recipe", blocked_words=FLAGS.blocked_words,
+                video_filter=FLAGS.video_filter,
             )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluation.distillation import evaluate_phases

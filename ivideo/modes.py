@@ -28,7 +28,7 @@ MODES = {
         "make videos for --prompt or --prompts_file and write them to --out",
         (
             "prompt", "prompts_file", "out", *_WEIGHTS, "seed", "num_videos", "same_noise", "input", "from_stage",
-            "to_stage", "save_stages", "zoom", "metadata", "resume", "overwrite",
+            "to_stage", "save_stages", "zoom", "metadata", "blocked_words", "video_filter", "resume", "overwrite",
         ),
     ),
     "replay": Mode(

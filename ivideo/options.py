@@ -10,7 +10,7 @@ from ivideo.modes import MODES
 # Flags that may differ between the processes of one run. The config is compared by its values
 PER_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
-    "clip", "compile_cache", "reference", "samples",
+    "blocked_words", "clip", "compile_cache", "reference", "samples",
 )  # fmt: skip
 
 flags.DEFINE_string(
@@ -56,6 +56,14 @@ flags.DEFINE_integer(
 )  # fmt: skip
 flags.DEFINE_integer("num_videos", 1, "Videos per prompt. With more than one, --out is a folder.", lower_bound=1)
 flags.DEFINE_bool("same_noise", False, "Start all prompts from the same noise, to compare them.")
+flags.DEFINE(
+    PATH, "blocked_words", None, "A UTF-8 file of words, one per line, that no prompt of mode sample may have; "
+    "'package' for the list in the package.",
+)  # fmt: skip
+flags.DEFINE_string(
+    "video_filter", None, "MODULE:FUNCTION of a video and its prompt; mode sample writes the videos for which it "
+    "returns True.",
+)  # fmt: skip
 flags.DEFINE_bool(
     "resume", False, "Mode sample: keep the videos that an earlier run of the same command wrote, and make the missing "
     "ones.",

@@ -158,7 +158,17 @@ def test_small_home_is_expanded_in_every_path(folder, monkeypatch):
     paths = {name for name in own if flags.FLAGS[name].parser is arguments.PATH}
     texts = {name for name in own if flags.FLAGS[name].flag_type() == "string"}
     assert {"workdir", "out", "input", "prompts_file", "captions", "compile_cache"} <= paths
-    assert texts <= {"config", "prompt", "from_stage", "to_stage", "topology", "profile_steps", "coordinator", "what"}
+    assert texts <= {
+        "config",
+        "prompt",
+        "from_stage",
+        "to_stage",
+        "topology",
+        "profile_steps",
+        "coordinator",
+        "what",
+        "video_filter",
+    }
     shutil.copy(ROOT / "configs" / "base.py", folder / "mine.py")
     keys = ("text.checkpoint", "text.tokenizer", "data.dir", "data.text_cache", "train.start")
     keys += ("evaluate.i3d", "evaluate.inception", "evaluate.clip")

@@ -265,3 +265,21 @@ def test_small_a_video_that_cannot_be_encoded_costs_no_other(exported, tmp_path,
         generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), weights_path=path)
     assert sorted(os.listdir(tmp_path / "out")) == ["000.mp4.frames", "001.mp4"]
     assert os.listdir(tmp_path / "out" / "000.mp4.frames")[0].endswith((".png", ".json"))
+
+
+def test_small_filters_stop_a_prompt_before_any_work_and_a_video_before_it_is_written(exported, tmp_path, monkeypatch):
+    config, path = exported
+    (tmp_path / "words.txt").write_text("circle\n")
+    (tmp_path / "judge.py").write_text(
+        "def judge(video, prompt):\n    return video.dtype == 'uint8' and 'red' in prompt\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"weights_path": path, "in_folder": True}
+    with pytest.raises(UserError, match="has 'circle', which --blocked_words="):
+        generate.generate(
+            config, PROMPTS[:2], str(tmp_path / "out"), blocked_words=str(tmp_path / "words.txt"), **options
+        )
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--video_filter=judge:judge refused 1 of the videos: they are not written"):
+        generate.generate(config, PROMPTS[:2], str(tmp_path / "out"), video_filter="judge:judge", **options)
+    assert os.listdir(tmp_path / "out") == ["000.mp4"]

@@ -12,7 +12,7 @@ from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.files import digest, prepare_folders, refuse_existing
 from ivideo.prompts import samples
-from ivideo.sampling import cascade, outputs, recipes
+from ivideo.sampling import cascade, filters, outputs, recipes
 from ivideo.sampling.interrupts import Interrupted
 from ivideo.training import trained
 
@@ -38,6 +38,8 @@ def generate(
     input_path: str | None = None,
     save_stages: bool = False,
     with_recipe: bool = True,
+    blocked_words: str | None = None,
+    video_filter: str | None = None,
 ) -> list[str]:
     """Samples `num_videos` videos per prompt and writes each one as soon as it is finished. Returns their paths.
 
@@ -50,6 +52,8 @@ def generate(
     `same_noise`: all prompts start from the same noise (`prompts.samples`).
     `resume`: keep the files that exist, if they are complete and were made with the same settings.
     `with_recipe`: store in each file how it was made (`recipes`), from which `replay` makes it again.
+    `blocked_words`, `video_filter`: filters of prompts and videos (`filters`). A refused video is not written, with a
+    UserError at the end.
     A video that cannot be encoded is written as PNG frames (`outputs.write`), with a UserError at the end.
     UserError before anything is compiled or written if a file exists and neither `overwrite` nor `resume` is set, if an
     existing file was made with other settings, if an output cannot be written, if a stage's weights are missing or
@@ -59,6 +63,9 @@ def generate(
         raise UserError("--resume keeps the files that exist and --overwrite replaces them: give one of them")
     if resume and not with_recipe:
         raise UserError("--resume compares the recipes in the files that exist, and --metadata=none leaves them out")
+    if blocked_words is not None:
+        filters.check_prompts(prompts, blocked_words)
+    allows = None if video_filter is None else filters.load_video_filter(video_filter)
     configs = cascade.select(config, from_stage, to_stage)
     rows = samples(prompts, seed=seed, num_videos=num_videos, same_noise=same_noise)
     paths = outputs.output_paths(out, len(rows), in_folder=in_folder or len(rows) > 1)
@@ -112,10 +119,13 @@ def generate(
         configs, [row.prompt for row in rows], seeds=[row.noise for row in rows], sources=sources,
         identities=identities, low_res=low_res, group=config.sample.group, wanted=wanted,
     )  # fmt: skip
-    as_frames = []
+    as_frames, refused = [], 0
     try:
         for stage, row, video in sampled:
             if jax.process_index() == 0:  # every process has all videos; one writes them
+                if allows is not None and not allows(video_io.to_uint8(video), rows[row].prompt):
+                    refused += 1
+                    continue
                 path, metadata = files[stage.stage][row], None
                 if with_recipe:
                     metadata = recipe_of(stage, row) | {"frames": recipes.frames_digest(video)}
@@ -134,6 +144,8 @@ def generate(
             f"interrupted: {len(rows) - remaining} of {len(rows)} videos are written; the same command with --resume "
             "makes the others",
         ) from e
+    if refused:
+        raise UserError(f"--video_filter={video_filter} refused {refused} of the videos: they are not written")
     if as_frames:
         raise UserError(
             f"{len(as_frames)} of the videos could not be encoded: their frames are PNG files in {as_frames[0]}, …"
