@@ -223,7 +223,7 @@ def test_small_a_user_without_a_home_gets_no_folder_of_that_name(folder, monkeyp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="pip's build needs setuptools")
-def test_small_installed_package_has_its_configs(tmp_path):
+def test_installed_package_has_its_configs(tmp_path):
     """From another folder, with nothing of the clone in sight."""
     lib, elsewhere = tmp_path / "lib", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -127,7 +127,7 @@ def test_text_becomes_a_video_through_all_stages(small, tmp_path):
             assert (frames.shape, fps) == (size, stage.video.fps)
 
 
-def test_small_cascade_goes_a_group_at_a_time(light, tmp_path, monkeypatch):
+def test_cascade_goes_a_group_at_a_time(light, tmp_path, monkeypatch):
     """A stage's weights are loaded once for each group; files of a group are there before the next begins."""
     loads = []
 
@@ -235,7 +235,7 @@ def test_small_stage_trained_on_crops_works_at_other_sizes():
         assert video.shape == (1, low[1], 2 * low[2], 2 * low[3], 3)
 
 
-def test_small_windows_are_sampled_without_seams():
+def test_windows_are_sampled_without_seams():
     """In windows: the same noise, and nearly the same video where the network is local."""
     config = cascade_config.get_config("small").stages.ssr3
     low = np.random.default_rng(0).uniform(-1, 1, (1, 4, 32, 32, 3)).astype(np.float32)

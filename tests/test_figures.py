@@ -127,7 +127,7 @@ def test_small_rows_of_steps(figure, tmp_path, measured):
     ]  # fmt: skip
 
 
-def test_small_a_row_that_is_sampled(figure, tmp_path):
+def test_a_row_that_is_sampled(figure, tmp_path):
     """Of the distilled cascade: both stages in two steps with one evaluation each, measured and timed."""
     figure("guidance", "--networks=distilled", "--values=1", "--seeds=0")
     (row,) = json.loads((tmp_path / "out" / "guidance.json").read_text())
@@ -135,7 +135,7 @@ def test_small_a_row_that_is_sampled(figure, tmp_path):
     assert row["seconds"] > 0 and [*row["table"]["stages"]] == ["base", "tsr1"]
 
 
-def test_small_contact_sheet(figure, tmp_path):
+def test_contact_sheet(figure, tmp_path):
     out = figure("contact", "--seeds=0", "--frame_width=20")
     assert out.splitlines()[0].startswith("a red star moving right on a teal background: ")
     with Image.open(tmp_path / "out" / "contact.png") as picture:

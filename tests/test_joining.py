@@ -181,7 +181,7 @@ def test_small_run_continues_when_a_process_of_another_run_connects(port, second
     assert (run.returncode, out.splitlines()[-1]) == (0, "3.0")
 
 
-def test_small_port_of_a_run_is_busy_for_another_run(port, seconds, caplog):
+def test_port_of_a_run_is_busy_for_another_run(port, seconds, caplog):
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
     with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True) as run:
         while run.stdout.readline() != "running\n":

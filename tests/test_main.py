@@ -138,7 +138,7 @@ def test_small_help_of_an_unknown_mode(command_line, capsys):
     assert "--mode=sampel is unknown: expected one of train, " in capsys.readouterr().err
 
 
-def test_small_config_from_another_folder():
+def test_config_from_another_folder():
     """A config given by its whole path finds its neighbours wherever the command is run."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [
@@ -154,7 +154,7 @@ def test_small_config_from_another_folder():
     assert '"variant": "small"' in done.stdout
 
 
-def test_small_streams_that_the_shell_closed_are_nowhere(tmp_path):
+def test_streams_that_the_shell_closed_are_nowhere(tmp_path):
     """No file gets their numbers, and a mistake still has its exit code; so has one where nobody reads stderr."""
     program = "import os, sys; from ivideo.main import _open_streams, main; _open_streams()\n"
     program += "number = os.open('/dev/null', 0); sys.exit(99 if number < 3 else main(['ivideo', '--config=none']))"
