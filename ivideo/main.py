@@ -132,6 +132,12 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.training import students
 
         with _exit_on_signal(several):
+            if FLAGS.vbench:
+                from ivideo.evaluation.vbench import lay_out
+
+                prompts = _prompts() if FLAGS.prompts_file else ()
+                lay_out(_needed("samples"), FLAGS.vbench, prompts=prompts, overwrite=FLAGS.overwrite)
+                return
             if FLAGS.reference or FLAGS.samples:
                 from ivideo.evaluation.quality import evaluate_quality
 

@@ -40,7 +40,7 @@ MODES = {
     "evaluate": Mode(
         "measure how well samples follow their captions, or a super-resolution stage's PSNR; with --reference or "
         "--samples FVD, FID, KID, CLIP score, R-precision and what time does",
-        (*_WEIGHTS, "reference", "samples", "prompts_file", "clips", "seed", "to_stage", *_RESULT),
+        (*_WEIGHTS, "reference", "samples", "vbench", "prompts_file", "clips", "seed", "to_stage", *_RESULT),
     ),
     "export": Mode(
         "write the averaged weights of the run in --workdir to --out, a safetensors file",

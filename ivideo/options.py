@@ -10,7 +10,7 @@ from ivideo.modes import MODES
 # Flags that may differ between the processes of one run. The config is compared by its values
 PER_PROCESS = (
     "config", "coordinator", "process_id", "workdir", "teacher", "out", "captions", "prompts_file", "input",
-    "blocked_words", "clip", "compile_cache", "reference", "samples",
+    "blocked_words", "clip", "compile_cache", "reference", "samples", "vbench",
 )  # fmt: skip
 
 flags.DEFINE_string(
@@ -129,6 +129,10 @@ flags.DEFINE(
     "folder of a prepared set, 'shapes', or the reference.npz of an earlier run.",
 )  # fmt: skip
 flags.DEFINE(PATH, "samples", None, "Mode evaluate: a folder of video files to measure, instead of new samples.")
+flags.DEFINE(
+    PATH, "vbench", None, "Mode evaluate: a folder to copy the files of --samples to by the names that VBench reads. "
+    "Nothing is measured.",
+)  # fmt: skip
 
 
 def own() -> list[flags.Flag]:
