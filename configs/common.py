@@ -126,6 +126,9 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.train.keep = 3  # checkpoints
     # Steps between samples of the base in TensorBoard; 0: none
     config.train.sample_every = 0 if previous else 5000
+    # Steps between measurements as by mode evaluate, against clips of the training set; 0: none. Training waits, so
+    # train.hang_seconds has to be longer than a measurement
+    config.train.evaluate_every = 0
     config.train.sample_prompts = (
         "a red star moving right on a teal background",
         "a blue circle moving up on a black background",

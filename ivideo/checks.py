@@ -112,7 +112,7 @@ KEYS = {
         "log_every": SIZE,
         "checkpoint_every": SIZE,
         "keep": SIZE,
-        "sample_every": COUNT,
+        **dict.fromkeys(("sample_every", "evaluate_every"), COUNT),
         "sample_prompts": several(TEXT),
     },
     "distill": {
@@ -351,11 +351,11 @@ def _value(config, key: str):
 
 def _check_conditioning(config) -> None:
     """Checks a super-resolution stage."""
-    if config.train.sample_every:
-        raise UserError(
-            f"config.train.sample_every = {config.train.sample_every}: stage {config.stage} cannot sample from "
-            "prompts alone, expected 0"
-        )
+    for key in ("train.sample_every", "train.evaluate_every"):
+        if value := _value(config, key):
+            raise UserError(
+                f"config.{key} = {value}: stage {config.stage} cannot sample from prompts alone, expected 0"
+            )
     if config.cond.fps < 1:
         raise UserError(f"config.cond.fps = {config.cond.fps}: expected 1 or more frames per second")
     for axis in ("frames", "height", "width"):

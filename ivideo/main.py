@@ -104,7 +104,12 @@ def _run_mode(config, several: bool) -> None:
 
         if FLAGS.weights:
             _set_start(FLAGS.weights, config)
-        train(config, _needed("workdir"), profile_steps=_profile_steps())
+        evaluate = None
+        if config.train.evaluate_every:
+            from ivideo.evaluation.in_training import evaluator
+
+            evaluate = evaluator(config, _needed("workdir"))
+        train(config, _needed("workdir"), profile_steps=_profile_steps(), evaluate=evaluate)
     elif FLAGS.mode == "distill":
         from ivideo.training.phases import distill
 

@@ -14,8 +14,9 @@ from configs import base, ssr1
 from ivideo import stages
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
-from ivideo.evaluation import clip_sets, frechet, judges, kernel_distance, page, quality, results
+from ivideo.evaluation import clip_sets, frechet, in_training, judges, kernel_distance, page, quality, results
 from ivideo.evaluation.networks import stored
+from ivideo.training import loop
 from ivideo.weights import config_metadata, save_params
 
 CLIPS = 6
@@ -180,6 +181,24 @@ def test_new_samples_go_on_where_they_stopped(config, tmp_path, monkeypatch):
         quality.evaluate_quality(config, str(tmp_path / "out"), seed=1, **options)
     other = quality.evaluate_quality(config, str(tmp_path / "out"), seed=1, overwrite=True, **options)
     assert other["measures"]["FVD"] != whole["measures"]["FVD"]
+
+
+def test_training_measures_its_average_at_intervals(config, tmp_path, caplog):
+    """Of steps 2 and 4; the last one is what mode evaluate finds of the run's average."""
+    config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 4, "train.evaluate_every": 2})
+    config.train.sample_every = 0
+    workdir = str(tmp_path / "run")
+    with caplog.at_level("INFO", "ivideo"):
+        loop.train(config, workdir, evaluate=in_training.evaluator(config, workdir))
+    names = sorted(path.name for path in (tmp_path / "run" / "evaluation").iterdir())
+    assert names == ["000002", "000002.json", "000004", "000004.json", "reference"]
+    early, late = (json.loads((tmp_path / "run" / "evaluation" / f"00000{n}.json").read_text()) for n in (2, 4))
+    assert early["measures"]["FVD"] != late["measures"]["FVD"] and "step 4: FVD " in caplog.text
+    found = quality.evaluate_quality(config, str(tmp_path / "out"), reference="shapes", workdir=workdir)
+    for name, row in found["measures"].items():
+        assert late["measures"][name]["value"] == pytest.approx(row["value"], rel=1e-3, abs=1e-3), name
+    config.train.evaluate_every = 0
+    assert in_training.evaluator(config, workdir) is None
 
 
 def test_small_clips_that_cannot_be_measured_are_one_line_errors(config, tmp_path):

@@ -57,22 +57,10 @@ def evaluate_quality(
     UserError, before anything is computed, where clips are too few, too short or unreadable, where weights are of
     another network, where the reference's statistics are of another protocol, and where `out` has other results.
     """
-    begin = time.monotonic()
-    height, width = config.evaluate.height, config.evaluate.width
-    if bool(height) != bool(width):
-        raise UserError(f"config.evaluate.height = {height} and config.evaluate.width = {width}: give both or neither")
-    selection = clip_sets.Selection(
-        config.evaluate.frames, config.evaluate.stride, config.evaluate.fps, height, width
-    )  # fmt: skip
+    begin, selection = time.monotonic(), selection_of(config)
     clips, configs = clips or config.evaluate.clips, cascade.select(config, None, to_stage)
     kernel_samples, replicates = config.evaluate.kernel_samples, config.evaluate.replicates
-    judging = judges.load(
-        selection,
-        paths={"i3d": config.evaluate.i3d, "inception": config.evaluate.inception, "clip": config.evaluate.clip},
-        size=config.evaluate.size,
-        antialias=config.evaluate.antialias,
-        image_frames=config.evaluate.image_frames,
-    )
+    judging = judges_of(config, selection)
     real_clips = config.evaluate.reference_clips or (clips if reference == clip_sets.SHAPES else 0)
     stored, real = _reference(configs[-1], reference, selection, clips=real_clips)
     if stored:
@@ -85,9 +73,12 @@ def evaluate_quality(
     agreeing.check_shared(out)
     _prepare(out, about, judging, overwrite=overwrite)
     if real:
-        stored, real_values = _measure_reference(
-            judging, real, out, batch=config.evaluate.batch, kernel_samples=kernel_samples
+        folder = os.path.join(out, PARTS, "reference")
+        stored, real_values = measure_reference(
+            judging, real, folder, batch=config.evaluate.batch, kernel_samples=kernel_samples
         )
+        if stored and jax.process_index() == 0:
+            frechet.save(os.path.join(out, REFERENCE), stored)
     else:
         real_values = {}
     folder = os.path.join(out, PARTS, "samples")
@@ -119,6 +110,25 @@ def evaluate_quality(
         files.write_text(os.path.join(out, PAGE), page.html(found, shown, made.captions))
         print(json.dumps(found) if as_json else table)
     return found
+
+
+def selection_of(config) -> clip_sets.Selection:
+    """The frames that config.evaluate says. UserError where its height and width do not fit."""
+    height, width = config.evaluate.height, config.evaluate.width
+    if bool(height) != bool(width):
+        raise UserError(f"config.evaluate.height = {height} and config.evaluate.width = {width}: give both or neither")
+    return clip_sets.Selection(config.evaluate.frames, config.evaluate.stride, config.evaluate.fps, height, width)
+
+
+def judges_of(config, selection: clip_sets.Selection) -> judges.Judges:
+    """The networks that config.evaluate names (`judges.load`)."""
+    return judges.load(
+        selection,
+        paths={"i3d": config.evaluate.i3d, "inception": config.evaluate.inception, "clip": config.evaluate.clip},
+        size=config.evaluate.size,
+        antialias=config.evaluate.antialias,
+        image_frames=config.evaluate.image_frames,
+    )
 
 
 def _reference(config, reference, selection, *, clips):
@@ -206,13 +216,15 @@ def _prepare(out, about, judging, *, overwrite):
     agreeing.from_first_process(prepare)
 
 
-def _measure_reference(judging, real, out, *, batch, kernel_samples):
-    """(statistics of the reference by measure, its values of time): features are added up part by part."""
+def measure_reference(judging: judges.Judges, real: clip_sets.ClipSet, folder: str, *, batch: int, kernel_samples: int):
+    """(statistics of a reference by measure, its values of time): features are added up part by part.
+
+    Parts are kept in `folder` (`judges.judge_set`).
+    """
     protocols = judging.protocols()
     names = {"fvd": "i3d", "fid": "inception"}
     chosen = set(evenly(len(real), max(2, kernel_samples // judging.image_frames)).tolist())
     sums, kept, values = {}, [], []
-    folder = os.path.join(out, PARTS, "reference")
     for part, found in judges.judge_set(judging, real, folder, batch=batch, label="reference"):
         for measure, protocol in protocols.items():
             features = found[names[measure]]
@@ -225,8 +237,6 @@ def _measure_reference(judging, real, out, *, batch, kernel_samples):
         sums["fid"] = frechet.Statistics(
             sums["fid"].count, sums["fid"].mean, sums["fid"].scatter, sums["fid"].protocol, np.concatenate(kept)
         )
-    if sums and jax.process_index() == 0:
-        frechet.save(os.path.join(out, REFERENCE), sums)
     return sums, {name: np.concatenate([part[name] for part in values]) for name in values[0]}
 
 

@@ -8,11 +8,12 @@ tensorboard/, profile/.
 import collections
 import contextlib
 import logging
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,10 @@ MIN_REPORTS = 10  # with fewer reports before it, no loss counts as a spike
 TEXT_KEYS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
+# From a step and the averaged parameters to measures by name (config.train.evaluate_every)
+Evaluate = Callable[[int, Any], dict[str, float]]
+
+
 class Training:
     """The task of training a stage.
 
@@ -56,10 +61,11 @@ class Training:
     the same order.
     """
 
-    def __init__(self, config, mesh, encoder):
-        self.config, self.mesh, self.encoder = config, mesh, encoder
+    def __init__(self, config, mesh, encoder, evaluate: Evaluate | None = None):
+        self.config, self.mesh, self.encoder, self.evaluate = config, mesh, encoder, evaluate
         self.name = config.stage  # the name in the progress line
-        self.inspect_every = config.train.sample_every  # steps between calls of `inspect`, 0 for none
+        # Steps between calls of `inspect`, 0 for none
+        self.inspect_every = math.gcd(config.train.sample_every, config.train.evaluate_every if evaluate else 0)
 
     def shapes(self) -> TrainState:
         """Returns the shapes of the state. Nothing is allocated."""
@@ -89,7 +95,11 @@ class Training:
 
     def inspect(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """Reports the quality of the state, every `inspect_every` steps and after the last one."""
-        reporter.samples(step, lambda: sample_prompts(self.config, self.encoder, state.ema))
+        t = self.config.train
+        if t.sample_every and (step == t.steps or step % t.sample_every == 0):
+            reporter.samples(step, lambda: sample_prompts(self.config, self.encoder, state.ema))
+        if self.evaluate and (step == t.steps or step % t.evaluate_every == 0):
+            reporter.measured(step, self.evaluate(step, state.ema), "")
 
 
 class RunContext(NamedTuple):
@@ -102,12 +112,20 @@ class RunContext(NamedTuple):
     stop_signals: StopSignals
 
 
-def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] | None = None) -> TrainState:
+def train(
+    config,
+    workdir: str,
+    *,
+    devices=None,
+    profile_steps: tuple[int, int] | None = None,
+    evaluate: Evaluate | None = None,
+) -> TrainState:
     """Trains the stage up to step `config.train.steps`, from the newest checkpoint in `workdir`.
 
     Returns the last state. Without a checkpoint, the parameters are read from the file `config.train.start`, or
     initialised if that is empty.
     `devices`: the devices to use, all by default. `profile_steps`: the first and last step to profile.
+    `evaluate`: measures the averaged parameters every `config.train.evaluate_every` steps and after the last one.
     UserError if the file's weights are those of another network, or if the mesh does not fit the devices or the batch.
     See `prepared` for several processes, and `run` for the ways in which a run ends.
     """
@@ -126,7 +144,7 @@ def train(config, workdir: str, *, devices=None, profile_steps: tuple[int, int] 
         trained.check_start(config)
     with prepared(config, workdir, mesh) as context:
         save_run_config(config, workdir)
-        state = run(Training(config, mesh, context.encoder), workdir, context, profile_steps=profile_steps)
+        state = run(Training(config, mesh, context.encoder, evaluate), workdir, context, profile_steps=profile_steps)
     exit_if_stopped(config, state, workdir)
     return state
 
