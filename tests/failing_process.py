@@ -123,7 +123,7 @@ def run(address, process, workdir, way, fails):
     config.train.mesh.data, config.train.mesh.fsdp = -1, 1
     config.data.workers = int(way == "worker")
     loop.make_train_step = make_train_step
-    loop.embed = lambda *args: {}
+    loop.prepare = lambda module, params, batch, mesh: batch
     loop.init_state = lambda config, params: step.init_state(config, {"scale": jnp.zeros(8)})
     loop.state_shapes = lambda config: jax.eval_shape(lambda: loop.init_state(config, None))
     make_data, save = loop.make_data, loop.Checkpoints.save

@@ -18,12 +18,12 @@ _programs = {}
 
 def install(patch) -> None:
     """Makes training and sampling take the programs of an earlier run with an equal config on the same devices."""
-    embedder, sampler = loop._text_embedder, cascade.StageSampler
+    preparer, sampler = loop._batch_preparer, cascade.StageSampler
     patch.setattr(loop, "Training", Training)
     patch.setattr(
         loop,
-        "_text_embedder",
-        lambda encoder, mesh: _once(("embed", encoder.fingerprint, mesh), lambda: embedder(encoder, mesh)),
+        "_batch_preparer",
+        lambda encoder, mesh: _once(("prepare", encoder.fingerprint, mesh), lambda: preparer(encoder, mesh)),
     )
 
     def shared_sampler(config, size):

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo.data import pipeline, shapes, sources, video_io
+from ivideo.data import pipeline, resizing, shapes, sources, video_io
 from ivideo.errors import UserError
+from ivideo.text import load_encoder
+from ivideo.text.tokenizers import byte_tokens
 from ivideo.training import loop
+from ivideo.training.step import batch_shapes, prepare
 
 SIZE = dict(frames=4, height=8, width=12)
 ARRAYS = ("video", "tokens", "token_mask", "images", "image_tokens", "image_token_mask")
+
+
+def read(source, index, seed=0):
+    return source.read(index, np.random.default_rng(seed))
 
 
 def tokenize(texts, length):
@@ -49,26 +56,26 @@ def assert_same(a, b):
 
 def test_small_shapes_source_is_the_renderer():
     source = make_source(num_clips=864, seed=3)
-    captions = collections.Counter(source[i]["caption"] for i in range(864))
+    captions = collections.Counter(read(source, i)["caption"] for i in range(864))
     assert set(captions.values()) == {2} and len(captions) == 432
     assert not any(shapes.held_out(shapes.parse_caption(c)) for c in captions)
     for i in (0, 500):
         attrs, seed = source.clip(i)
-        np.testing.assert_array_equal(source[i]["video"], shapes.render(attrs, seed, **SIZE))
-        assert source[i]["caption"] == shapes.caption(attrs)
+        np.testing.assert_array_equal(read(source, i)["video"], shapes.render(attrs, seed, **SIZE))
+        assert read(source, i)["caption"] == shapes.caption(attrs)
     # The same caption again is another clip, and so is another source's.
-    assert np.abs(source[0]["video"] - source[432]["video"]).max() > 0.1
-    assert np.abs(source[0]["video"] - make_source(num_clips=864, seed=4)[0]["video"]).max() > 0.1
+    assert np.abs(read(source, 0)["video"] - read(source, 432)["video"]).max() > 0.1
+    assert np.abs(read(source, 0)["video"] - read(make_source(num_clips=864, seed=4), 0)["video"]).max() > 0.1
     image = source.image(5, np.random.default_rng(0))
-    assert min(np.abs(image["image"] - frame).max() for frame in source[5]["video"]) == 0
-    assert image["caption"] == source[5]["caption"]
+    assert min(np.abs(image["image"] - frame).max() for frame in read(source, 5)["video"]) == 0
+    assert image["caption"] == read(source, 5)["caption"]
     with pytest.raises(IndexError, match="clip 864"):
-        source[864]
+        read(source, 864)
 
 
 def test_small_make_source_and_its_errors(tmp_path):
     source = sources.make_source("shapes", num_clips=96, split="held_out", **SIZE)
-    assert collections.Counter(source[i]["caption"] for i in range(96)) == {
+    assert collections.Counter(read(source, i)["caption"] for i in range(96)) == {
         shapes.caption(a): 2 for a in shapes.HELD_OUT
     }
     with pytest.raises(ValueError, match="the source is 'folder', expected 'shapes' or 'tfds'"):
@@ -85,15 +92,15 @@ def test_small_batch_contents():
     source = make_source()
     batch = next(make_iterator(source, num_images=3))
     wanted = {
-        "video": ((4, 4, 8, 12, 3), np.float32),
+        "video": ((4, 4, 8, 12, 3), np.uint8),
         "tokens": ((4, 64), np.int32),
         "token_mask": ((4, 64), bool),
-        "images": ((4, 3, 8, 12, 3), np.float32),
+        "images": ((4, 3, 8, 12, 3), np.uint8),
         "image_tokens": ((4, 3, 64), np.int32),
         "image_token_mask": ((4, 3, 64), bool),
     }
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (s, np.dtype(t)) for k, (s, t) in wanted.items()}
-    clips = {source[i]["caption"]: source[i]["video"] for i in range(len(source))}
+    clips = {read(source, i)["caption"]: video_io.to_uint8(read(source, i)["video"]) for i in range(len(source))}
     assert len(clips) == 48
     for b in range(4):
         caption = text_of(batch["tokens"][b])
@@ -102,7 +109,7 @@ def test_small_batch_contents():
         others = [text_of(t) for t in batch["image_tokens"][b]]
         assert len({caption, *others}) == 4  # of clips that differ, and none of the video itself
         for image, other in zip(batch["images"][b], others, strict=True):
-            assert min(np.abs(image - frame).max() for frame in clips[other]) == 0
+            assert any((image == frame).all() for frame in clips[other])
     assert set(next(make_iterator(source))) == set(ARRAYS[:3])
 
 
@@ -110,7 +117,7 @@ def test_small_an_epoch_shows_every_clip_once_in_another_order():
     source = make_source()
     iterator = make_iterator(source, batch_size=6)
     epochs = [[text_of(t) for _ in range(8) for t in next(iterator)["tokens"]] for _ in range(2)]
-    everything = [source[i]["caption"] for i in range(48)]
+    everything = [read(source, i)["caption"] for i in range(48)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(everything)
     assert epochs[0] != epochs[1] and epochs[0] != everything
     other = make_iterator(source, batch_size=6, seed=1)
@@ -214,12 +221,17 @@ def test_small_resizing_is_that_of_jax():
         crop = video
         if (height, width) == (17, 29):  # 47 x 80 of the 48 x 80 pixels have this ratio
             crop = video[:, :47]
-        wanted = jax.image.resize(video_io.to_float(crop), (2, height, width, 3), "linear", antialias=True)
-        np.testing.assert_allclose(sources.resize_video(video, height=height, width=width), wanted, atol=2e-5)
+        wanted = jax.image.resize(np.float32(crop), (2, height, width, 3), "linear", antialias=True)
+        found = resizing.resize_video(video, height=height, width=width)
+        assert found.dtype == np.uint8
+        np.testing.assert_allclose(found, wanted, atol=0.5 + 2e-3)  # levels are rounded
+        for rows, columns in ((slice(3, 9), slice(5, 20)), (slice(0, 1), slice(width - 1, width))):
+            part = resizing.resize_video(video, height=height, width=width, rows=rows, columns=columns)
+            np.testing.assert_array_equal(part, found[:, rows, columns])
     # A wide clip loses its sides, half each.
     wide = np.concatenate([video[:, :, :10] * 0, video, video[:, :, :10] * 0], axis=2)
     np.testing.assert_array_equal(
-        sources.resize_video(wide, height=12, width=20), sources.resize_video(video, height=12, width=20)
+        resizing.resize_video(wide, height=12, width=20), resizing.resize_video(video, height=12, width=20)
     )
 
 
@@ -230,28 +242,30 @@ def test_small_the_base_trains_on_single_frames_of_its_clips():
     source = loop.data_source(config)
     config.train.crop_frames = 0
     whole = loop.data_source(config)
-    frames = [np.flatnonzero([(source[i]["video"][0] == f).all() for f in whole[i]["video"]]) for i in range(5, 80, 5)]
+    frames = [
+        np.flatnonzero([(read(source, i, i)["video"][0] == f).all() for f in read(whole, i)["video"]])
+        for i in range(5, 200, 5)
+    ]
     assert all(len(f) for f in frames) and len({f[0] for f in frames}) == config.video.frames
 
 
 def test_small_crops_are_parts_of_their_clips():
-    """At places that are multiples of the steps, drawn from the clip: the same every time, others for other clips."""
+    """At places that are multiples of the steps, drawn by the random generator."""
     size = dict(num_clips=20, seed=3, frames=16, height=24, width=40)
     crop = sources.Crop(4, 8, 16, space=4, time=2)
     whole, part = sources.ShapesSource(**size), sources.ShapesSource(**size, crop=crop)
     places = set()
     for i in range(20):
-        rng = np.random.default_rng((whole.clip(i)[1], 1))
-        place = crop.place(rng, frames=16, height=24, width=40)
+        place = crop.place(np.random.default_rng(i), frames=16, height=24, width=40)
         assert [s.start % step for s, step in zip(place, (2, 4, 4), strict=True)] == [0, 0, 0]
-        assert part[i]["caption"] == whole[i]["caption"]
-        np.testing.assert_array_equal(part[i]["video"], whole[i]["video"][place])
+        assert read(part, i)["caption"] == read(whole, i)["caption"]
+        np.testing.assert_array_equal(read(part, i, i)["video"], read(whole, i)["video"][place])
         places.add(tuple(s.start for s in place))
     assert len(places) > 10
     assert {p[0] for p in places} == {0, 2, 4, 6, 8, 10, 12}
     assert part.image(0, np.random.default_rng(0))["image"].shape == (8, 16, 3)
     with pytest.raises(UserError, match="the crop's height is 32 in a clip of 24, expected 1 to 24"):
-        sources.ShapesSource(**size, crop=sources.Crop(4, 32, 16))[0]
+        read(sources.ShapesSource(**size, crop=sources.Crop(4, 32, 16)), 0)
 
 
 @pytest.fixture(scope="module")
@@ -293,32 +307,78 @@ def test_small_tfds_source_reads_what_was_prepared(prepared):
     source = sources.make_source("tfds", data_dir=prepared[0], fps=0.75, frames=4, height=12, width=20)
     assert len(source) == 12
     rendered = sources.ShapesSource(num_clips=12, seed=2, frames=4, height=12, width=20)
-    clips = {rendered[i]["caption"]: rendered[i]["video"] for i in range(12)}
+    clips = {read(rendered, i)["caption"]: read(rendered, i)["video"] for i in range(12)}
     for i in range(12):
-        clip = source[i]
-        assert clip["video"].dtype == np.float32 and clip["video"].shape == (4, 12, 20, 3)
+        clip = read(source, i)
+        assert clip["video"].dtype == np.uint8 and clip["video"].shape == (4, 12, 20, 3)
         # The renderer averages over boxes, resizing over triangles.
-        assert np.abs(clip["video"] - clips[clip["caption"]]).mean() < 0.06
+        assert np.abs(video_io.to_float(clip["video"]) - clips[clip["caption"]]).mean() < 0.06
+    every = sources.TFDSSource(prepared[0], frames=8, height=12, width=20, fps=1.5)
     image = source.image(3, np.random.default_rng(0))
-    assert min(np.abs(image["image"] - frame).max() for frame in source[3]["video"]) == 0
-    whole = sources.TFDSSource(prepared[0], frames=4, height=12, width=20)
-    np.testing.assert_array_equal(whole[2]["video"], source[2]["video"])
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[5]["video"], source[5]["video"])
+    assert sum((image["image"] == frame).all() for frame in read(every, 3)["video"]) == 1
+    np.testing.assert_array_equal(read(pickle.loads(pickle.dumps(source)), 5)["video"], read(source, 5)["video"])
     batch = next(make_iterator(source, num_images=2))
     assert batch["video"].shape == (4, 4, 12, 20, 3) and batch["images"].shape == (4, 2, 12, 20, 3)
 
 
 def test_small_tfds_crops_are_parts_of_their_clips(prepared):
-    size = dict(frames=8, height=24, width=40, fps=None)
+    size = dict(frames=8, height=24, width=40, fps=1.5)
     crop = sources.Crop(4, 8, 16, space=2)
     whole, part = (sources.TFDSSource(prepared[0], **size, crop=c) for c in (None, crop))
-    place = crop.place(np.random.default_rng(5), frames=8, height=24, width=40)
-    np.testing.assert_array_equal(part[5]["video"], whole[5]["video"][place])
+    video, starts = read(whole, 5)["video"], set()
+    for seed in range(20):
+        _, rows, columns = crop.place(np.random.default_rng(seed), frames=4, height=24, width=40)
+        found = read(part, 5, seed)["video"]
+        (start,) = [k for k in range(5) if (found == video[k : k + 4, rows, columns]).all()]
+        starts.add(start)
+    assert starts == set(range(5))
     assert part.image(5, np.random.default_rng(0))["image"].shape == (8, 16, 3)
 
 
+@pytest.mark.parametrize("name", ["shapes", "tfds"])
+def test_small_every_epoch_shows_other_parts_of_the_clips(prepared, name):
+    """And the same ones for the same seed, through a restart, and whoever reads them."""
+    size = dict(frames=8, height=24, width=40, crop=sources.Crop(2, 16, 24))
+    source = sources.make_source(name, num_clips=12, data_dir=prepared[0], fps=1.5, **size)
+
+    def epochs(iterator, first, last):
+        if first:
+            iterator.set_state({**iterator.get_state(), "global_next_index": 12 * first})
+        return [[next(iterator)["video"] for _ in range(3)] for _ in range(first, last)]
+
+    options = dict(shuffle=False, num_images=1)
+    found = epochs(make_iterator(source, **options), 0, 4)
+    for clip in range(12):
+        of_clip = [np.concatenate(epoch)[clip] for epoch in found]
+        assert len({video.tobytes() for video in of_clip}) >= 3
+    np.testing.assert_array_equal(epochs(make_iterator(source, **options), 2, 4), found[2:])
+    assert (epochs(make_iterator(source, seed=1, **options), 0, 1)[0][0] != found[0][0]).any()
+    readers = [make_iterator(source, **options, reader=r, readers=((0,), (1,))) for r in (0, 1)]
+    halves = [np.stack(epochs(iterator, 0, 2)) for iterator in readers]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=2), found[:2])
+
+
+def test_small_the_step_takes_the_batch_as_floats():
+    """uint8 on its way to the devices; there as float32 in [-1, 1], which is the drawing to half a level."""
+    config = base.get_config("small")
+    encoder = load_encoder(config.text)
+    batch = next(loop.make_data(config, encoder))
+    assert batch["video"].dtype == batch["images"].dtype == np.uint8
+    made = jax.jit(lambda batch: prepare(encoder.module, encoder.params, batch))(batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), batch_shapes(config)
+    )
+    for key in ("video", "images"):
+        np.testing.assert_allclose(made[key], video_io.to_float(batch[key]), atol=1.2e-7)
+    source = loop.data_source(config)
+    clips = (read(source, i) for i in range(len(source)))
+    drawn = {byte_tokens([clip["caption"]], 64)[0].tobytes(): clip["video"] for clip in clips}
+    wanted = [drawn[tokens.tobytes()] for tokens in batch["tokens"]]
+    np.testing.assert_allclose(made["video"], wanted, atol=0.5 / 127.5 + 1e-6)
+
+
 def test_small_tfds_source_names_what_is_wrong(prepared):
-    size = dict(frames=4, height=12, width=20)
+    size = dict(frames=4, height=12, width=20, fps=1.5)
     with pytest.raises(ValueError, match="split is 'test', expected one of"):
         sources.TFDSSource(prepared[0], "test", **size)
     with pytest.raises(ValueError, match="no feature 'text', expected one of"):
@@ -327,4 +387,4 @@ def test_small_tfds_source_names_what_is_wrong(prepared):
     with pytest.raises(ValueError, match=f"did you mean {prepared[0]}"):
         sources.TFDSSource(above, **size)
     with pytest.raises(video_io.VideoError, match=r"clip 2 of 'train' in .* ends after 8 of these frames"):
-        sources.TFDSSource(prepared[0], fps=1.5, frames=9, height=12, width=20)[2]
+        read(sources.TFDSSource(prepared[0], **{**size, "frames": 9}), 2)

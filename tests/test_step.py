@@ -19,11 +19,11 @@ from ivideo.training.step import (
     batch_loss,
     batch_shapes,
     draws,
-    embed,
     init_state,
     learning_rate,
     make_optimizer,
     make_train_step,
+    prepare,
     state_shapes,
 )
 
@@ -40,7 +40,7 @@ def parts():
     config = small()
     encoder = load_encoder(config.text)
     batch = jax.tree.map(jnp.asarray, next(make_data(config, encoder)))
-    batch |= embed(encoder.module, encoder.params, batch)
+    batch = prepare(encoder.module, encoder.params, batch)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: (0.15 * rng.normal(size=p.shape)).astype(np.float32), stages.param_shapes(config))
     return config, batch, state_of(config, params)

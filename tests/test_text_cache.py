@@ -129,10 +129,10 @@ def test_small_images_are_embedded_from_the_cache_too(config, tmp_path):
     batch = next(loop.make_data(config, texts))
     assert batch["text"].shape == (config.train.batch_size, 64, 128)
     assert batch["image_text"].shape == (config.train.batch_size, 2, 64, 128)
-    found = step.embed(texts.module, texts.params, batch)
+    found = step.prepare(texts.module, texts.params, batch)
     config.data.text_cache = ""
     encoder = loop.load_texts(config, None)
-    wanted = step.embed(encoder.module, encoder.params, next(loop.make_data(config, encoder)))
+    wanted = step.prepare(encoder.module, encoder.params, next(loop.make_data(config, encoder)))
     for name in ("text", "image_text"):
         np.testing.assert_allclose(found[name], wanted[name], rtol=2**-8, atol=1e-5)
 
@@ -188,9 +188,16 @@ def test_small_captions_are_found_whatever_their_spaces(config, tmp_path):
     bits, mask = found.tokenize(["a red star", " a red\nstar\n", " "])
     assert mask[0].sum() == 11 and not mask[2].any()
     np.testing.assert_array_equal(bits[0], bits[1])
+
+    class Source:
+        def __len__(self):
+            return 1
+
+        def read(self, index, rng):
+            return {"video": np.zeros((1, 2, 2, 3), np.uint8), "caption": " a red\nstar\n"}
+
     iterator = loop.make_iterator(
-        [{"video": np.zeros((1, 2, 2, 3), np.float32), "caption": " a red\nstar\n"}],
-        batch_size=1, seed=0, tokenize=text.load_encoder(config.text).tokenizer, text_length=64,
+        Source(), batch_size=1, seed=0, tokenize=text.load_encoder(config.text).tokenizer, text_length=64,
     )  # fmt: skip
     wanted = text.load_encoder(config.text).tokenize(["a red star"])[0]
     np.testing.assert_array_equal(next(iterator)["tokens"], wanted)

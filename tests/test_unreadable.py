@@ -30,10 +30,17 @@ class Source:
     def __len__(self):
         return 12
 
-    def __getitem__(self, index):
+    def check(self, index):
         if index in self.bad:
             raise VideoError(f"clip {index} is corrupt.")
-        return {"video": np.full((2, 4, 4, 3), index / 12, np.float32), "caption": f"clip {index}"}
+
+    def read(self, index, rng):
+        self.check(index)
+        return {"video": np.full((2, 4, 4, 3), index, np.uint8), "caption": f"clip {index}"}
+
+    def image(self, index, rng):
+        clip = self.read(index, rng)
+        return {"image": clip["video"][rng.integers(2)], "caption": clip["caption"]}
 
 
 def iterator(source=None, **options):
@@ -54,7 +61,7 @@ def assert_same(found, wanted):
 
 def clips(found, name="video"):
     first = {"video": (0, 0, 0, 0), "images": (0, 0, 0)}[name]  # a clip's first value tells which one it is
-    return [round(12 * float(x)) for batch in found for x in batch[name][(..., *first)].ravel()]
+    return [int(x) for batch in found for x in batch[name][(..., *first)].ravel()]
 
 
 def test_small_the_next_readable_clip_stands_in_its_place():
@@ -63,7 +70,7 @@ def test_small_the_next_readable_clip_stands_in_its_place():
     assert clips(found) == [place.get(clip, clip) for clip in clips(whole)]
     assert set(clips(whole)) >= BAD
     caption = byte_tokens(["clip 5"], 8)[0][0]
-    assert all((batch["tokens"][np.round(batch["video"][:, 0, 0, 0, 0] * 12) == 5] == caption).all() for batch in found)
+    assert all((batch["tokens"][batch["video"][:, 0, 0, 0, 0] == 5] == caption).all() for batch in found)
     images = clips(batches(iterator()), "images")
     assert not BAD & set(images) and len(images) == 6 * 4 * 2
 
@@ -115,7 +122,7 @@ def test_small_a_set_without_a_readable_clip_ends_the_run():
 
 def test_small_other_errors_end_the_run_at_once():
     class Broken(Source):
-        def __getitem__(self, index):
+        def read(self, index, rng):
             raise OSError("the storage is away")
 
     with pytest.raises(OSError, match="the storage is away"):
@@ -137,13 +144,13 @@ def test_small_a_damaged_clip_of_a_prepared_set_is_left_out_of_training(tmp_path
     folder = sources.prepare_shapes(tmp_path, num_train=8, num_held_out=1, frames=16, height=16, width=16)
     config = base.get_config("small")
     config.update_from_flattened_dict({"data.source": "tfds", "data.dir": folder, "data.max_unreadable": 1})
-    read = sources.TFDSSource._read
+    record = sources.TFDSSource._record
 
     def damaged(self, index):
-        data, caption = read(self, index)
+        data, caption = record(self, index)
         return (data[: len(data) // 3] if index in bad else data), caption
 
-    monkeypatch.setattr(sources.TFDSSource, "_read", damaged)
+    monkeypatch.setattr(sources.TFDSSource, "_record", damaged)
 
     class Encoder:
         tokenizer, length = staticmethod(byte_tokens), 64

@@ -1,4 +1,4 @@
-"""Reads every clip of a data set as a stage would, and lists the clips that cannot be read."""
+"""Decodes every clip of a data set, and lists the clips that cannot be read or are too short for the stage."""
 
 import concurrent.futures
 import os
@@ -38,7 +38,7 @@ def check_data(source) -> None:
 
 def _problem(source, index):
     try:
-        source[index]
+        source.check(index)
     except VideoError as e:
         return str(e)
     return ""

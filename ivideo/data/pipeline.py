@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from ivideo.data import unreadable, workers
+from ivideo.data import unreadable, video_io, workers
 from ivideo.errors import UserError
 from ivideo.prompts import one_line
 
@@ -19,61 +19,40 @@ Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 Readers = tuple[tuple[int, ...], ...]  # for each reader, the numbers of its parts of a batch
 
 
-class _Indexed:
-    """Adds its index to every clip of a source; `_PackImages` uses it to choose other clips for images.
+class _Read(grain.transforms.RandomMap):
+    """Reads the clip of an index, and with K > 0 also `images` [K,H,W,3] and their captions, as uint8.
 
-    A clip that cannot be read is replaced by the next one that can (`ivideo.data.unreadable`).
+    Each image is a frame of another clip of the source. All places in time and space are drawn at random. A clip that
+    cannot be read is replaced by the next one that can (`ivideo.data.unreadable`).
     """
 
-    def __init__(self, source, max_unreadable: int):
-        self._source, self._max_unreadable = source, max_unreadable
+    def __init__(self, source, num_images: int, max_unreadable: int):
+        self._source, self._num_images, self._max_unreadable = source, num_images, max_unreadable
 
     def __setstate__(self, state):  # runs in a data worker, where the source is unpickled
         self.__dict__.update(state)
         workers.attend()
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def random_map(self, index: int, rng: np.random.Generator) -> dict:
+        clip, used, left_out = self._first_readable(self._source.read, index, rng)
+        element = {"video": video_io.to_uint8(clip["video"]), "caption": clip["caption"], unreadable.KEY: [left_out]}
+        if self._num_images:
+            # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
+            steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
+            packed = []
+            for step in steps:
+                image, _, left_out = self._first_readable(self._source.image, (used + step) % len(self._source), rng)
+                packed.append(image)
+                element[unreadable.KEY].append(left_out)
+            element["images"] = video_io.to_uint8(np.stack([p["image"] for p in packed]))
+            element["image_captions"] = [p["caption"] for p in packed]
+        return element
 
-    def __getitem__(self, index: int) -> dict:
-        read = self._source.__getitem__
-        clip, used, count = unreadable.first_readable(read, int(index), len(self), self._max_unreadable)
-        return {**clip, "index": used, unreadable.KEY: np.array([[index, count]], np.int32)}
-
-    def __repr__(self) -> str:
-        return f"Indexed({type(self._source).__name__}, {len(self)})"
-
-
-class _PackImages(grain.transforms.RandomMap):
-    """Adds `images` [K,H,W,3] and their captions. Each image is a frame of another clip of the source."""
-
-    def __init__(self, source, num_images: int, max_unreadable: int):
-        self._source, self._num_images, self._max_unreadable = source, num_images, max_unreadable
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
-        steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
-        others = [(element["index"] + int(step)) % len(self._source) for step in steps]
-        packed, left_out = [], [element[unreadable.KEY]]
-        for index in others:
-            image, _, count = unreadable.first_readable(
-                lambda i: _image(self._source, i, rng), index, len(self._source), self._max_unreadable
-            )
-            packed.append(image)
-            left_out.append(np.array([[index, count]], np.int32))
-        return {
-            **element,
-            "images": np.stack([p["image"] for p in packed]),
-            "image_captions": [p["caption"] for p in packed],
-            unreadable.KEY: np.concatenate(left_out),
-        }
-
-
-def _image(source, index: int, rng: np.random.Generator) -> dict:
-    if hasattr(source, "image"):
-        return source.image(index, rng)
-    clip = source[index]
-    return {"image": clip["video"][rng.integers(len(clip["video"]))], "caption": clip["caption"]}
+    def _first_readable(self, read, index, rng):
+        """What is read, of which clip, and the entry of `unreadable.KEY`."""
+        index, length = int(index), len(self._source)
+        found, used, count = unreadable.first_readable(lambda i: read(i, rng), index, length, self._max_unreadable)
+        return found, used, (index, count)
 
 
 class _Tokenize(grain.transforms.Map):
@@ -97,12 +76,11 @@ class _Tokenize(grain.transforms.Map):
 
     def map(self, element: dict) -> dict:
         name, tokens, mask = self._tokens([element["caption"]])
-        out = {"video": np.asarray(element["video"], np.float32), name: tokens[0], "token_mask": mask[0]}
-        out[unreadable.KEY] = element[unreadable.KEY]
+        out = {"video": element["video"], name: tokens[0], "token_mask": mask[0]}
+        out[unreadable.KEY] = np.array(element[unreadable.KEY], np.int32)
         if "images" in element:
             name, image_tokens, image_mask = self._tokens(element["image_captions"])
-            images = np.asarray(element["images"], np.float32)
-            out |= {"images": images, f"image_{name}": image_tokens, "image_token_mask": image_mask}
+            out |= {"images": element["images"], f"image_{name}": image_tokens, "image_token_mask": image_mask}
         return out
 
 
@@ -142,8 +120,9 @@ def make_dataset(
 ) -> grain.MapDataset:
     """The endless data set of examples that `make_iterator` batches: its dicts without the batch dimension.
 
-    An example also lists the clips that were left out for it (`unreadable.KEY`). Every epoch has a new order. UserError
-    where the source is empty, or too small for `num_images` images of other clips.
+    An example also lists the clips that were left out for it (`unreadable.KEY`). Every epoch has a new order, and shows
+    other parts of the clips. An example depends on the seed and its number alone. UserError where the source is empty,
+    or too small for `num_images` images of other clips.
     """
     if len(source) == 0:
         raise UserError("The source has 0 clips, expected 1 or more: check its folder and split.")
@@ -154,12 +133,11 @@ def make_dataset(
         )
     if text_length < 1:
         raise UserError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
-    dataset = grain.MapDataset.source(_Indexed(source, max_unreadable)).seed(seed)
+    dataset = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat()
-    if num_images:
-        dataset = dataset.random_map(_PackImages(source, num_images, max_unreadable))
+    # After the repetition, so that each epoch draws new random numbers
+    dataset = dataset.repeat().random_map(_Read(source, num_images, max_unreadable))
     return dataset.map(_Tokenize(tokenize, text_length))
 
 
@@ -184,7 +162,7 @@ def make_iterator(
     Args:
       source: see `ivideo.data.sources`.
       batch_size: clips per batch, of all readers together; UserError unless the number of parts divides it.
-      seed: of the order and of the choice of images.
+      seed: of the order, the choice of images, and the places that clips and images are read at.
       num_images: K, images packed with each video.
       tokenize: (texts, length) -> (tokens [N,L], mask [N,L]), or a `TextCache`.
       text_length: L.
@@ -198,8 +176,8 @@ def make_iterator(
         UserError at the next one.
 
     Returns:
-      An iterator over dicts of `video` float32 [B,T,H,W,3], `tokens` int32 [B,L] and `token_mask` bool [B,L]. With
-      K > 0 they also have frames of K other clips with their own captions: `images` float32 [B,K,H,W,3], `image_tokens`
+      An iterator over dicts of `video` uint8 [B,T,H,W,3], `tokens` int32 [B,L] and `token_mask` bool [B,L]. With
+      K > 0 they also have frames of K other clips with their own captions: `images` uint8 [B,K,H,W,3], `image_tokens`
       int32 [B,K,L], `image_token_mask` bool [B,K,L]. With a cache, `text` [B,L,D] and `image_text` [B,K,L,D], bfloat16
       bits as uint16, take the place of the tokens. Save its state with `grain.checkpoint.CheckpointSave(iterator)` or
       `get_state()`: it is one number, valid for any number of readers and workers.

@@ -1,23 +1,25 @@
 """Random-access sources of captioned clips: rendered on the fly (shapes), or read from a set prepared with TFDS.
 
-A source has `__len__`, `__getitem__(i) -> {"video": float32 [T,H,W,3] in [-1, 1], "caption": str}` and
-`image(i, rng) -> {"image": float32 [H,W,3], "caption": str}`, one frame of clip i that `rng` chooses. Both depend only
-on their arguments, so a run that is stopped and resumed sees the same data.
+A source has `__len__` and three methods. `read(i, rng) -> {"video": [T,H,W,3], "caption": str}` is a part of clip i, at
+a place in time and space that `rng` draws. `image(i, rng) -> {"image": [H,W,3], "caption": str}` is such a part of one
+frame that `rng` draws. Pixels are uint8, or float in [-1, 1]. `check(i)` raises VideoError if any part of clip i cannot
+be read. All depend only on their arguments, so a run that is stopped and resumed sees the same data.
 Data workers import this module, so it does not import jax. TFDS takes seconds to import, and is imported on first use.
 """
 
+import contextlib
 import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
 
 from ivideo.data import shapes, video_io
+from ivideo.data.resizing import resize_video
 from ivideo.errors import UserError
 
 
@@ -55,8 +57,7 @@ class ShapesSource:
 
     Clip i has attributes[i % len(attributes)], so captions occur equally often (to within one clip, unless `num_clips`
     is a multiple of their number). `attributes` is, for instance, `shapes.TRAIN`. `frames`, `height`, `width` are the
-    size of every clip; UserError where a number is not positive. With `crop`, only that part of each clip is rendered,
-    at a position that the clip's seed determines.
+    size of every clip; UserError where a number is not positive. With `crop`, only that part of each clip is rendered.
     """
 
     def __init__(
@@ -89,16 +90,16 @@ class ShapesSource:
         # Sources with different seeds share no clip, as long as each has fewer than 2^32 clips
         return self.attributes[index % len(self.attributes)], (self.seed << 32) + int(index)
 
-    def __getitem__(self, index: int) -> dict:
+    def read(self, index: int, rng: np.random.Generator) -> dict:
+        """Clip `index`, or a crop of it that `rng` places, float32 in [-1, 1], and its caption."""
         attrs, seed = self.clip(index)
-        frames, rows, columns = self._place(np.random.default_rng((seed, 1)))
-        times = shapes.frame_times(self.frames)[frames]
-        video = self._draw(attrs, seed, times, rows, columns)
+        frames, rows, columns = self._place(rng)
+        video = self._draw(attrs, seed, shapes.frame_times(self.frames)[frames], rows, columns)
         return {"video": video, "caption": shapes.caption(attrs)}
 
     def _place(self, rng: np.random.Generator) -> tuple[slice, slice, slice]:
         if self.crop is None:
-            return slice(None), slice(None), slice(None)
+            return (slice(None),) * 3
         return self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
@@ -109,6 +110,9 @@ class ShapesSource:
         image = self._draw(attrs, seed, time, rows, columns)[0]
         return {"image": image, "caption": shapes.caption(attrs)}
 
+    def check(self, index: int) -> None:
+        """Does nothing: every clip can be drawn."""
+
     def _draw(self, attrs, seed, times, rows, columns) -> np.ndarray:
         return shapes.render_at(attrs, seed, times, height=self.height, width=self.width, rows=rows, columns=columns)
 
@@ -117,10 +121,10 @@ class TFDSSource:
     """Clips of a set prepared with TFDS as array_record; its feature `video` is a file's bytes, and `caption` a text.
 
     `data_dir` is the folder of one prepared set, with its dataset_info.json. `fps` is the rate at which frames are
-    taken; None spreads them over the whole clip. `start` is the number of seconds to skip. Frames are cropped about
-    their centre to the target aspect ratio, then resized by an antialiased bilinear filter.
+    taken. Frames are cropped about their centre to the target aspect ratio, then resized by an antialiased bilinear
+    filter. `frames`, `height`, `width` are the size of a clip. With `crop`, only that part is decoded and resized.
     UserError where there is no set, or its features have other names. VideoError for a clip that cannot be read or is
-    too short; remove such clips when you prepare the set.
+    shorter than the part that is read; remove such clips when you prepare the set.
     """
 
     def __init__(
@@ -131,8 +135,7 @@ class TFDSSource:
         frames: int,
         height: int,
         width: int,
-        fps: video_io.Rate | None = None,
-        start: float = 0.0,
+        fps: video_io.Rate,
         crop: Crop | None = None,
         video_feature: str = "video",
         caption_feature: str = "caption",
@@ -153,8 +156,9 @@ class TFDSSource:
         self._records = builder.as_data_source(split=split)
         self._features = (video_feature, caption_feature)
         self.split, self.data_dir = split, os.fspath(data_dir)
-        self.frames, self.height, self.width, self.fps, self.start = frames, height, width, fps, start
-        self.crop = crop
+        self.height, self.width, self.fps = height, width, fps
+        # Decoded at any time of a clip, so a crop needs no clip of the full length
+        self.crop = crop or Crop(frames, height, width)
 
     @staticmethod
     def _check_folder(data_dir: str | os.PathLike) -> None:
@@ -167,35 +171,46 @@ class TFDSSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def _read(self, index: int) -> tuple[bytes, str]:
+    def _record(self, index: int) -> tuple[bytes, str]:
         record = self._records[int(index)]
         video, caption = (record[name] for name in self._features)
         return bytes(video), caption.decode() if isinstance(caption, bytes) else str(caption)
 
-    def _decode(self, index: int, data: bytes, pick: int | None = None) -> np.ndarray:
-        """The clip's frames, or only the frame of index `pick`, resized."""
+    @contextlib.contextmanager
+    def _naming(self, index: int):
+        """Adds the clip's place in the set to the message of a VideoError."""
         try:
-            frames = video_io.iter_frames(data, frames=self.frames, fps=self.fps, start=self.start, pick=pick)
-            return resize_video(frames, height=self.height, width=self.width)
+            yield
         except video_io.VideoError as error:
             raise video_io.VideoError(f"clip {index} of {self.split!r} in {self.data_dir}: {error}") from error
 
-    def __getitem__(self, index: int) -> dict:
-        data, caption = self._read(index)
-        video = self._decode(index, data)
-        if self.crop is not None:
-            # The crop's position depends on the clip's index alone
-            rng = np.random.default_rng(int(index))
-            video = video[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)]
+    def _decode(self, index: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """A crop of `count` frames of clip `index`, uint8, and the clip's caption."""
+        data, caption = self._record(index)
+        crop = self.crop._replace(frames=count)
+        _, rows, columns = crop.place(rng, frames=count, height=self.height, width=self.width)
+        with self._naming(index):
+            frames = video_io.iter_frames(data, frames=count, fps=self.fps, choose=rng.integers)
+            video = resize_video(frames, height=self.height, width=self.width, rows=rows, columns=columns)
+        return video, caption
+
+    def read(self, index: int, rng: np.random.Generator) -> dict:
+        """A part of clip `index`, uint8, at a time and a place that `rng` draws, and the clip's caption.
+
+        It begins at any frame of the file after which enough frames follow.
+        """
+        video, caption = self._decode(index, self.crop.frames, rng)
         return {"video": video, "caption": caption}
 
     def image(self, index: int, rng: np.random.Generator) -> dict:
-        """One frame of clip `index`, chosen by `rng`, and the clip's caption."""
-        data, caption = self._read(index)
-        image = self._decode(index, data, pick=int(rng.integers(self.frames)))[0]
-        if self.crop is not None:
-            image = image[self.crop.place(rng, frames=self.frames, height=self.height, width=self.width)[1:]]
-        return {"image": image, "caption": caption}
+        """A part of one frame of clip `index`, both chosen by `rng`, and the clip's caption."""
+        video, caption = self._decode(index, 1, rng)
+        return {"image": video[0], "caption": caption}
+
+    def check(self, index: int) -> None:
+        """Decodes the whole clip. VideoError if it cannot be read or is too short."""
+        with self._naming(index):
+            video_io.check_frames(self._record(index)[0], frames=self.crop.frames, fps=self.fps)
 
 
 def make_source(
@@ -208,7 +223,7 @@ def make_source(
     seed: int = 0,
     data_dir: str = "",
     split: str = "train",
-    fps: video_io.Rate | None = None,
+    fps: video_io.Rate = 24,
     crop: Crop | None = None,
 ) -> ShapesSource | TFDSSource:
     """The source named 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
@@ -230,38 +245,6 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} is {value}, expected 1 or more: pass a positive number.")
-
-
-def resize_video(video: Iterable[np.ndarray], *, height: int, width: int) -> np.ndarray:
-    """Crops and resizes frames, uint8 [h,w,3] of any sizes, to float32 [T,height,width,3] in [-1, 1].
-
-    Each frame is cropped about its centre to the new aspect ratio, then resized as by `jax.image.resize` with 'linear'
-    and antialias, so that stages trained on different sizes of a clip agree. Nothing is distorted.
-    """
-    return np.stack([_resize_frame(frame, height=height, width=width) for frame in video])
-
-
-def _resize_frame(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    old_height, old_width = frame.shape[:2]
-    # Whole pixels are cropped, so the aspect ratio can be off by one pixel
-    crop_height = min(old_height, max(1, round(old_width * height / width)))
-    crop_width = min(old_width, max(1, round(old_height * width / height)))
-    top, left = (old_height - crop_height) // 2, (old_width - crop_width) // 2
-    rows, columns = _resize_weights(crop_height, height), _resize_weights(crop_width, width)
-    cropped = video_io.to_float(frame[top : top + crop_height, left : left + crop_width])
-    resized_rows = rows @ cropped.reshape(crop_height, -1)
-    columns_first = resized_rows.reshape(height, crop_width, 3).transpose(1, 0, 2).reshape(crop_width, -1)
-    return (columns @ columns_first).reshape(width, height, 3).transpose(1, 0, 2)
-
-
-@functools.lru_cache(maxsize=64)
-def _resize_weights(old: int, new: int) -> scipy.sparse.csr_array:
-    """The sparse [new, old] matrix of a triangle filter, widened for downsampling, with rows that sum to 1."""
-    scale = old / new
-    centres = (np.arange(new)[:, None] + 0.5) * scale - 0.5
-    weights = np.maximum(0, 1 - np.abs(centres - np.arange(old)) / max(scale, 1))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return scipy.sparse.csr_array(weights.astype(np.float32))
 
 
 def prepare_shapes(
@@ -378,12 +361,13 @@ def _captioned_shapes() -> tuple[type, type]:
             )
             fps = config.frames / Fraction(shapes.DURATION).limit_denominator(3)
             for i in range(num_clips):
-                clip, (attrs, clip_seed) = source[i], source.clip(i)
+                attrs, clip_seed = source.clip(i)
+                video = shapes.render(attrs, clip_seed, frames=config.frames, height=config.height, width=config.width)
                 yield (
                     i,
                     {
-                        "video": video_io.encode(clip["video"], fps=fps, crf=config.crf),
-                        "caption": clip["caption"],
+                        "video": video_io.encode(video, fps=fps, crf=config.crf),
+                        "caption": shapes.caption(attrs),
                         **attrs._asdict(),
                         "seed": clip_seed,
                     },

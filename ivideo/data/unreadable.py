@@ -58,7 +58,7 @@ class WarnUnreadable(grain.DatasetIterator):
             return
         self._left_out.add(index)
         try:
-            self._source[index]
+            self._source.check(index)
             problem = f"clip {index} could not be read"  # but can be now: the storage fails at times
         except VideoError as e:
             problem = str(e)

@@ -11,13 +11,13 @@ import logging
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import numpy as np
 
 from ivideo.data import encoders
-from ivideo.data.decoding import Path, decoded, frames_at, length, open_video
+from ivideo.data.decoding import Path, choose_start, decoded, frames_at, length, open_video
 from ivideo.data.pictures import VideoError, resized
 from ivideo.errors import UserError
 
@@ -26,6 +26,8 @@ log = logging.getLogger("ivideo")
 EXTENSIONS = tuple(encoders.FORMATS)  # of the files that can be written, in lower or upper case
 
 Rate = int | float | Fraction
+
+SEEK_AFTER = 1  # seconds: frames before that time are found by decoding from the beginning
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
@@ -135,6 +137,15 @@ def count_frames(path: Path) -> int:
         return sum(frame.frame is not None for frame in decoded(video))
 
 
+def check_frames(source: Path | bytes, *, frames: int, fps: Rate) -> None:
+    """Decodes a whole file. VideoError where a frame is damaged, or the file is too short for `frames` at `fps`."""
+    for _ in iter_frames(source, frames=frames, fps=fps):
+        pass
+    with open_video(source, "a video file") as video:
+        for frame in decoded(video):
+            video.check(frame)
+
+
 def read_rate(source: Path | bytes) -> Fraction:
     """A file's frame rate in frames per second, 0 where it states none. VideoError where it cannot be opened."""
     with open_video(source, "a video") as video:
@@ -176,15 +187,17 @@ def iter_frames(
     fps: Rate | None = None,
     duration: Rate | None = None,
     start: Rate = 0,
-    pick: int | None = None,
+    choose: Callable[[int], int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the frames shown at start, start + 1/fps, ..., uint8 [H,W,3] each, chosen by their timestamps.
 
     `source` is a path or a file's bytes. `start` is in seconds after the first frame that decodes. `fps` is in frames
     per second; alternatively, `duration` in seconds is divided equally among the frames. With neither, everything from
-    `start` on is divided equally. With `pick`, only the frame of that index is read. The file's frames are skipped or
-    repeated as needed. Only frames that are yielded are converted, and none is kept, so memory does not grow with the
-    file. If the resolution changes within the file, so does the size of the frames.
+    `start` on is divided equally. Alternatively, `choose` draws the start: given n, it returns one of 0 .. n-1, the
+    number of a frame of the file from which on it is long enough (`decoding.choose_start`). The file's frames are
+    skipped or repeated as needed. Decoding begins at the key frame before the start and ends after the last frame.
+    Only frames that are yielded are converted, and none is kept, so memory does not grow with the file. If the
+    resolution changes within the file, so does the size of the frames.
 
     UserError for arguments out of range; VideoError as in `read_video`, and where the clip ends too early.
     """
@@ -195,32 +208,36 @@ def iter_frames(
             f"frames is {frames}, start {start} and duration {duration}, expected frames 1 or more, start 0 or more "
             "and duration above 0: correct them."
         )
+    if choose is not None and (fps is None or start):
+        raise UserError(f"choose is given with fps {fps} and start {start}, expected fps alone: leave out the others.")
     start = Fraction(start)
     expected = f"a video of {frames} frames from {float(start):.3f} seconds on"
-    with open_video(source, expected) as video:
-        name = video.name
-        if fps is not None:
-            step = 1 / _rate(fps)
-        else:
+    if fps is None:
+        with open_video(source, expected) as video:
             step = (Fraction(duration) if duration is not None else length(video) - start) / frames
-    if step <= 0:
-        raise VideoError(f"{name} ends before {float(start):.3f} seconds, expected {expected}: use a longer video.")
-    targets = [start + k * step for k in range(frames)]
-    if pick is not None:
-        targets = [targets[pick]]
+            if step <= 0:
+                raise VideoError(
+                    f"{video.name} ends before {float(start):.3f} seconds, expected {expected}: use a longer video."
+                )
+    else:
+        step = 1 / _rate(fps)
     count = 0
     # Far from the beginning a seek saves decoding. If it fails, everything from the beginning on is decoded
-    for seek in (True, False) if targets[0] > 1 else (False,):
+    seek = choose is not None or start > SEEK_AFTER
+    for seeking in (True, False) if seek else (False,):
         with open_video(source, expected) as video:
-            pictures = frames_at(video, targets, seek=seek)
+            if choose is not None:
+                start, choose = choose_start(video, (frames - 1) * step, choose), None
+            targets = [start + k * step for k in range(frames)]
+            pictures = frames_at(video, targets, seek=seeking)
             if pictures is None:
                 continue
             for image in pictures:
                 count += 1
                 yield image
             break
-    if count < len(targets):
+    if count < frames:
         raise VideoError(
-            f"{name} ends after {count} of these frames, expected {expected}, the last one at "
+            f"{video.name} ends after {count} of these frames, expected {expected}, the last one at "
             f"{float(targets[-1]):.3f}: use a longer video."
         )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ivideo.data import video_io
-from ivideo.data.sources import resize_video
+from ivideo.data.resizing import resize_video
 from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.files import digest, prepare_folders, refuse_existing
@@ -176,4 +176,4 @@ def read_clip(path: str, config) -> np.ndarray:
             path, *first.shape[:2], float(rate), size.frames / fps,
             size.frames, size.height, size.width, fps, config.stage,
         )  # fmt: skip
-    return resize_video(itertools.chain([first], frames), height=size.height, width=size.width)
+    return video_io.to_float(resize_video(itertools.chain([first], frames), height=size.height, width=size.width))

@@ -48,7 +48,7 @@ class Agreement:
         def first(batch):
             return {name: batch[name][: self._count] for name in ("video", "text", "token_mask")}
 
-        batch = context.embed_texts(sharding.to_devices(batch, self._mesh))
+        batch = context.prepare_batch(sharding.to_devices(batch, self._mesh))
         where = sharding.batch_shardings(self._mesh, jax.eval_shape(first, batch))
         self._batch = jax.jit(first, out_shardings=where)(batch)
 

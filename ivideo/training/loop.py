@@ -34,10 +34,10 @@ from ivideo.training.report import Reporter, learning_rate_key
 from ivideo.training.step import (
     TrainState,
     check_batch,
-    embed,
     init_state,
     make_train_step,
     model_flops,
+    prepare,
     state_shapes,
 )
 from ivideo.weights import load_params
@@ -46,7 +46,6 @@ log = logging.getLogger("ivideo")
 
 RECENT_REPORTS = 50  # a loss is compared with the median of this many reports before it
 MIN_REPORTS = 10  # with fewer reports before it, no loss counts as a spike
-TEXT_KEYS = ("tokens", "token_mask", "text", "image_tokens", "image_token_mask", "image_text")
 
 
 # From a step and the averaged parameters to measures by name (config.train.evaluate_every)
@@ -107,7 +106,7 @@ class RunContext(NamedTuple):
 
     mesh: jax.sharding.Mesh
     encoder: object  # the text encoder, or a cache of its embeddings
-    embed_texts: Callable  # adds the text embeddings to a batch that is on the devices
+    prepare_batch: Callable  # makes the step's batch from a batch of the iterator that is on the devices
     iterator: object  # over this process's part of each batch
     stop_signals: StopSignals
 
@@ -165,17 +164,12 @@ def prepared(config, workdir: str, mesh):
         iterator = make_process_data(config, encoder, mesh)
         agreeing.check_shared(workdir)
         with lock.held(workdir, first=jax.process_index() == 0):
-            yield RunContext(mesh, encoder, _text_embedder(encoder, mesh), iterator, stop_signals)
+            yield RunContext(mesh, encoder, _batch_preparer(encoder, mesh), iterator, stop_signals)
 
 
-def _text_embedder(encoder, mesh):
-    embed_fn = jax.jit(lambda params, tokens: embed(encoder.module, params, tokens, mesh))
-
-    def embed_texts(batch):
-        texts = {name: batch[name] for name in TEXT_KEYS if name in batch}
-        return {**batch, **embed_fn(encoder.params, texts)}
-
-    return embed_texts
+def _batch_preparer(encoder, mesh):
+    program = jax.jit(lambda params, batch: prepare(encoder.module, params, batch, mesh))
+    return lambda batch: program(encoder.params, batch)
 
 
 def exit_if_stopped(config, state: TrainState, workdir: str) -> None:
@@ -193,7 +187,7 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
     FloatingPointError if more than `config.train.max_skipped` updates were skipped, because they were not finite, or if
     the loss spiked more than `config.train.max_rollbacks` times. The finished checkpoints stay.
     """
-    config, (mesh, encoder, embed_texts, iterator, stop_signals) = task.config, context
+    config, (mesh, encoder, prepare_batch, iterator, stop_signals) = task.config, context
     checkpoints = Checkpoints(workdir, keep=config.train.keep)
     reporter, step = Reporter(config, workdir, mesh, name=task.name, flops=task.flops), 0
     reporter.event("start", step=0, processes=jax.process_count(), devices=mesh.size)
@@ -243,7 +237,7 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
                     stop_signals.request_stop()
                     batch = sharding.to_devices(next(iterator), mesh)
                 reporter.waited(time.perf_counter() - waiting)
-                state, metrics = step_fn(state, embed_texts(batch))
+                state, metrics = step_fn(state, prepare_batch(batch))
                 step += 1
                 pending.append(metrics)
                 # The device computes at most one step while the next one is prepared

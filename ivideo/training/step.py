@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from ivideo import stages
+from ivideo.data.video_io import to_float
 from ivideo.devices import flops, sharding
 from ivideo.diffusion import augment, conditioning, joint, process
 from ivideo.errors import UserError
@@ -85,19 +86,27 @@ def init_state(config, params=None) -> TrainState:
     return TrainState(step, params, jax.tree.map(jnp.copy, params), opt_state, skipped)
 
 
-def embed(text_module, text_params, batch, mesh=None):
-    """A batch's embeddings from the frozen encoder: `text` [B, L, D], and with images `image_text` [B, K, L, D].
+def prepare(text_module, text_params, batch, mesh=None):
+    """A batch as the step takes it (`batch_shapes`), from a batch of the pipeline that is on the devices.
+
+    Video and images, uint8 from the pipeline, become float32 in [-1, 1]: so a quarter of the bytes is moved to the
+    devices. Texts become embeddings of the frozen encoder: `text` [B, L, D], and with images `image_text` [B, K, L, D].
+    Without an encoder, the batch has embeddings from a cache.
 
     This is a separate program before the step, because the encoder is larger than most stages and is not trained.
-    Without an encoder, the batch has embeddings from a cache.
     """
-    if text_module is None:
-        return {name: from_bits(batch[name]) for name in ("text", "image_text") if name in batch}
+    kept = ("token_mask", "image_token_mask")
+    out = {name: batch[name] for name in kept if name in batch}
     with sharding.layout(mesh):
-        texts = {"text": encode(text_module, text_params, batch["tokens"], batch["token_mask"])}
+        for name in ("video", "images"):
+            if name in batch:
+                out[name] = sharding.constrain(to_float(batch[name]), *sharding.VIDEO)
+        if text_module is None:
+            return out | {name: from_bits(batch[name]) for name in ("text", "image_text") if name in batch}
+        out["text"] = encode(text_module, text_params, batch["tokens"], batch["token_mask"])
         if "image_tokens" in batch:
-            texts["image_text"] = encode(text_module, text_params, batch["image_tokens"], batch["image_token_mask"])
-        return texts
+            out["image_text"] = encode(text_module, text_params, batch["image_tokens"], batch["image_token_mask"])
+    return out
 
 
 def check_batch(config, mesh) -> None:
@@ -166,7 +175,7 @@ class Example(NamedTuple):
 
 
 def example(config, batch, keys) -> Example:
-    """The network's inputs from a batch with embedded texts (`embed`). `keys` [B]: one per sample (`draws`).
+    """The network's inputs from a batch with embedded texts (`prepare`). `keys` [B]: one per sample (`draws`).
 
     Each text is dropped with the same probability. The texts of a video and of its packed images are dropped
     independently (Section 2.6.1).
