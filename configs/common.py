@@ -86,12 +86,16 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.data.source = "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, rendered
     config.data.dir = ""  # folder of the prepared data set, including its version
     config.data.split = "train"
+    # Folder of a prepared set of images, from which packed images come; empty: they are frames of other clips
+    config.data.image_dir = ""
     config.data.num_clips = 0  # of 'shapes': the number of different clips
     config.data.text_cache = ""  # folder of embeddings made by mode encode_text; empty: the encoder runs in training
     # Unreadable clips that a process leaves out, with a warning for each, before the run stops
     config.data.max_unreadable = 100
     config.data.workers = 8  # processes that prepare data; 0: threads of the main process
     config.data.num_images = 8  # independent images packed behind each video (Section 2.6); the paper prints no number
+
+    config.prepare = preparation()
 
     config.train = ml_collections.ConfigDict()
     config.train.mesh = mesh(fsdp=-1)
@@ -166,6 +170,32 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
     config.sample.percentile = 99.5  # of 'dynamic', as Imagen
     config.distill.w_max = 16.0 if oscillating else 8.0
     return config
+
+
+def preparation() -> ml_collections.ConfigDict:
+    """What mode prepare_data keeps of a collection of files. Differences of frames are in levels of 255, on average."""
+    prepare = ml_collections.ConfigDict()
+    prepare.media = "video"  # 'video' or 'image'
+    # Caption of a file that has none, with the name of its folder for {label}, such as 'a video of {label}'; empty:
+    # such files are left out
+    prepare.label_template = ""
+    prepare.long_captions = "keep"  # longer than config.text.length: 'keep' (training cuts them), or 'drop'
+    prepare.min_seconds = 0.0  # length of a clip; 0: the length of the stage's training clips
+    prepare.min_fps = 0.0  # frames per second of a clip; 0: the stage's, below which it would learn repeated frames
+    # Smallest ratio of a file's size, after the crop to the stage's aspect ratio, to the stage's size. Below 1 files
+    # are enlarged
+    prepare.min_scale = 1.0
+    prepare.max_cropped = 0.7  # largest share of a frame that this crop takes; portrait video on a wide stage: 0.66
+    prepare.min_motion = 0.3  # difference of frames a quarter of a second apart; 0: stills are kept
+    prepare.max_jump = 40.0  # difference of two neighbouring frames, above which there is a cut or a flash
+    prepare.split_shots = False  # whether videos are divided at such cuts into clips, which are encoded again
+    prepare.crop_bars = True  # whether black bars are cropped when the set is read
+    # Bits in which the hashes of duplicates differ at most, of 192 of a clip's or 64 of an image's; -1: keep them all.
+    # More bits take longer: for millions of files choose 8
+    prepare.duplicate_bits = 16
+    prepare.shard_megabytes = 256
+    prepare.workers = 0  # processes; 0: one per core
+    return prepare
 
 
 def distillation(steps: int) -> ml_collections.ConfigDict:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from ivideo import files, recipe, stages
+from ivideo.data.preparing import keys as preparing_keys
 from ivideo.devices import sharding
 from ivideo.diffusion import conditioning
 from ivideo.diffusion.process import LOSS_KINDS
@@ -79,6 +80,7 @@ KEYS = {
     "data": {
         "source": choice("shapes", "tfds"),
         "dir": PATH,
+        "image_dir": PATH,
         "split": NAME,
         "num_clips": COUNT,
         "text_cache": PATH,
@@ -86,6 +88,7 @@ KEYS = {
         "max_unreadable": COUNT,
         "num_images": COUNT,
     },
+    "prepare": preparing_keys.KEYS,
     "train": {
         "mesh": MESH,
         "max_skipped": COUNT,

@@ -116,9 +116,15 @@ def _run_mode(config, several: bool) -> None:
         distill(config, _needed("teacher"), _needed("workdir"), profile_steps=_profile_steps())
     elif FLAGS.mode == "check_data":
         from ivideo.data.check import check_data
-        from ivideo.training.loop import data_source
+        from ivideo.training.loop import data_source, image_source
 
-        check_data(data_source(config))
+        check_data(data_source(config), image_source(config))
+    elif FLAGS.mode == "prepare_data":
+        from ivideo import text
+        from ivideo.data.preparing.prepare import prepare
+
+        is_too_long = text.caption_check(config.text) if config.prepare.long_captions == "drop" else None
+        prepare(config, _needed("input"), _needed("out"), is_too_long=is_too_long)
     elif FLAGS.mode == "sample":
         from ivideo.sampling.generate import generate
 

@@ -55,6 +55,10 @@ MODES = {
         "compile a stage for a TPU slice (--topology) without one; print memory, FLOPs, communication, a roofline",
         ("topology", "what", "effort", *_RESULT),
     ),
+    "prepare_data": Mode(
+        "make a data set in the folder --out from a folder, a table or tars of captioned videos or images (--input)",
+        ("input", "out"),
+    ),
     "check_data": Mode("read every clip of the data set as training would, and list the unreadable ones", ()),
     "goodput": Mode(
         "print how the training run in --workdir spent its time", ("config", "workdir", "json"), config=False

@@ -40,8 +40,8 @@ flags.DEFINE(
     "out",
     None,
     "The file to write: .mp4, .mov, .webm or .gif in mode sample, .safetensors in export and train_text, .json in "
-    "evaluate and compile. For several videos, in encode_text, and in evaluate with --reference or --samples, a "
-    "folder.",
+    "evaluate and compile. For several videos, in encode_text and prepare_data, and in evaluate with --reference or "
+    "--samples, a folder.",
 )
 flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
 flags.DEFINE_multi_string(
@@ -70,7 +70,8 @@ flags.DEFINE_bool(
 )  # fmt: skip
 flags.DEFINE(
     PATH, "input", None, "A video file: in mode sample the one that the first stage upsamples, which needs a "
-    "super-resolution stage; in modes replay and show one that this program made.",
+    "super-resolution stage; in modes replay and show one that this program made. In mode prepare_data: a folder, a "
+    "table, or a .tar file or a quoted pattern of them.",
 )  # fmt: skip
 flags.DEFINE(PATH, "clip", None, "In mode replay: the file that was the --input when the video was made.")
 flags.DEFINE_enum(

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = "--config=configs/base.py:small"
 RUN = [SMALL, "--workdir=run", "--config.train.checkpoint_every=2", "--config.train.sample_every=2"]
 PREPARE = """
-from ivideo.data.sources import prepare_shapes
+from ivideo.data.shapes_set import prepare_shapes
 import os
 os.symlink(prepare_shapes("prepared", num_train=8, num_held_out=2, frames=16, height=16, width=16), "clips")
 """

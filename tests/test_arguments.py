@@ -170,7 +170,7 @@ def test_small_home_is_expanded_in_every_path(folder, monkeypatch):
         "video_filter",
     }
     shutil.copy(ROOT / "configs" / "base.py", folder / "mine.py")
-    keys = ("text.checkpoint", "text.tokenizer", "data.dir", "data.text_cache", "train.start")
+    keys = ("text.checkpoint", "text.tokenizer", "data.dir", "data.image_dir", "data.text_cache", "train.start")
     keys += ("evaluate.i3d", "evaluate.inception", "evaluate.clip")
     groups = {group: inside for group, inside in checks.KEYS.items() if isinstance(inside, dict)}
     path_kinds = (checks.PATH, checks.PATH_OR_NONE)

@@ -27,6 +27,8 @@ ALLOWED = {
         "i3d",
         "inception",
         "clip",
+        "label_template",
+        "image_dir",
     },
     0: {
         *(
@@ -53,9 +55,9 @@ ALLOWED = {
             "w_min",
             "w_max",
         ),
-        "agreement_every",
+        *("agreement_every", "min_seconds", "min_fps", "min_scale", "max_cropped", "min_motion", "duplicate_bits"),
     },
-    -1: {"logsnr_min", "logsnr_max", "logsnr_shift", "augmentation_min", "mesh.data"},
+    -1: {"duplicate_bits", "logsnr_min", "logsnr_max", "logsnr_shift", "augmentation_min", "mesh.data"},
     None: {"checkpoint"},
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo.data import pipeline, resizing, shapes, sources, video_io
+from ivideo.data import pipeline, resizing, shapes, shapes_set, sources, video_io
 from ivideo.errors import UserError
 from ivideo.text import load_encoder
 from ivideo.text.tokenizers import byte_tokens
@@ -280,7 +280,7 @@ def prepared(tmp_path_factory):
     patch.setattr(socket, "getaddrinfo", refuse)
     try:
         size = dict(num_train=12, num_held_out=4, frames=8, height=24, width=40, seed=1)
-        yield [sources.prepare_shapes(tmp_path_factory.mktemp("set"), **size) for _ in range(2)]
+        yield [shapes_set.prepare_shapes(tmp_path_factory.mktemp("set"), **size) for _ in range(2)]
     finally:
         patch.undo()
 

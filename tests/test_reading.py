@@ -138,9 +138,7 @@ def test_small_a_crop_is_that_of_the_whole_resized_clip():
     data = files.coded(video, options=X264)
     for height, width in ((24, 40), (96, 160), (48, 80)):
         crop = sources.Crop(6, height // 4, width // 2, space=2)
-        source = object.__new__(sources.TFDSSource)
-        source.__dict__ |= dict(crop=crop, height=height, width=width, fps=12, split="train", data_dir="set")
-        source._record = lambda index: (data, "noise")
+        source = files.source_of(data, crop=crop, height=height, width=width, fps=12)
         for seed in range(3):
             found = source.read(0, np.random.default_rng(seed))["video"]
             rng = np.random.default_rng(seed)
@@ -153,9 +151,7 @@ def test_small_a_crop_is_that_of_the_whole_resized_clip():
 
 
 def test_small_every_start_of_a_long_clip_is_drawn():
-    source = object.__new__(sources.TFDSSource)
-    source.__dict__ |= dict(crop=sources.Crop(5, 16, 64), height=16, width=64, fps=5, split="train", data_dir="set")
-    source._record = lambda index: (made("b_frames"), "numbers")
+    source = files.source_of(made("b_frames"), crop=sources.Crop(5, 16, 64), height=16, width=64, fps=5)
     starts = [number(source.read(0, np.random.default_rng(seed))["video"][0]) for seed in range(300)]
     assert min(starts) == 0 and max(starts) == COUNT - 1 - 4 * 5 and len(set(starts)) > 70
     images = [number(source.image(0, np.random.default_rng(seed))["image"]) for seed in range(300)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from ivideo.data import check, pipeline, sources, workers
+from ivideo.data import check, pipeline, sets, shapes_set, workers
 from ivideo.data.video_io import VideoError
 from ivideo.errors import UserError
 from ivideo.text.tokenizers import byte_tokens
@@ -141,16 +141,16 @@ def test_small_a_check_lists_them(capsys):
 
 def test_small_a_damaged_clip_of_a_prepared_set_is_left_out_of_training(tmp_path, caplog, monkeypatch):
     """As config.data.max_unreadable says, and the check reads the set as the stage does."""
-    folder = sources.prepare_shapes(tmp_path, num_train=8, num_held_out=1, frames=16, height=16, width=16)
+    folder = shapes_set.prepare_shapes(tmp_path, num_train=8, num_held_out=1, frames=16, height=16, width=16)
     config = base.get_config("small")
     config.update_from_flattened_dict({"data.source": "tfds", "data.dir": folder, "data.max_unreadable": 1})
-    record = sources.TFDSSource._record
+    record = sets.EncodedSet.__getitem__
 
     def damaged(self, index):
-        data, caption = record(self, index)
-        return (data[: len(data) // 3] if index in bad else data), caption
+        found = record(self, index)
+        return found._replace(data=found.data[: len(found.data) // 3]) if index in bad else found
 
-    monkeypatch.setattr(sources.TFDSSource, "_record", damaged)
+    monkeypatch.setattr(sets.EncodedSet, "__getitem__", damaged)
 
     class Encoder:
         tokenizer, length = staticmethod(byte_tokens), 64

@@ -459,11 +459,8 @@ def test_small_input_of_oblong_pixels_is_that_of_square_ones(tmp_path):
 
 def prepared_of(data, **options):
     """A source whose every clip is the file `data`."""
-    source = object.__new__(sources.TFDSSource)
-    size = dict(fps=25, height=24, width=40, split="train", data_dir="set") | options
-    source.__dict__ |= {"crop": sources.Crop(8, size["height"], size["width"]), **size}
-    source._record = lambda index: (data, "a box")
-    return source
+    size = dict(fps=25, height=24, width=40) | options
+    return files.source_of(data, crop=sources.Crop(8, size["height"], size["width"]), **size)
 
 
 def test_small_clips_for_training_are_upright_and_images_are_frames_of_them():

@@ -7,6 +7,8 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from ivideo.data import sets, sources
+
 IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 16384)
 LEFT = (0, -1, 0, 1, 0, 0, 0, 0, 16384)  # shown turned a quarter to the left
 RIGHT = (0, 1, 0, -1, 0, 0, 0, 0, 16384)
@@ -68,6 +70,16 @@ def coded(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+def source_of(data, **options):
+    """A source of clips for training (`sources.TFDSSource`) whose only clip is the file `data`; the options it has."""
+    records = object.__new__(sets.EncodedSet)
+    records.__dict__ |= dict(_records=[{"video": data, "caption": "a clip"}], _features=("video", "caption"))
+    records.__dict__ |= dict(split="train", data_dir="set")
+    source = object.__new__(sources.TFDSSource)
+    source.__dict__ |= dict(records=records, **options)
+    return source
 
 
 def packets(data):

@@ -11,11 +11,22 @@ from ivideo.errors import UserError
 AT_ONCE = 256  # clips submitted to the threads at once: a set may have many millions
 
 
-def check_data(source) -> None:
-    """Prints one line for each clip of a source that cannot be read, and their number.
+def check_data(source, images=None) -> None:
+    """Prints one line for each clip of a source, and each image of one, that cannot be read, and their numbers.
 
     UserError where there is any.
     """
+    counts = [_check(source, "clips")] + ([_check(images, "images")] if images is not None else [])
+    if any(counts):
+        total = len(source) + (len(images) if images is not None else 0)
+        raise UserError(
+            f"{sum(counts)} of {total} clips cannot be read: prepare the set without them, or train with "
+            f"--config.data.max_unreadable={sum(counts)}, which leaves them out"
+        )
+
+
+def _check(source, kind):
+    """The number of clips that cannot be read, after a line for each."""
     count = 0
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -28,12 +39,8 @@ def check_data(source) -> None:
                 if problem:
                     count += 1
                     progress.write(problem)
-    print(f"{len(source)} clips read, {count} of them unreadable")
-    if count:
-        raise UserError(
-            f"{count} of {len(source)} clips cannot be read: prepare the set without them, or train with "
-            f"--config.data.max_unreadable={count}, which leaves them out"
-        )
+    print(f"{len(source)} {kind} read, {count} of them unreadable")
+    return count
 
 
 def _problem(source, index):

@@ -69,17 +69,27 @@ def _quality(codec: str, crf: int) -> dict[str, str]:
 
 
 def _packets(stream, frames: np.ndarray, fps: Fraction) -> Iterator[av.Packet]:
+    begin(stream, 1 / fps)
+    for pts, rgb in enumerate(frames):
+        yield from stream.encode(frame(rgb, pts, 1 / fps))
+    yield from stream.encode(None)
+
+
+def begin(stream: av.VideoStream, time_base: Fraction) -> None:
+    """Sets a new stream's pixels to 4:2:0 in BT.709, and its unit of time, in seconds."""
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
-    context.time_base = 1 / fps
+    context.time_base = time_base
     context.colorspace = context.color_primaries = context.color_trc = colour.BT709
     context.color_range = 1  # limited
-    for pts, rgb in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=colour.BT709, dst_color_range=1)
-        frame.pts, frame.time_base = pts, 1 / fps
-        yield from stream.encode(frame)
-    yield from stream.encode(None)
+
+
+def frame(rgb: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:
+    """A frame for such a stream from RGB, uint8 [H,W,3], that is shown at pts * time_base."""
+    made = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+    made = made.reformat(format="yuv420p", dst_colorspace=colour.BT709, dst_color_range=1)
+    made.pts, made.time_base = pts, time_base
+    return made
 
 
 def _gif_packets(stream, frames: np.ndarray, fps: Fraction) -> Iterator[av.Packet]:

@@ -61,7 +61,7 @@ def picture(frame: av.VideoFrame, stream: av.VideoStream, extras: Extras, name: 
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24", **how)
-    return _upright(rgb, extras.matrix)
+    return upright(rgb, extras.matrix)
 
 
 def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,7 +101,7 @@ def _shown_size(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> dict
     return dict(width=width, height=height, interpolation=Interpolation.BICUBIC)
 
 
-def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
+def upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
     """Rotates and mirrors an image by its display matrix, to the nearest right angle.
 
     The matrix shows pixel (x, y) at (a x + c y, b x + d y), up to a shift (ISO/IEC 14496-12, 6.2.2).

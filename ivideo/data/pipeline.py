@@ -22,37 +22,42 @@ Readers = tuple[tuple[int, ...], ...]  # for each reader, the numbers of its par
 class _Read(grain.transforms.RandomMap):
     """Reads the clip of an index, and with K > 0 also `images` [K,H,W,3] and their captions, as uint8.
 
-    Each image is a frame of another clip of the source. All places in time and space are drawn at random. A clip that
-    cannot be read is replaced by the next one that can (`ivideo.data.unreadable`).
+    Each image is one of the source `images`, or without it a frame of another clip. All places in time and space are
+    drawn at random. What cannot be read is replaced by the next that can (`ivideo.data.unreadable`).
     """
 
-    def __init__(self, source, num_images: int, max_unreadable: int):
-        self._source, self._num_images, self._max_unreadable = source, num_images, max_unreadable
+    def __init__(self, source, images, num_images: int, max_unreadable: int):
+        self._sources, self._num_images, self._max_unreadable = (source, images), num_images, max_unreadable
 
     def __setstate__(self, state):  # runs in a data worker, where the source is unpickled
         self.__dict__.update(state)
         workers.attend()
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict:
-        clip, used, left_out = self._first_readable(self._source.read, index, rng)
+        source, images = self._sources
+        clip, used, left_out = self._first_readable(0, source.read, index, rng)
         element = {"video": video_io.to_uint8(clip["video"]), "caption": clip["caption"], unreadable.KEY: [left_out]}
         if self._num_images:
-            # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
-            steps = 1 + rng.choice(len(self._source) - 1, self._num_images, replace=False)
+            if images is None:
+                # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
+                steps = 1 + rng.choice(len(source) - 1, self._num_images, replace=False)
+                which, read, numbers = 0, source.image, (used + steps) % len(source)
+            else:
+                which, read, numbers = 1, images.image, rng.choice(len(images), self._num_images, replace=False)
             packed = []
-            for step in steps:
-                image, _, left_out = self._first_readable(self._source.image, (used + step) % len(self._source), rng)
+            for number in numbers:
+                image, _, left_out = self._first_readable(which, read, number, rng)
                 packed.append(image)
                 element[unreadable.KEY].append(left_out)
             element["images"] = video_io.to_uint8(np.stack([p["image"] for p in packed]))
             element["image_captions"] = [p["caption"] for p in packed]
         return element
 
-    def _first_readable(self, read, index, rng):
-        """What is read, of which clip, and the entry of `unreadable.KEY`."""
-        index, length = int(index), len(self._source)
+    def _first_readable(self, which, read, index, rng):
+        """What is read of source `which`, of which clip, and the entry of `unreadable.KEY`."""
+        index, length = int(index), len(self._sources[which])
         found, used, count = unreadable.first_readable(lambda i: read(i, rng), index, length, self._max_unreadable)
-        return found, used, (index, count)
+        return found, used, (which, index, count)
 
 
 class _Tokenize(grain.transforms.Map):
@@ -113,6 +118,7 @@ def make_dataset(
     *,
     seed: int,
     num_images: int = 0,
+    images=None,
     tokenize: Tokenize,
     text_length: int,
     shuffle: bool = True,
@@ -126,7 +132,11 @@ def make_dataset(
     """
     if len(source) == 0:
         raise UserError("The source has 0 clips, expected 1 or more: check its folder and split.")
-    if not 0 <= num_images < len(source):
+    if images is not None and not 0 <= num_images <= len(images):
+        raise UserError(
+            f"num_images is {num_images} with a set of {len(images)} images: pack fewer or use a larger set."
+        )
+    if images is None and not 0 <= num_images < len(source):
         raise UserError(
             f"num_images is {num_images} with a source of {len(source)} clips, expected 0 to {len(source) - 1}: each "
             "packed image comes from another clip, so pack fewer or use a larger source."
@@ -137,7 +147,7 @@ def make_dataset(
     if shuffle:
         dataset = dataset.shuffle()
     # After the repetition, so that each epoch draws new random numbers
-    dataset = dataset.repeat().random_map(_Read(source, num_images, max_unreadable))
+    dataset = dataset.repeat().random_map(_Read(source, images, num_images, max_unreadable))
     return dataset.map(_Tokenize(tokenize, text_length))
 
 
@@ -147,6 +157,7 @@ def make_iterator(
     batch_size: int,
     seed: int,
     num_images: int = 0,
+    images=None,
     tokenize: Tokenize,
     text_length: int,
     shuffle: bool = True,
@@ -164,6 +175,7 @@ def make_iterator(
       batch_size: clips per batch, of all readers together; UserError unless the number of parts divides it.
       seed: of the order, the choice of images, and the places that clips and images are read at.
       num_images: K, images packed with each video.
+      images: a source of images (`sources.ImageSource`); without it they are frames of other clips.
       tokenize: (texts, length) -> (tokens [N,L], mask [N,L]), or a `TextCache`.
       text_length: L.
       num_workers: processes that prepare data; 0 prepares it in threads of this process. Workers are spawned, so guard
@@ -177,7 +189,7 @@ def make_iterator(
 
     Returns:
       An iterator over dicts of `video` uint8 [B,T,H,W,3], `tokens` int32 [B,L] and `token_mask` bool [B,L]. With
-      K > 0 they also have frames of K other clips with their own captions: `images` uint8 [B,K,H,W,3], `image_tokens`
+      K > 0 they also have K images with their own captions: `images` uint8 [B,K,H,W,3], `image_tokens`
       int32 [B,K,L], `image_token_mask` bool [B,K,L]. With a cache, `text` [B,L,D] and `image_text` [B,K,L,D], bfloat16
       bits as uint16, take the place of the tokens. Save its state with `grain.checkpoint.CheckpointSave(iterator)` or
       `get_state()`: it is one number, valid for any number of readers and workers.
@@ -191,8 +203,8 @@ def make_iterator(
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}, expected 0 or more: 0 prepares data in this process.")
     dataset = make_dataset(
-        source, seed=seed, num_images=num_images, tokenize=tokenize, text_length=text_length, shuffle=shuffle,
-        max_unreadable=max_unreadable,
+        source, seed=seed, num_images=num_images, images=images, tokenize=tokenize, text_length=text_length,
+        shuffle=shuffle, max_unreadable=max_unreadable,
     )  # fmt: skip
     if len(readers) > 1:
         dataset = _PartOrder(dataset, batch_size, readers)
@@ -204,7 +216,7 @@ def make_iterator(
     elastic = grain.experimental.ElasticIterator(
         dataset, batch_size, shard, read_options=read_options, multiprocessing_options=processes
     )
-    return unreadable.WarnUnreadable(iter(elastic), source, max_unreadable)
+    return unreadable.WarnUnreadable(iter(elastic), (source, images), max_unreadable)
 
 
 def load_state(iterator: grain.DatasetIterator, directory: str | pathlib.Path) -> None:

@@ -4,21 +4,17 @@ A source has `__len__` and three methods. `read(i, rng) -> {"video": [T,H,W,3], 
 a place in time and space that `rng` draws. `image(i, rng) -> {"image": [H,W,3], "caption": str}` is such a part of one
 frame that `rng` draws. Pixels are uint8, or float in [-1, 1]. `check(i)` raises VideoError if any part of clip i cannot
 be read. All depend only on their arguments, so a run that is stopped and resumed sees the same data.
-Data workers import this module, so it does not import jax. TFDS takes seconds to import, and is imported on first use.
+Data workers import this module, so it does not import jax.
 """
 
-import contextlib
-import functools
-import importlib
 import os
-import pathlib
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from ivideo.data import shapes, video_io
+from ivideo.data import sets, shapes, video_io
+from ivideo.data.images import read_image
 from ivideo.data.resizing import resize_video
 from ivideo.errors import UserError
 
@@ -118,13 +114,13 @@ class ShapesSource:
 
 
 class TFDSSource:
-    """Clips of a set prepared with TFDS as array_record; its feature `video` is a file's bytes, and `caption` a text.
+    """Clips of a set prepared with TFDS as array_record: by mode prepare_data, or by code of one's own.
 
-    `data_dir` is the folder of one prepared set, with its dataset_info.json. `fps` is the rate at which frames are
-    taken. Frames are cropped about their centre to the target aspect ratio, then resized by an antialiased bilinear
-    filter. `frames`, `height`, `width` are the size of a clip. With `crop`, only that part is decoded and resized.
-    UserError where there is no set, or its features have other names. VideoError for a clip that cannot be read or is
-    shorter than the part that is read; remove such clips when you prepare the set.
+    The set is `sets.EncodedSet`; each read of a clip with several captions draws one. `fps` is the rate at which frames
+    are taken. Frames are cropped inside their black bars, about their centre, to the target aspect ratio, then resized
+    by an antialiased bilinear filter. `frames`, `height`, `width` are the size of a clip. With `crop`, only that part
+    is decoded and resized. VideoError for a clip that cannot be read or is shorter than the part that is read; remove
+    such clips when you prepare the set.
     """
 
     def __init__(
@@ -138,61 +134,27 @@ class TFDSSource:
         fps: video_io.Rate,
         crop: Crop | None = None,
         video_feature: str = "video",
-        caption_feature: str = "caption",
+        caption_feature: str | None = None,
     ):
         _check_positive(frames=frames, height=height, width=width)
-        self._check_folder(data_dir)
-        tfds = importlib.import_module("tensorflow_datasets")
-        builder = tfds.builder_from_directory(os.fspath(data_dir))
-        splits = builder.info.splits
-        if split.split("[")[0] not in splits:
-            raise UserError(f"split is {split!r}, expected one of {', '.join(splits)}: choose one of them.")
-        missing = [f for f in (video_feature, caption_feature) if f not in builder.info.features]
-        if missing:
-            raise UserError(
-                f"{data_dir} has no feature {missing[0]!r}, expected one of {', '.join(builder.info.features)}: name "
-                "the features of the encoded video and of its caption."
-            )
-        self._records = builder.as_data_source(split=split)
-        self._features = (video_feature, caption_feature)
-        self.split, self.data_dir = split, os.fspath(data_dir)
+        self.records = sets.EncodedSet(data_dir, split, video_feature, caption_feature)
         self.height, self.width, self.fps = height, width, fps
         # Decoded at any time of a clip, so a crop needs no clip of the full length
         self.crop = crop or Crop(frames, height, width)
 
-    @staticmethod
-    def _check_folder(data_dir: str | os.PathLike) -> None:
-        if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
-            return
-        prepared = sorted(str(p.parent) for p in pathlib.Path(data_dir).glob("**/dataset_info.json"))[:3]
-        advice = f"did you mean {' or '.join(prepared)}?" if prepared else "prepare the set first."
-        raise UserError(f"data_dir is {str(data_dir)!r}, expected a folder with dataset_info.json: {advice}")
-
     def __len__(self) -> int:
-        return len(self._records)
-
-    def _record(self, index: int) -> tuple[bytes, str]:
-        record = self._records[int(index)]
-        video, caption = (record[name] for name in self._features)
-        return bytes(video), caption.decode() if isinstance(caption, bytes) else str(caption)
-
-    @contextlib.contextmanager
-    def _naming(self, index: int):
-        """Adds the clip's place in the set to the message of a VideoError."""
-        try:
-            yield
-        except video_io.VideoError as error:
-            raise video_io.VideoError(f"clip {index} of {self.split!r} in {self.data_dir}: {error}") from error
+        return len(self.records)
 
     def _decode(self, index: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         """A crop of `count` frames of clip `index`, uint8, and the clip's caption."""
-        data, caption = self._record(index)
+        record = self.records[index]
         crop = self.crop._replace(frames=count)
         _, rows, columns = crop.place(rng, frames=count, height=self.height, width=self.width)
-        with self._naming(index):
-            frames = video_io.iter_frames(data, frames=count, fps=self.fps, choose=rng.integers)
+        with self.records.naming(index):
+            frames = video_io.iter_frames(record.data, frames=count, fps=self.fps, choose=rng.integers)
+            frames = map(record.inside_bars, frames)
             video = resize_video(frames, height=self.height, width=self.width, rows=rows, columns=columns)
-        return video, caption
+        return video, record.caption(rng)
 
     def read(self, index: int, rng: np.random.Generator) -> dict:
         """A part of clip `index`, uint8, at a time and a place that `rng` draws, and the clip's caption.
@@ -209,8 +171,38 @@ class TFDSSource:
 
     def check(self, index: int) -> None:
         """Decodes the whole clip. VideoError if it cannot be read or is too short."""
-        with self._naming(index):
-            video_io.check_frames(self._record(index)[0], frames=self.crop.frames, fps=self.fps)
+        with self.records.naming(index):
+            video_io.check_frames(self.records[index].data, frames=self.crop.frames, fps=self.fps)
+
+
+class ImageSource:
+    """Images of a set that mode prepare_data made, to be packed behind videos. It has `image` and `check` alone.
+
+    `height`, `width` and `crop` are those of the videos, and the images are cropped and resized as their frames are.
+    """
+
+    def __init__(
+        self, data_dir: str | os.PathLike, split: str = "train", *, height: int, width: int, crop: Crop | None = None
+    ):
+        self.records = sets.EncodedSet(data_dir, split, "image")
+        self.height, self.width, self.crop = height, width, crop or Crop(1, height, width)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image(self, index: int, rng: np.random.Generator) -> dict:
+        """A part of image `index`, uint8, at a place that `rng` draws, and a caption. VideoError for damaged files."""
+        record, crop = self.records[index], self.crop._replace(frames=1)
+        _, rows, columns = crop.place(rng, frames=1, height=self.height, width=self.width)
+        with self.records.naming(index):
+            picture = record.inside_bars(read_image(record.data))
+        (image,) = resize_video([picture], height=self.height, width=self.width, rows=rows, columns=columns)
+        return {"image": image, "caption": record.caption(rng)}
+
+    def check(self, index: int) -> None:
+        """Decodes the image. VideoError if it cannot be read."""
+        with self.records.naming(index):
+            read_image(self.records[index].data)
 
 
 def make_source(
@@ -245,132 +237,3 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} is {value}, expected 1 or more: pass a positive number.")
-
-
-def prepare_shapes(
-    data_dir: str | os.PathLike,
-    *,
-    num_train: int,
-    num_held_out: int,
-    frames: int,
-    height: int,
-    width: int,
-    seed: int = 0,
-    crf: int = 18,
-) -> str:
-    """Builds the captioned shapes as a TFDS set of mp4 files under `data_dir`; returns its folder, for `TFDSSource`.
-
-    It needs neither TensorFlow nor the network. An existing set is kept. UserError for odd sizes.
-    """
-    config_type, builder_type = _captioned_shapes()
-    config = config_type(
-        name=f"{frames}x{height}x{width}-{num_train}-{num_held_out}-seed{seed}-crf{crf}",
-        description="Clips of one moving shape, with captions.",
-        num_train=num_train,
-        num_held_out=num_held_out,
-        frames=frames,
-        height=height,
-        width=width,
-        seed=seed,
-        crf=crf,
-    )
-    # array_record is the format that does not need TensorFlow
-    builder = builder_type(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-    builder.download_and_prepare()
-    return os.fspath(builder.data_path)
-
-
-def __getattr__(name: str):
-    # The two classes derive from TFDS's, which is slow to import, so they are defined on first use
-    if name in ("CaptionedShapesConfig", "CaptionedShapes"):
-        return _captioned_shapes()[name == "CaptionedShapes"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@functools.cache
-def _captioned_shapes() -> tuple[type, type]:
-    """The classes (CaptionedShapesConfig, CaptionedShapes)."""
-    import dataclasses
-
-    import tensorflow_datasets as tfds
-
-    @dataclasses.dataclass(eq=False, kw_only=True)
-    class CaptionedShapesConfig(tfds.core.BuilderConfig):
-        """The number of clips in each split, their size (frames, pixels), their seed, and the quality of the mp4."""
-
-        num_train: int
-        num_held_out: int
-        frames: int
-        height: int
-        width: int
-        seed: int = 0
-        crf: int = 18
-
-    class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
-        """The captioned-shapes world as encoded clips: 432 captions in 'train', the other 48 in 'held_out'."""
-
-        VERSION = tfds.core.Version("1.0.0")
-        BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's way to list configs)
-            CaptionedShapesConfig(
-                name="32x24x40",
-                description="Clips of one moving shape, with captions.",
-                num_train=43200,
-                num_held_out=480,
-                frames=32,
-                height=24,
-                width=40,
-            )
-        ]
-
-        def _info(self):
-            text = tfds.features.Text()
-            features = {
-                "video": tfds.features.Tensor(shape=(), dtype=np.object_),
-                "caption": text,
-                "shape": text,
-                "colour": text,
-                "background": text,
-                "motion": text,
-                "seed": tfds.features.Scalar(dtype=np.int64),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=type(self).__doc__,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("caption", "video"),
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
-            config = self.builder_config
-            # Sources with different seeds share no clip
-            return {
-                "train": self._generate_examples(shapes.TRAIN, config.num_train, 2 * config.seed),
-                "held_out": self._generate_examples(shapes.HELD_OUT, config.num_held_out, 2 * config.seed + 1),
-            }
-
-        def _generate_examples(self, attributes, num_clips, seed):
-            config = self.builder_config
-            source = ShapesSource(
-                attributes,
-                num_clips=num_clips,
-                seed=seed,
-                frames=config.frames,
-                height=config.height,
-                width=config.width,
-            )
-            fps = config.frames / Fraction(shapes.DURATION).limit_denominator(3)
-            for i in range(num_clips):
-                attrs, clip_seed = source.clip(i)
-                video = shapes.render(attrs, clip_seed, frames=config.frames, height=config.height, width=config.width)
-                yield (
-                    i,
-                    {
-                        "video": video_io.encode(video, fps=fps, crf=config.crf),
-                        "caption": shapes.caption(attrs),
-                        **attrs._asdict(),
-                        "seed": clip_seed,
-                    },
-                )
-
-    return CaptionedShapesConfig, CaptionedShapes

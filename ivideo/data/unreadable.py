@@ -16,7 +16,8 @@ from ivideo.errors import UserError
 
 log = logging.getLogger("ivideo")
 
-# A batch's key, int32 [B,N,2]: for each of N reads, a clip and the number of clips from it on that were left out
+# A batch's key, int32 [B,N,3]: for each of N reads, its source (0 videos, 1 images), the number of a clip, and how many
+# clips from it on were left out
 KEY = "unreadable"
 ADVICE = "--mode=check_data lists all of them"
 
@@ -42,23 +43,23 @@ class WarnUnreadable(grain.DatasetIterator):
     UserError where more than `limit` clips were left out.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, source, limit: int):
+    def __init__(self, parent: grain.DatasetIterator, sources: tuple, limit: int):
         super().__init__(parent)
-        self._source, self._limit, self._left_out = source, limit, set()
+        self._sources, self._limit, self._left_out = sources, limit, set()
 
     def __next__(self) -> dict:
         batch = next(self._parent)
-        for first, count in np.asarray(batch.pop(KEY)).reshape(-1, 2):
+        for which, first, count in np.asarray(batch.pop(KEY)).reshape(-1, 3):
             for i in range(count):
-                self._report(int(first + i) % len(self._source))
+                self._report(int(which), int(first + i) % len(self._sources[which]))
         return batch
 
-    def _report(self, index):
-        if index in self._left_out:
+    def _report(self, which, index):
+        if (which, index) in self._left_out:
             return
-        self._left_out.add(index)
+        self._left_out.add((which, index))
         try:
-            self._source.check(index)
+            self._sources[which].check(index)
             problem = f"clip {index} could not be read"  # but can be now: the storage fails at times
         except VideoError as e:
             problem = str(e)

@@ -126,6 +126,19 @@ def fingerprint(text_config) -> str:
     return _fingerprint(checkpoint, tokenize, text_config.length, text_config.dtype)
 
 
+def caption_check(text_config) -> Callable[[str], bool]:
+    """A function that says whether a caption has more tokens than `length` of a stage's `text` config.
+
+    It needs the tokenizer alone. UserError where there is none.
+    """
+    if text_config.tokenizer:
+        tokenize = SentencePiece.load(text_config.tokenizer, text_config.vocab)
+    else:
+        tokenize = _tokenizer(_open_configured(text_config), "")
+    length = text_config.length
+    return lambda caption: bool(tokenize([one_line(caption)], length + 1)[1].sum() > length)
+
+
 def _open_configured(text_config) -> Checkpoint:
     if text_config.checkpoint is None:
         raise UserError(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ivideo import checks, stages
 from ivideo.data.pipeline import make_iterator
-from ivideo.data.sources import Crop, make_source
+from ivideo.data.sources import Crop, ImageSource, make_source
 from ivideo.devices import agreeing, hosts, sharding
 from ivideo.errors import UserError
 from ivideo.recipe import save_run_config
@@ -286,7 +286,11 @@ def run(task, workdir: str, context: RunContext, *, profile_steps: tuple[int, in
 
 def _inputs(config, encoder) -> dict:
     """Identities of the inputs, besides the config, that must be the same in all processes."""
-    return {"the text encoder": encoder.fingerprint, "the data set": agreeing.folder_digest(config.data.dir)}
+    return {
+        "the text encoder": encoder.fingerprint,
+        "the data set": agreeing.folder_digest(config.data.dir),
+        "the set of images": agreeing.folder_digest(config.data.image_dir),
+    }
 
 
 def load_texts(config, mesh):
@@ -306,7 +310,8 @@ def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
     """An endless iterator over the stage's batches, or over one reader's part of them (`make_iterator`)."""
     return make_iterator(
         data_source(config), batch_size=config.train.batch_size, seed=config.seed, num_images=config.data.num_images,
-        tokenize=encoder.tokenizer, text_length=encoder.length, num_workers=config.data.workers,
+        images=image_source(config), tokenize=encoder.tokenizer, text_length=encoder.length,
+        num_workers=config.data.workers,
         reader=reader, readers=readers, max_unreadable=config.data.max_unreadable,
     )  # fmt: skip
 
@@ -314,14 +319,26 @@ def make_data(config, encoder, *, reader: int = 0, readers=((0,),)):
 def data_source(config):
     """The source of the stage's training clips (`ivideo.data.sources`)."""
     frames, height, width, _ = stages.video_shape(config)
-    crop = None
-    if stages.training_shape(config) != stages.video_shape(config):
-        factors = stages.factors(config) if config.cond.frames else {}
-        crop = Crop(*stages.training_shape(config)[:3], **factors)
+    crop = _crop(config)
     return make_source(
         config.data.source, frames=frames, height=height, width=width, num_clips=config.data.num_clips,
         data_dir=config.data.dir, split=config.data.split, seed=config.seed, fps=config.video.fps, crop=crop,
     )  # fmt: skip
+
+
+def image_source(config) -> ImageSource | None:
+    """The set of images that are packed behind the videos, if the config names one; otherwise they are frames."""
+    if not config.data.image_dir:
+        return None
+    _, height, width, _ = stages.video_shape(config)
+    return ImageSource(config.data.image_dir, config.data.split, height=height, width=width, crop=_crop(config))
+
+
+def _crop(config) -> Crop | None:
+    if stages.training_shape(config) == stages.video_shape(config):
+        return None
+    factors = stages.factors(config) if config.cond.frames else {}
+    return Crop(*stages.training_shape(config)[:3], **factors)
 
 
 def sample_prompts(config, encoder, params) -> np.ndarray:
