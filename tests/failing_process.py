@@ -139,5 +139,5 @@ def run(address, process, workdir, way, fails):
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     main.run = lambda: run(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
-    main.parse = lambda argv: None
+    main.parse = lambda argv, about: None
     sys.exit(main.main())
