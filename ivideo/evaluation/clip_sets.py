@@ -152,12 +152,17 @@ def from_source(config, reference: str, selection: Selection, *, clips: int = 0)
 
     def read(numbers):
         for number in numbers:
-            yield number, video_io.to_uint8(source[number]["video"])[: selection.span]
+            yield number, video_io.to_uint8(_example(source, number)["video"])[: selection.span]
 
     about = {"clips": f"{clips} of {reference}", "size": "{height}x{width}".format(**size)}
     key = hashlib.sha256(json.dumps([identity, size]).encode()).hexdigest()
     identities = [f"{key} {number}" for number in range(clips)]
     return ClipSet(about, captions, identities, read, selection.span == config.video.frames, fps)
+
+
+def _example(source, number: int) -> dict:
+    """An example of a source. A long clip's part is at a random time, the same one in every run."""
+    return source.read(number, np.random.default_rng(number))
 
 
 def is_prepared(folder: str) -> bool:
@@ -169,7 +174,7 @@ def captions_of(config, folder: str, clips: int) -> list[str]:
     """The captions of the first `clips` clips of a prepared set."""
     size = {"height": config.video.height, "width": config.video.width}
     source = sources.TFDSSource(folder, config.data.split, frames=1, fps=config.video.fps, **size)
-    return [source[number]["caption"] for number in range(min(clips, len(source)))]
+    return [_example(source, number)["caption"] for number in range(min(clips, len(source)))]
 
 
 def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: int, sources, identities, group: int):
