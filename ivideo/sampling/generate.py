@@ -85,13 +85,19 @@ def generate(
     cascade.check_input(configs[0], has_input=low_res is not None)
 
     batch = {stage.stage: min(stage.sample.batch, len(rows)) for stage in configs}
+    # The same for all videos of a stage, and it takes as long as writing a small one
+    settings = {
+        stage.stage: recipes.settings(config, configs[:number])
+        for number, stage in enumerate(configs, 1)
+        if stage.stage in files
+    }
 
     def recipe_of(stage, row):
-        made_by = configs[: configs.index(stage) + 1]
         found = recipes.of_video(
-            config, made_by, rows[row], seed=seed, same_noise=same_noise, zoom=zoom, weights=identities, batch=batch
-        )
-        return found | input_metadata
+            configs[: configs.index(stage) + 1], rows[row], seed=seed, same_noise=same_noise, zoom=zoom,
+            weights=identities, batch=batch,
+        )  # fmt: skip
+        return found | settings[stage.stage] | input_metadata
 
     def missing():
         """Per stage, the rows whose files have to be written. Only the first process looks: it writes the files."""
@@ -129,7 +135,7 @@ def generate(
                 path, metadata = files[stage.stage][row], None
                 if with_recipe:
                     metadata = recipe_of(stage, row) | {"frames": recipes.frames_digest(video)}
-                video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+                video = outputs.zoomed(video, zoom)
                 written = outputs.write(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
                 if written != path:
                     as_frames.append(written)

@@ -78,8 +78,8 @@ def frames_digest(video: np.ndarray) -> str:
     return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()[:32]
 
 
-def of_video(config, configs: Sequence, row: Sample, *, seed: int, same_noise: bool, zoom: int, weights, batch) -> dict:
-    """The recipe of a video, without its input and its frames.
+def of_video(configs: Sequence, row: Sample, *, seed: int, same_noise: bool, zoom: int, weights, batch) -> dict:
+    """The recipe of a video, without its `settings`, its input and its frames.
 
     `configs`: the stages that make it. `weights` and `batch`: per stage, the identity of its weights, and the number of
     videos that it samples at a time.
@@ -96,7 +96,6 @@ def of_video(config, configs: Sequence, row: Sample, *, seed: int, same_noise: b
         "zoom": zoom,
         "weights": {stage.stage: weights[stage.stage] for stage in configs},
         "batch": {stage.stage: batch[stage.stage] for stage in configs},
-        **settings(config, configs),
     }
 
 
