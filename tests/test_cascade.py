@@ -167,7 +167,7 @@ def test_enlarged_video_does_not_depend_on_its_batch(small):
     assert np.abs(other - both).reshape(2, -1).max(1).min() > 0.05
 
 
-def test_small_given_video_is_blurred_as_the_config_says(light):
+def test_given_video_is_blurred_as_the_config_says(light):
     """Blurred while sampling is blurred before it."""
     config, params = light.stages.ssr1, random_params(light.stages.ssr1)
     low = np.random.default_rng(2).uniform(-1, 1, (1, 8, 8, 8, 3)).astype(np.float32)
@@ -221,7 +221,7 @@ def test_small_inputs_that_cannot_be(small, tmp_path):
     assert not (tmp_path / "new.mp4").exists()
 
 
-def test_small_stage_trained_on_crops_works_at_other_sizes():
+def test_stage_trained_on_crops_works_at_other_sizes():
     """The last stage is fully convolutional: its batches are crops, and it enlarges any size its strides divide."""
     config = cascade_config.get_config("small").stages.ssr3
     encoder = cascade.load_encoder(config.text)

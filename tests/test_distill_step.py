@@ -257,7 +257,7 @@ def test_small_a_student_begins_as_its_teacher():
     np.testing.assert_array_equal(student, v_fn_of(config, "", {}, batch["text"], 0.0)(z, logsnr))
 
 
-def test_small_a_phase_is_annealed_by_its_own_step():
+def test_a_phase_is_annealed_by_its_own_step():
     """What is applied is the rate that is logged: linear to 0 at the phase's last update, from a fresh optimizer."""
     config = small(**{"distill.round_updates": 4, "distill.late_round_updates": 10, "distill.learning_rate": 0.5})
     config.distill.clip = 1e9
@@ -327,7 +327,7 @@ def test_small_the_loss_is_of_the_target_at_random_times_and_weights(kind):
     np.testing.assert_allclose(loss, (truncated * error).mean(), rtol=1e-4)
 
 
-def test_small_parts_of_a_batch_have_the_gradient_of_the_whole():
+def test_parts_of_a_batch_have_the_gradient_of_the_whole():
     batch, found = draw(jax.random.key(3)), {}
     teacher = jax.tree.map(lambda p: p + 0.05, distill_step.init_state(small(), {}).params)
     for parts in (1, 4):

@@ -136,7 +136,7 @@ def test_small_a_student_is_told_the_weight_and_evaluated_once(guidance):
     np.testing.assert_array_equal(told, [6.0] * 8 if guidance == "constant" else [15, 1, 15, 1, 15, 1, 15, 1])
 
 
-def test_small_a_new_guidance_embedding_changes_nothing():
+def test_a_new_guidance_embedding_changes_nothing():
     """Its last layer is zero, so v is the same bit for bit whatever the weight."""
     config = base.get_config("small")
     config.update_from_flattened_dict(light_network.OPTIONS)

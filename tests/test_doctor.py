@@ -25,7 +25,7 @@ def test_small_everything_is_found(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_small_table_has_the_cascades_stages_in_order(capsys):
+def test_table_has_the_cascades_stages_in_order(capsys):
     config = cascade.get_config("small")
     doctor.doctor(config)
     lines = capsys.readouterr().out.splitlines()

@@ -105,7 +105,7 @@ def test_small_table_of_mixed_cascades(figure, tmp_path, measured):
     assert error.value.code == 2
 
 
-def test_small_rows_of_weights_and_ratios(figure, tmp_path, measured):
+def test_rows_of_weights_and_ratios(figure, tmp_path, measured):
     figure("guidance", "augmentation", "--networks=distilled", "--values=2.5,4", "--seeds=0")
     rows = {part: json.loads((tmp_path / "out" / f"{part}.json").read_text()) for part in ("guidance", "augmentation")}
     assert [row["labels"] for row in rows["guidance"]] == [{"network": "distilled", "weight": w} for w in (2.5, 4)]

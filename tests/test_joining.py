@@ -167,7 +167,7 @@ print(jnp.ones(3).sum(), flush=True)
 """
 
 
-def test_small_run_continues_when_a_process_of_another_run_connects(port, seconds, caplog):
+def test_run_continues_when_a_process_of_another_run_connects(port, seconds, caplog):
     """By then jax's service has the port. A connection to it would end the run."""
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
     run = subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)

@@ -241,7 +241,7 @@ def test_small_too_many_spikes_end_the_run(tmp_path, monkeypatch):
         loop.train(config, str(tmp_path), devices=jax.devices()[:1])
 
 
-def test_small_step_that_hangs_ends_the_process_and_prints_all_stacks():
+def test_step_that_hangs_ends_the_process_and_prints_all_stacks():
     program = """
 import time
 from ivideo.training.guards import Watchdog

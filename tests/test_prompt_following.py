@@ -36,7 +36,7 @@ def background_only():
     return np.broadcast_to(shapes.level(shapes.BACKGROUNDS["teal"]), (16, 24, 40, 3)).copy()
 
 
-def test_small_all_captions_are_read_without_error_at_the_base_size():
+def test_all_captions_are_read_without_error_at_the_base_size():
     for attrs, video in clips(12, 20, 1):
         assert score(video, attrs) == RIGHT, attrs
 

@@ -150,7 +150,7 @@ def test_small_a_crop_is_that_of_the_whole_resized_clip():
             np.testing.assert_array_equal(found, whole[:, rows, columns])
 
 
-def test_small_every_start_of_a_long_clip_is_drawn():
+def test_every_start_of_a_long_clip_is_drawn():
     source = files.source_of(made("b_frames"), crop=sources.Crop(5, 16, 64), height=16, width=64, fps=5)
     starts = [number(source.read(0, np.random.default_rng(seed))["video"][0]) for seed in range(300)]
     assert min(starts) == 0 and max(starts) == COUNT - 1 - 4 * 5 and len(set(starts)) > 70

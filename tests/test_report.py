@@ -104,7 +104,7 @@ def test_small_samples_of_several_processes_fail_in_all_of_them(tmp_path, monkey
 
 
 @pytest.mark.parametrize("what", REPORTS)
-def test_small_report_that_fails_warns_once(what, tmp_path, monkeypatch, caplog):
+def test_report_that_fails_warns_once(what, tmp_path, monkeypatch, caplog):
     REPORTS[what](monkeypatch)
     every = 2 if what == "the grid of samples" else 0
     assert train(run_config(**{"train.sample_every": every}), tmp_path) == 6

@@ -42,18 +42,18 @@ def metrics_of(workdir):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of forty steps of a light network."""
-    return trained_run(run_config(), tmp_path_factory.mktemp("run"))
+    """A run of forty steps of a light network, without samples."""
+    return trained_run(run_config(), tmp_path_factory.mktemp("run"), sample_every=0)
 
 
 @pytest.fixture(scope="module")
 def trained_with_every_layer(tmp_path_factory):
     """A run of forty steps of a network with attention."""
-    return trained_run(run_config({}), tmp_path_factory.mktemp("run"))
+    return trained_run(run_config({}), tmp_path_factory.mktemp("run"), sample_every=STEPS)
 
 
-def trained_run(config, workdir):
-    config.train.sample_every = STEPS
+def trained_run(config, workdir, sample_every):
+    config.train.sample_every = sample_every
     train(config, str(workdir), devices=jax.devices()[:1])
     return config, workdir
 

@@ -127,7 +127,7 @@ def test_small_an_exported_student_says_what_it_is_for(folder, tmp_path):
         trained.check(tiny_config(), out)
 
 
-def test_small_a_cascade_takes_distilled_and_original_stages(folder, tmp_path):
+def test_a_cascade_takes_distilled_and_original_stages(folder, tmp_path):
     """Each stage's weights are compared with its own config, so a folder of files can mix them."""
     config = stages.distilled(cascade_config.get_config("small"), only=["ssr2"])
     checks.check(config)

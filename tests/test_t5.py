@@ -105,7 +105,7 @@ def test_small_padding_changes_nothing():
     np.testing.assert_allclose(encoder.encode(tokens, mask)[:, :48], short, atol=1e-5)
 
 
-def test_small_shipped_encoder_tells_every_caption_apart():
+def test_shipped_encoder_tells_every_caption_apart():
     """The means of two captions' embeddings are never nearly the same."""
     encoder = text.load_encoder(base.get_config("small").text)
     tokens, mask = encoder.tokenize([shapes.caption(a) for a in shapes.all_attributes()])

@@ -122,7 +122,7 @@ def test_small_batches_from_readers_in_processes(config, tmp_path):
     np.testing.assert_array_equal(other.tokenize(CAPTIONS)[0], found.tokenize(CAPTIONS)[0])
 
 
-def test_small_images_are_embedded_from_the_cache_too(config, tmp_path):
+def test_images_are_embedded_from_the_cache_too(config, tmp_path):
     config.data.num_images = 2
     config.data.text_cache = made(config, tmp_path, [shapes.caption(a) for a in shapes.all_attributes()])
     texts = loop.load_texts(config, None)
@@ -163,7 +163,7 @@ def test_small_a_caption_that_is_not_there_is_named(config, tmp_path):
             found.tokenize(["a", caption])
 
 
-def test_small_a_cache_in_a_bucket_is_the_same_files(config, tmp_path, monkeypatch, capsys):
+def test_a_cache_in_a_bucket_is_the_same_files(config, tmp_path, monkeypatch, capsys):
     """Captions from there too; stopped, it goes on; copied to this machine, it is read."""
     monkeypatch.setattr(cache, "PER_SHARD", 10)
     wanted = contents(made(config, tmp_path))

@@ -177,7 +177,7 @@ def test_other_t5x_directories_in_a_bucket(options, tmp_path, weights, wanted, o
 
 @pytest.mark.parametrize("kept", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_small_huggingface_directory_in_a_bucket(shards, kept, tmp_path, weights, objects):
+def test_huggingface_directory_in_a_bucket(shards, kept, tmp_path, weights, objects):
     """As on this machine: the same parameters, and so the same fingerprint."""
     weights = {name: value.astype(kept) for name, value in weights.items()}
     folder = files.write_huggingface(tmp_path / "hf", weights, files.TINY, shards=shards)

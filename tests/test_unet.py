@@ -343,7 +343,7 @@ def test_small_skip_and_scale_leave_a_target_of_unit_variance(std):
         np.testing.assert_allclose([skip, scale], [np.zeros(9), np.ones(9)], rtol=1e-6)
 
 
-def test_small_network_starts_from_what_it_is_given():
+def test_network_starts_from_what_it_is_given():
     """With its last layer at zero, as it is initialised: v of E[x | z], for x of deviation 1/2 about the conditioning.
 
     The conditioning is alpha' video + sigma' noise; of a video of unit variance it lets expect alpha' times itself.
@@ -362,7 +362,7 @@ def test_small_network_starts_from_what_it_is_given():
     np.testing.assert_allclose(v, alpha * eps - sigma * x, atol=2e-5)
 
 
-def test_small_network_that_knows_the_difference_is_small_does_not_see_noise_that_drowns_it():
+def test_network_that_knows_the_difference_is_small_does_not_see_noise_that_drowns_it():
     """At a log-SNR of -16 its x is the same whatever the noise, though no weight is zero."""
     model = unet(data_std=0.05, conditioned=True)
     z, _, text, mask = inputs()
@@ -376,7 +376,7 @@ def test_small_network_that_knows_the_difference_is_small_does_not_see_noise_tha
     assert np.std(x - given["cond"]) > 0.01  # what the network adds, of deviation 0.05 or so
 
 
-def test_small_eps_and_x_networks_return_their_v():
+def test_eps_and_x_networks_return_their_v():
     """The same weights read as eps or x: v = (F - sigma z) / alpha or (alpha z - F) / sigma of their F, read as v."""
     z, logsnr, text, mask = inputs()
     light = dict(channels=(8,), blocks=(1,), strides=(1,), cross_attention=(False,), spatial_attention=(False,))

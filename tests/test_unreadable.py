@@ -89,7 +89,7 @@ def test_small_the_stream_is_the_same_for_readers_workers_and_after_a_restart():
     assert_same(batches(fresh, 2), wanted[4:])
 
 
-def test_small_workers_leave_out_the_same_clips(caplog):
+def test_workers_leave_out_the_same_clips(caplog):
     wanted, data = batches(iterator()), iterator(num_workers=1)
     caplog.clear()
     assert_same(batches(data), wanted)
