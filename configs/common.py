@@ -84,9 +84,12 @@ def stage(name: str, variant: str) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.source = "tfds"  # 'tfds': a prepared data set in data.dir; 'shapes': the captioned shapes, rendered
-    config.data.dir = ""  # folder of the prepared data set, including its version
+    # Folder of the prepared data set, including its version. Or several sets, with a weight after each folder, which is
+    # how often clips are drawn from it relative to the others: 'films:3,web:1'
+    config.data.dir = ""
     config.data.split = "train"
-    # Folder of a prepared set of images, from which packed images come; empty: they are frames of other clips
+    # Folder of a prepared set of images, from which packed images come, or several as in data.dir; empty: they are
+    # frames of other clips
     config.data.image_dir = ""
     config.data.num_clips = 0  # of 'shapes': the number of different clips
     config.data.text_cache = ""  # folder of embeddings made by mode encode_text; empty: the encoder runs in training

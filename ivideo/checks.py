@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from ivideo import files, recipe, stages
+from ivideo.data import mixtures
 from ivideo.data.preparing import keys as preparing_keys
 from ivideo.devices import sharding
 from ivideo.diffusion import conditioning
@@ -24,6 +25,7 @@ PATH = Value(
     "a path, or nothing after the = for none", lambda value: isinstance(value, str) and value.lower() != "none"
 )
 PATH_OR_NONE = Value(PATH.expected, lambda value: value is None or PATH.allows(value))
+PATHS = (PATH, PATH_OR_NONE, mixtures.FOLDERS)
 SIZE, COUNT, SEED = whole(1), whole(0), whole(0, 2**32 - 2)  # both a seed and seed + 1 have to fit 32 bits
 ANY, NOT_NEGATIVE = number("a number"), number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
@@ -79,8 +81,8 @@ KEYS = {
     "diffusion": {"logsnr_min": ANY, "logsnr_max": ANY, "logsnr_shift": ANY, "loss": choice(*LOSS_KINDS)},
     "data": {
         "source": choice("shapes", "tfds"),
-        "dir": PATH,
-        "image_dir": PATH,
+        "dir": mixtures.FOLDERS,
+        "image_dir": mixtures.FOLDERS,
         "split": NAME,
         "num_clips": COUNT,
         "text_cache": PATH,
@@ -197,8 +199,9 @@ def expand_home(config) -> None:
     for stage in [config, *config.get("stages", {}).values()]:
         for group, keys in KEYS.items():
             for name in keys if isinstance(keys, dict) else ():
-                if keys[name] in (PATH, PATH_OR_NONE) and isinstance(stage.get(group, {}).get(name), str):
-                    stage[group][name] = files.expand_home(stage[group][name])
+                if keys[name] in PATHS and isinstance(stage.get(group, {}).get(name), str):
+                    expand = mixtures.expand_home if keys[name] is mixtures.FOLDERS else files.expand_home
+                    stage[group][name] = expand(stage[group][name])
 
 
 def _check_stage(config) -> None:
@@ -247,6 +250,10 @@ def _check_training(config) -> None:
         raise UserError(
             f"config.train.batch_size = {t.batch_size} cannot be split into config.train.accumulate = {t.accumulate} "
             "equal parts: choose a multiple"
+        )
+    if t.evaluate_every and len(mixtures.folders(config.data.dir)) > 1:
+        raise UserError(
+            f"config.train.evaluate_every = {t.evaluate_every}: expected 0 with several sets in config.data.dir"
         )
 
 

@@ -173,14 +173,16 @@ def test_small_home_is_expanded_in_every_path(folder, monkeypatch):
     keys = ("text.checkpoint", "text.tokenizer", "data.dir", "data.image_dir", "data.text_cache", "train.start")
     keys += ("evaluate.i3d", "evaluate.inception", "evaluate.clip")
     groups = {group: inside for group, inside in checks.KEYS.items() if isinstance(inside, dict)}
-    path_kinds = (checks.PATH, checks.PATH_OR_NONE)
-    found = {f"{group}.{key}" for group in groups for key, kind in groups[group].items() if kind in path_kinds}
+    found = {f"{group}.{key}" for group in groups for key, kind in groups[group].items() if kind in checks.PATHS}
     assert found == set(keys)
     given = [*(f"--{name}=~/x" for name in paths), *(f"--config.{key}=~/y/z" for key in keys)]
     config = parsed("--config=~/mine.py:small", *given)
     checks.expand_home(config)
     assert {getattr(flags.FLAGS, name) for name in paths} == {f"{folder}/x"}
     assert {config[group][key] for group, key in (name.split(".") for name in keys)} == {f"{folder}/y/z"}
+    config.data.dir = "~/a:3,/b:1,~/c:2"
+    checks.expand_home(config)
+    assert config.data.dir == f"{folder}/a:3,/b:1,{folder}/c:2"
     for path in ("", "gs://bucket/~", "a/~", "./~x"):
         assert files.expand_home(path) == path
 

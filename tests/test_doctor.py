@@ -52,7 +52,7 @@ def test_small_what_is_too_large_is_a_note(monkeypatch):
     assert sum("too large; a smaller variant (:demo)" in text for text in texts) == 2
 
 
-@pytest.mark.parametrize("key", ["text.checkpoint", "data.dir", "data.text_cache", "train.start"])
+@pytest.mark.parametrize("key", ["text.checkpoint", "data.dir", "data.image_dir", "data.text_cache", "train.start"])
 def test_small_files_that_are_not_there_are_problems(key, tmp_path, capsys):
     config = base.get_config("small")
     config.update_from_flattened_dict({key: str(tmp_path / "none")})

@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from ivideo.data import unreadable, video_io, workers
+from ivideo.data import mixtures, unreadable, video_io, workers
 from ivideo.errors import UserError
 from ivideo.prompts import one_line
 
@@ -39,13 +39,11 @@ class _Read(grain.transforms.RandomMap):
         element = {"video": video_io.to_uint8(clip["video"]), "caption": clip["caption"], unreadable.KEY: [left_out]}
         if self._num_images:
             if images is None:
-                # Distinct offsets of 1 .. n-1 around the source reach neither the clip itself nor another clip twice
-                steps = 1 + rng.choice(len(source) - 1, self._num_images, replace=False)
-                which, read, numbers = 0, source.image, (used + steps) % len(source)
+                which, read, parts, but = 0, source.image, mixtures.parts_of(source), used
             else:
-                which, read, numbers = 1, images.image, rng.choice(len(images), self._num_images, replace=False)
+                which, read, parts, but = 1, images.image, mixtures.parts_of(images), None
             packed = []
-            for number in numbers:
+            for number in mixtures.draw(parts, self._num_images, rng, but=but):
                 image, _, left_out = self._first_readable(which, read, number, rng)
                 packed.append(image)
                 element[unreadable.KEY].append(left_out)
@@ -127,27 +125,32 @@ def make_dataset(
     """The endless data set of examples that `make_iterator` batches: its dicts without the batch dimension.
 
     An example also lists the clips that were left out for it (`unreadable.KEY`). Every epoch has a new order, and shows
-    other parts of the clips. An example depends on the seed and its number alone. UserError where the source is empty,
-    or too small for `num_images` images of other clips.
+    other parts of the clips. Of a mixture (`mixtures.Mixture`), each set has epochs of its own, and any number of
+    successive examples has as many of each set as the weights say, to within one. An example depends on the seed and
+    its number alone. UserError where the source is empty, or a set too small for `num_images` images of other clips.
     """
     if len(source) == 0:
         raise UserError("The source has 0 clips, expected 1 or more: check its folder and split.")
-    if images is not None and not 0 <= num_images <= len(images):
+    parts = mixtures.parts_of(source)
+    smallest = min(len(numbers) for numbers, _ in (parts if images is None else mixtures.parts_of(images)))
+    if images is not None and not 0 <= num_images <= smallest:
+        raise UserError(f"num_images is {num_images} with a set of {smallest} images: pack fewer or use a larger set.")
+    if images is None and not 0 <= num_images < smallest:
         raise UserError(
-            f"num_images is {num_images} with a set of {len(images)} images: pack fewer or use a larger set."
-        )
-    if images is None and not 0 <= num_images < len(source):
-        raise UserError(
-            f"num_images is {num_images} with a source of {len(source)} clips, expected 0 to {len(source) - 1}: each "
+            f"num_images is {num_images} with a source of {smallest} clips, expected 0 to {smallest - 1}: each "
             "packed image comes from another clip, so pack fewer or use a larger source."
         )
     if text_length < 1:
         raise UserError(f"text_length is {text_length}, expected 1 or more tokens: set the config's text length.")
-    dataset = grain.MapDataset.range(len(source)).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
+    orders = []
+    for k, (numbers, _) in enumerate(parts):
+        order = grain.MapDataset.range(numbers.start, numbers.stop).seed((seed + k) % 2**32)
+        orders.append((order.shuffle() if shuffle else order).repeat())
+    dataset = orders[0]
+    if len(orders) > 1:
+        dataset = grain.MapDataset.mix(orders, [weight for _, weight in parts]).seed(seed)
     # After the repetition, so that each epoch draws new random numbers
-    dataset = dataset.repeat().random_map(_Read(source, images, num_images, max_unreadable))
+    dataset = dataset.random_map(_Read(source, images, num_images, max_unreadable))
     return dataset.map(_Tokenize(tokenize, text_length))
 
 
@@ -171,11 +174,12 @@ def make_iterator(
     """An endless iterator over batches of numpy arrays, or over one reader's parts of every batch.
 
     Args:
-      source: see `ivideo.data.sources`.
+      source: see `ivideo.data.sources`; `mixtures.Mixture` makes several sources one.
       batch_size: clips per batch, of all readers together; UserError unless the number of parts divides it.
       seed: of the order, the choice of images, and the places that clips and images are read at.
       num_images: K, images packed with each video.
-      images: a source of images (`sources.ImageSource`); without it they are frames of other clips.
+      images: a source of images (`sources.ImageSource`), or a mixture of them; without it they are frames of other
+        clips.
       tokenize: (texts, length) -> (tokens [N,L], mask [N,L]), or a `TextCache`.
       text_length: L.
       num_workers: processes that prepare data; 0 prepares it in threads of this process. Workers are spawned, so guard

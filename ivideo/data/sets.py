@@ -85,4 +85,6 @@ def _check_folder(data_dir: str | os.PathLike) -> None:
         return
     prepared = sorted(str(p.parent) for p in pathlib.Path(data_dir).glob("**/dataset_info.json"))[:3]
     advice = f"did you mean {' or '.join(prepared)}?" if prepared else "prepare the set first."
+    if "," in str(data_dir):
+        advice = "several folders have a weight after each, such as films:3,web:1."
     raise UserError(f"data_dir is {str(data_dir)!r}, expected a folder with dataset_info.json: {advice}")

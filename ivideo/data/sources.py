@@ -15,6 +15,7 @@ import numpy as np
 
 from ivideo.data import sets, shapes, video_io
 from ivideo.data.images import read_image
+from ivideo.data.mixtures import Mixture, parse
 from ivideo.data.resizing import resize_video
 from ivideo.errors import UserError
 
@@ -217,8 +218,10 @@ def make_source(
     split: str = "train",
     fps: video_io.Rate = 24,
     crop: Crop | None = None,
-) -> ShapesSource | TFDSSource:
+) -> ShapesSource | TFDSSource | Mixture:
     """The source named 'shapes' (uses num_clips, seed, split) or 'tfds' (uses data_dir, split, fps).
+
+    `data_dir` is one folder, or several with weights (`mixtures.parse`).
 
     The shapes have the splits 'train' (432 captions) and 'held_out' (48). UserError for other names.
     """
@@ -229,8 +232,25 @@ def make_source(
         size = dict(frames=frames, height=height, width=width, crop=crop)
         return ShapesSource(attributes[split], num_clips=num_clips, seed=seed, **size)
     if name == "tfds":
-        return TFDSSource(data_dir, split, frames=frames, height=height, width=width, fps=fps, crop=crop)
+        size = dict(frames=frames, height=height, width=width, fps=fps, crop=crop)
+        return _mixed(data_dir, lambda folder: TFDSSource(folder, split, **size))
     raise UserError(f"the source is {name!r}, expected 'shapes' or 'tfds': choose one of them.")
+
+
+def make_image_source(
+    data_dir: str, split: str = "train", *, height: int, width: int, crop: Crop | None = None
+) -> ImageSource | Mixture | None:
+    """The source of the images in one folder, or in several with weights; None without a folder."""
+    if not data_dir:
+        return None
+    return _mixed(data_dir, lambda folder: ImageSource(folder, split, height=height, width=width, crop=crop))
+
+
+def _mixed(data_dir, make):
+    """The source of one folder, or the mixture of several (`mixtures.parse`)."""
+    if len(sets := parse(data_dir)) < 2:
+        return make(data_dir)
+    return Mixture([make(folder) for folder, _ in sets], [weight for _, weight in sets])
 
 
 def _check_positive(**values: int) -> None:

@@ -13,6 +13,7 @@ import jax
 from packaging.requirements import Requirement
 
 from ivideo import __version__, files, stages
+from ivideo.data import mixtures
 from ivideo.devices import chips, sharding
 from ivideo.errors import UserError
 from ivideo.planning.describe import human
@@ -21,7 +22,8 @@ from ivideo.training.step import state_shapes
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 EXTRAS = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin", "plot": "matplotlib", "beam": "apache-beam"}
 LITTLE_DISK = 10 * 2**30  # bytes; a checkpoint of a paper-sized stage takes more
-KINDS = {"text.checkpoint": "the text encoder", "data.dir": "the data", "data.text_cache": "the text cache",
+KINDS = {"text.checkpoint": "the text encoder", "data.dir": "the data",
+         "data.image_dir": "the images", "data.text_cache": "the text cache",
          "train.start": "the weights that training starts from"}  # fmt: skip
 
 
@@ -136,20 +138,21 @@ def _paths(config):
     """Whether the files and folders that a stage's config names can be found, in buckets too."""
     for key, what in KINDS.items():
         group, name = key.split(".")
-        path = config[group][name]
-        if not path:
-            continue
-        where = f"config.{key} = {path}"
-        try:
-            there = files.exists(path) or bool(files.list_names(path))
-        except FileNotFoundError:
-            there = False
-        except (UserError, OSError) as e:
-            yield PROBLEM, config.stage, f"{where} does not answer ({' '.join(str(e).split())[:200]})"
-            continue
-        yield (OK, config.stage, f"{where} is there") if there else (
-            PROBLEM, config.stage, f"{where} is not there: it should be {what}"
-        )  # fmt: skip
+        value = config[group][name]
+        for path in mixtures.folders(value) if name in ("dir", "image_dir") else [value]:
+            if path:
+                yield _path(config.stage, f"config.{key} = {path}", path, what)
+
+
+def _path(stage, where, path, what):
+    """The line for a file or folder, which `where` names."""
+    try:
+        there = files.exists(path) or bool(files.list_names(path))
+    except FileNotFoundError:
+        there = False
+    except (UserError, OSError) as e:
+        return PROBLEM, stage, f"{where} does not answer ({' '.join(str(e).split())[:200]})"
+    return (OK, stage, f"{where} is there") if there else (PROBLEM, stage, f"{where} is not there: it should be {what}")
 
 
 def _sizes(config):

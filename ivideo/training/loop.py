@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivideo import checks, stages
+from ivideo.data import mixtures
 from ivideo.data.pipeline import make_iterator
-from ivideo.data.sources import Crop, ImageSource, make_source
+from ivideo.data.sources import Crop, make_image_source, make_source
 from ivideo.devices import agreeing, hosts, sharding
 from ivideo.errors import UserError
 from ivideo.recipe import save_run_config
@@ -288,9 +289,14 @@ def _inputs(config, encoder) -> dict:
     """Identities of the inputs, besides the config, that must be the same in all processes."""
     return {
         "the text encoder": encoder.fingerprint,
-        "the data set": agreeing.folder_digest(config.data.dir),
-        "the set of images": agreeing.folder_digest(config.data.image_dir),
+        "the data set": _digest(config.data.dir),
+        "the set of images": _digest(config.data.image_dir),
     }
+
+
+def _digest(sets: str) -> str:
+    """Identifies the files of the sets that `config.data.dir` or `config.data.image_dir` names."""
+    return ", ".join(map(agreeing.folder_digest, mixtures.folders(sets))) or "none"
 
 
 def load_texts(config, mesh):
@@ -326,12 +332,10 @@ def data_source(config):
     )  # fmt: skip
 
 
-def image_source(config) -> ImageSource | None:
-    """The set of images that are packed behind the videos, if the config names one; otherwise they are frames."""
-    if not config.data.image_dir:
-        return None
+def image_source(config):
+    """The images that are packed behind the videos, if the config names sets of them; otherwise they are frames."""
     _, height, width, _ = stages.video_shape(config)
-    return ImageSource(config.data.image_dir, config.data.split, height=height, width=width, crop=_crop(config))
+    return make_image_source(config.data.image_dir, config.data.split, height=height, width=width, crop=_crop(config))
 
 
 def _crop(config) -> Crop | None:
