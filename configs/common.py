@@ -198,6 +198,8 @@ def preparation() -> ml_collections.ConfigDict:
     prepare.duplicate_bits = 16
     prepare.shard_megabytes = 256
     prepare.workers = 0  # processes; 0: one per core
+    # Seconds that reading one file may take, and encoding its shots: a file that takes longer is left out. 0: no limit
+    prepare.timeout = 3600.0
     return prepare
 
 

@@ -2,17 +2,20 @@
 
 import collections
 import csv
+import functools
 import io
 import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 
 import collections_of_clips as clips
+import ending_tasks
 import numpy as np
 import PIL.Image
 import pyarrow
@@ -332,17 +335,20 @@ def test_recompressed_and_smaller_copies_have_close_hashes():
     assert min((a ^ b).bit_count() for a in originals for b in originals if a != b) > 40
 
 
-def crash(task):
-    if task == 3:
-        os._exit(1)
-    return 10 * task
-
-
 def test_a_task_that_ends_its_process_is_reported_and_the_others_are_done():
-    assert dict(pool.run(crash, list(range(8)), processes=2)) == {k: 10 * k if k != 3 else None for k in range(8)}
+    ended = {3: pool.Ended(1), 5: pool.Ended(-signal.SIGALRM)}
+    found = dict(pool.run(ending_tasks.crash_or_hang, list(range(8)), processes=2))
+    assert found == {k: 10 * k for k in range(8)} | ended
+    assert (ended[3].timed_out, ended[5].timed_out) == (False, True)
 
 
-def test_small_files_that_crash_the_decoder_are_left_out(tmp_path):
+def test_an_error_in_a_process_of_its_own_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        list(pool._alone(ending_tasks.divide, [0], processes=1))
+
+
+@pytest.mark.parametrize(("code", "reason"), [(-signal.SIGSEGV, "crashed"), (-signal.SIGALRM, "timeout")])
+def test_small_files_that_crash_the_decoder_are_left_out(tmp_path, code, reason):
     """One of a task's files does; the task's others are measured one by one."""
     folder = one_clip(tmp_path / "in")
     (folder / "b.mp4").write_bytes(b"crash")
@@ -351,10 +357,29 @@ def test_small_files_that_crash_the_decoder_are_left_out(tmp_path):
     def run(function, tasks):
         for task in tasks:
             crashes = function is prepare.measure and any(item.name == "b.mp4" for _, item in task.items)
-            yield task, None if crashes else function(task)
+            yield task, pool.Ended(code) if crashes else function(task)
 
     out = prepared(folder, tmp_path / "out", run=run)
-    assert read_set(out).keys() == {"a.mp4"} and quarantine(out) == {"b.mp4": "crashed"}
+    assert read_set(out).keys() == {"a.mp4"} and quarantine(out) == {"b.mp4": reason}
+
+
+def test_a_file_that_takes_too_long_is_left_out(tmp_path):
+    """Its process is ended while the decoder works, and the file is in the report, without a picture."""
+    folder, out = one_clip(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(UserError, match="none of 1 videos is left: 1 timeout"):
+        prepared(folder, out, run=functools.partial(pool.run, processes=1), timeout=0.001)
+    assert quarantine(out) == {"a.mp4": "timeout"}
+    assert "not read after 0.001 seconds (config.prepare.timeout)" in (out / prepare.QUARANTINE).read_text()
+    assert "<img" not in (out / prepare.REPORT).read_text(encoding="utf-8")
+
+
+def test_small_a_pipe_is_not_waited_for(tmp_path):
+    """Reading one that nothing writes to takes forever."""
+    folder = one_clip(tmp_path / "in")
+    os.mkfifo(folder / "b.mp4")
+    (folder / "b.txt").write_text("a pipe")
+    out = prepared(folder, tmp_path / "out")
+    assert read_set(out).keys() == {"a.mp4"} and quarantine(out) == {"b.mp4": "unreadable"}
 
 
 def test_small_an_interrupted_preparation_continues(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ REASONS = {
     "unreadable": "a file that cannot be decoded",
     "truncated": "a file that ends before the length that it states",
     "crashed": "a file that ended the process that decoded it",
+    "timeout": "a file that takes too long to read, as one on which the decoder hangs",
     "large": "a file of 1 GiB or more",
     "short": "a clip shorter than a training clip",
     "rate": "a clip with fewer frames per second than the stage",

@@ -20,4 +20,5 @@ KEYS = {
     "duplicate_bits": whole(-1, 32),
     "shard_megabytes": whole(1),
     "workers": whole(0),
+    "timeout": _NOT_NEGATIVE,
 }

@@ -35,13 +35,14 @@ class MeasureTask(NamedTuple):
     """Files to measure, and the file that their measures are written to.
 
     `splitting`: the difference of frames at which videos are divided, and the shortest shot, in seconds. None: they are
-    not divided.
+    not divided. `timeout`: seconds after which the process ends if a file is not measured.
     """
 
     path: str
     media: str
     items: list[tuple[int, Item]]  # with their numbers
     splitting: tuple[float, float] | None = None
+    timeout: float = 0.0
 
 
 class WriteTask(NamedTuple):
@@ -69,7 +70,7 @@ def prepare(
         print(f"{out} is finished already: its report is {os.path.join(out, REPORT)}")
         return
     splitting = (limits.jump, limits.seconds) if config.prepare.split_shots and media == "video" else None
-    rows = _measure(out, media, items, run, splitting)
+    rows = _measure(out, media, items, run, splitting, config.prepare.timeout)
     of_row = {row["name"]: _item(out, items, row) for row in rows}
     kept, left_out = choose(rows, limits, is_too_long=is_too_long)
     rejected = sorted([*rejected, *left_out])
@@ -144,19 +145,22 @@ def _item(out: str, items: list[Item], row: dict) -> Item:
     return Item(row["name"], os.path.join(out, WORK, row["clip"])) if "clip" in row else items[row["index"]]
 
 
-def _measure(out: str, media: str, items: list[Item], run: Callable, splitting) -> list[dict]:
+def _measure(out: str, media: str, items: list[Item], run: Callable, splitting, timeout: float) -> list[dict]:
     """The measures of all files, in order. Those that an earlier call wrote are read."""
     folder = os.path.join(out, WORK)
     os.makedirs(folder, exist_ok=True)
     numbered = list(enumerate(items))
     parts = [numbered[start : start + PER_TASK] for start in range(0, len(items), PER_TASK)]
-    tasks = [MeasureTask(os.path.join(folder, f"{i:08}.jsonl"), media, part, splitting) for i, part in enumerate(parts)]
+    tasks = [
+        MeasureTask(os.path.join(folder, f"{i:08}.jsonl"), media, part, splitting, timeout)
+        for i, part in enumerate(parts)
+    ]
     todo = [task for task in tasks if not os.path.exists(task.path)]
     with tqdm.tqdm(total=len(items), unit=media, desc="measuring", disable=None) as bar:
         bar.update(len(items) - sum(len(task.items) for task in todo))
         crashed = []
         for task, result in run(measure, todo):
-            if result is None:
+            if isinstance(result, pool.Ended):
                 crashed.append(task)
             bar.update(len(task.items))
         for task in crashed:
@@ -168,14 +172,16 @@ def _measure(out: str, media: str, items: list[Item], run: Callable, splitting) 
 
 
 def _one_by_one(task: MeasureTask, run: Callable) -> list[dict]:
-    """The measures of files of which one or more end the process that decodes them."""
+    """The measures of files of which one or more end the process that decodes them, or take too long."""
     rows = []
     for number, item in task.items:
         part = task._replace(path=f"{task.path}.{number}", items=[(number, item)])
         ((_, result),) = run(measure, [part])
-        if result is None:
-            detail = "the process that decoded it ended: the decoder crashed, or memory was full"
-            rows.append(_described(number, item) | {"reason": "crashed", "detail": detail})
+        if isinstance(result, pool.Ended):
+            reason, detail = "crashed", "the process that decoded it ended: the decoder crashed, or memory was full"
+            if result.timed_out:
+                reason, detail = "timeout", f"not read after {task.timeout:g} seconds (config.prepare.timeout)"
+            rows.append(_described(number, item) | {"reason": reason, "detail": detail})
         else:
             rows += map(json.loads, files.read_bytes(part.path).decode().splitlines())
     return rows
@@ -185,16 +191,21 @@ def measure(task: MeasureTask) -> int:
     """Measures a task's files and writes a line for each. Returns their number."""
     rows = []
     for number, item in task.items:
-        row = _described(number, item) | measured(item, task.media, task.splitting)
-        if len(row.get("firsts", ())) == 1 or "reason" in row or task.media == "image":
-            rows.append(row)
-            continue
-        try:
-            rows += _shots_of(task, item, row)
-        except (VideoError, OSError) as e:
-            rows.append(_described(number, item) | {"reason": "unreadable", "detail": str(e)})
+        with pool.limited(task.timeout):
+            rows += _rows_of(task, number, item)
     _write_rows(task.path, rows)
     return len(rows)
+
+
+def _rows_of(task: MeasureTask, number: int, item: Item) -> list[dict]:
+    """The row of a file, or of each shot of a video that is divided."""
+    row = _described(number, item) | measured(item, task.media, task.splitting)
+    if len(row.get("firsts", ())) == 1 or "reason" in row or task.media == "image":
+        return [row]
+    try:
+        return _shots_of(task, item, row)
+    except (VideoError, OSError) as e:
+        return [_described(number, item) | {"reason": "unreadable", "detail": str(e)}]
 
 
 def _shots_of(task: MeasureTask, item: Item, row: dict) -> list[dict]:
@@ -270,7 +281,7 @@ def _write(out: str, media: str, of_row: dict[str, Item], shards: list[list[dict
     with tqdm.tqdm(total=len(shards), unit="shard", desc="writing", disable=None) as bar:
         bar.update(len(tasks) - len(todo))
         for task, result in run(write, todo):
-            if result is None:
+            if isinstance(result, pool.Ended):
                 raise UserError(f"{task.path} could not be written, since its process ended: is memory full?")
             bar.update()
 

@@ -4,6 +4,7 @@ import base64
 import collections
 import html
 import itertools
+import os
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ivideo.data.preparing.items import Item, Rejected
 from ivideo.data.preparing.measuring import thumbnail
 
 EXAMPLES = 10  # of each reason
+NOT_SHOWN = ("crashed", "timeout", "large")  # reading such files would end or stop this process, or fill its memory
 SHOWN = 30  # pictures of files of the set
 HISTOGRAMS = {  # what is shown of the files of the set
     "seconds": "length, seconds",
@@ -51,7 +53,8 @@ def write(path: str, media: str, kept: list[dict], rejected: list[Rejected], by_
     for reason, ones in _grouped(rejected).items():
         parts.append(f"<h2>Left out: {reason}, {REASONS[reason]} ({len(ones):,})</h2>")
         for one in ones[:EXAMPLES]:
-            parts.append(_figure(by_name.get(one.name), media, one.detail, name=one.name))
+            item = None if reason in NOT_SHOWN else by_name.get(one.name)
+            parts.append(_figure(item, media, one.detail, name=one.name))
     body = "\n".join(parts)
     files.write_text(
         path, f'<!doctype html><meta charset="utf-8"><title>Prepared data</title><style>{_STYLE}</style>\n{body}\n'
@@ -96,6 +99,8 @@ def _figure(item: Item | None, media: str, text: str, name: str = "") -> str:
 
 def _picture(item: Item, media: str) -> str:
     """An image element with a frame of the file, or nothing if it cannot be read."""
+    if not os.path.isfile(item.path):  # reading a pipe may take forever
+        return ""
     try:
         data = item.read()
         image = read_image(data) if media == "image" else next(video_io.iter_frames(data, frames=1, fps=1))
