@@ -119,6 +119,10 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.training.loop import data_source, image_source
 
         check_data(data_source(config), image_source(config))
+    elif FLAGS.mode == "show_data":
+        from ivideo.training.showing import show_data
+
+        show_data(config, _needed("out"), overwrite=FLAGS.overwrite)
     elif FLAGS.mode == "prepare_data":
         from ivideo import text
         from ivideo.data.preparing.prepare import prepare

@@ -59,6 +59,10 @@ MODES = {
         "make a data set in the folder --out from a folder, a table or tars of captioned videos or images (--input)",
         ("input", "out"),
     ),
+    "show_data": Mode(
+        "write what the network sees of the first training clips to the folder --out: videos, captions and a sheet",
+        ("out", "overwrite"),
+    ),
     "check_data": Mode("read every clip of the data set as training would, and list the unreadable ones", ()),
     "goodput": Mode(
         "print how the training run in --workdir spent its time", ("config", "workdir", "json"), config=False

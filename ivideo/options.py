@@ -40,8 +40,8 @@ flags.DEFINE(
     "out",
     None,
     "The file to write: .mp4, .mov, .webm or .gif in mode sample, .safetensors in export and train_text, .json in "
-    "evaluate and compile. For several videos, in encode_text and prepare_data, and in evaluate with --reference or "
-    "--samples, a folder.",
+    "evaluate and compile. For several videos, in encode_text, prepare_data and show_data, and in evaluate with "
+    "--reference or --samples, a folder.",
 )
 flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
 flags.DEFINE_multi_string(

@@ -131,12 +131,15 @@ def caption_check(text_config) -> Callable[[str], bool]:
 
     It needs the tokenizer alone. UserError where there is none.
     """
-    if text_config.tokenizer:
-        tokenize = SentencePiece.load(text_config.tokenizer, text_config.vocab)
-    else:
-        tokenize = _tokenizer(_open_configured(text_config), "")
-    length = text_config.length
+    tokenize, length = tokenizer_of(text_config), text_config.length
     return lambda caption: bool(tokenize([one_line(caption)], length + 1)[1].sum() > length)
+
+
+def tokenizer_of(text_config) -> Bytes | SentencePiece:
+    """The tokenizer of a stage's `text` config, without its encoder. UserError where there is none."""
+    if text_config.tokenizer:
+        return SentencePiece.load(text_config.tokenizer, text_config.vocab)
+    return _tokenizer(_open_configured(text_config), "")
 
 
 def _open_configured(text_config) -> Checkpoint:

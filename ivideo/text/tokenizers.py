@@ -41,6 +41,10 @@ class Bytes:
     def __call__(self, texts, length):
         return byte_tokens(texts, length)
 
+    def decode(self, tokens) -> str:
+        """The text of the ids of one text."""
+        return bytes(int(token) - OFFSET for token in tokens if token >= OFFSET).decode(errors="replace")
+
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
@@ -75,6 +79,10 @@ class SentencePiece:
     @functools.cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
+
+    def decode(self, tokens) -> str:
+        """The text of the ids of one text, as the model normalised it."""
+        return self.processor.decode([int(token) for token in tokens if token not in (PAD, EOS)])
 
     def __getstate__(self):
         return {"model": self.model}

@@ -174,13 +174,18 @@ class Example(NamedTuple):
     weights: np.ndarray | None  # weights of the frames in the loss, [T + K]
 
 
+def sample_keys(keys):
+    """The keys [B] of the samples' noise, dropped texts and conditioning, from the samples' own keys [B]."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+
+
 def example(config, batch, keys) -> Example:
     """The network's inputs from a batch with embedded texts (`prepare`). `keys` [B]: one per sample (`draws`).
 
     Each text is dropped with the same probability. The texts of a video and of its packed images are dropped
     independently (Section 2.6.1).
     """
-    key_noise, key_text, key_cond = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+    key_noise, key_text, key_cond = sample_keys(keys)
     video, text, mask = batch["video"], batch["text"], batch["token_mask"]
     weights = None
     images = batch.get("images")
