@@ -179,8 +179,8 @@ def preparation() -> ml_collections.ConfigDict:
     """What mode prepare_data keeps of a collection of files. Differences of frames are in levels of 255, on average."""
     prepare = ml_collections.ConfigDict()
     prepare.media = "video"  # 'video' or 'image'
-    # Caption of a file that has none, with the name of its folder for {label}, such as 'a video of {label}'; empty:
-    # such files are left out
+    # Caption of a file that has none, with the name of its folder for {label}: 'a video of {label}'. Several, of which
+    # training draws one, have | between them: 'a video of {label}|someone does {label}'. Empty: such files are left out
     prepare.label_template = ""
     prepare.long_captions = "keep"  # longer than config.text.length: 'keep' (training cuts them), or 'drop'
     prepare.min_seconds = 0.0  # length of a clip; 0: the length of the stage's training clips

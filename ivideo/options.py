@@ -43,7 +43,9 @@ flags.DEFINE(
     "evaluate and compile. For several videos, in encode_text, prepare_data and show_data, and in evaluate with "
     "--reference or --samples, a folder.",
 )
-flags.DEFINE(PATH, "captions", None, "A UTF-8 file with one caption per line, for mode encode_text.")
+flags.DEFINE(
+    PATH, "captions", None, "Mode encode_text: a UTF-8 file with one caption per line, or the folder of a prepared set."
+)
 flags.DEFINE_multi_string(
     "beam",
     None,

@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from light_tokens import tokenize
 
 from configs import base
 from ivideo.data import pipeline, resizing, shapes, shapes_set, sources, video_io
@@ -24,15 +25,6 @@ ARRAYS = ("video", "tokens", "token_mask", "images", "image_tokens", "image_toke
 
 def read(source, index, seed=0):
     return source.read(index, np.random.default_rng(seed))
-
-
-def tokenize(texts, length):
-    """UTF-8 bytes, cut and padded."""
-    tokens = np.zeros((len(texts), length), np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        data = np.frombuffer(text.encode(), np.uint8)[:length]
-        row[: len(data)] = data
-    return tokens, tokens > 0
 
 
 def text_of(tokens):

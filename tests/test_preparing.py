@@ -30,6 +30,7 @@ from ivideo.data.images import read_image
 from ivideo.data.preparing import duplicates, inputs, measuring, pool, prepare, records
 from ivideo.data.preparing.choosing import REASONS
 from ivideo.errors import UserError
+from ivideo.text import cache
 from ivideo.training import loop
 
 SOME = ("empty", "half of it", "overwritten", "short", "slow", "still", "cut", "tiny", "strip", "copy", "no caption")
@@ -93,7 +94,7 @@ def test_every_kind_of_file_is_read_back_and_every_broken_one_named(out, folder)
     check_set(out, *folder)
     captions = {f"scene {number}" for number in range(len(clips.KINDS))}
     assert {text.decode() for record in read_set(out).values() for text in record["captions"]} == captions
-    lines = (out / prepare.CAPTIONS).read_text(encoding="utf-8").splitlines()
+    lines = (out / records.CAPTIONS).read_text(encoding="utf-8").splitlines()
     assert set(lines) == captions and len(lines) == len(captions)
 
 
@@ -195,6 +196,18 @@ def test_small_captions_from_labels(tmp_path):
     (tmp_path / "._v_1.avi").write_bytes(b"macOS's attributes")
     items, _ = inputs.find(str(tmp_path), "video", label_template="a person does {label}")
     assert [item.captions for item in items] == [("a person does apply eye makeup",), ("its own",)]
+    items, _ = inputs.find(str(tmp_path), "video", label_template="{label} | a video of {label}")
+    assert [item.captions for item in items] == [("apply eye makeup", "a video of apply eye makeup"), ("its own",)]
+
+
+def test_small_captions_of_a_set_are_read_for_the_text_encoder(tmp_path):
+    one_clip(tmp_path / "in")
+    (tmp_path / "in" / "t.csv").write_text("path,text\na.mp4,one\na.mp4,two\n")
+    out = prepared(tmp_path / "in", tmp_path / "out")
+    assert cache.read_captions(str(out)) == ["one", "two"]
+    (out / records.CAPTIONS).unlink()
+    with pytest.raises(UserError, match="is a prepared set without captions.txt: mode prepare_data writes it"):
+        cache.read_captions(str(out))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import tqdm
 from array_record.python import array_record_module
 
 from ivideo import files
+from ivideo.data.preparing import records
 from ivideo.devices import agreeing, sharding
 from ivideo.errors import UserError
 from ivideo.prompts import one_line, read_lines
@@ -54,7 +55,14 @@ def shard_of(key: bytes, shards: int) -> int:
 
 
 def read_captions(path: str) -> list[str]:
-    """The distinct captions of a text file, one per line (`read_lines`)."""
+    """The distinct captions of a text file, one per line (`read_lines`), or of a prepared set's folder."""
+    if os.path.isfile(os.path.join(path, records.INFO)):
+        if not os.path.isfile(os.path.join(path, records.CAPTIONS)):
+            raise UserError(
+                f"--captions={path} is a prepared set without {records.CAPTIONS}: mode prepare_data writes it; write "
+                "the captions of other sets to a file, one per line"
+            )
+        path = os.path.join(path, records.CAPTIONS)
     return list({key_of(caption): caption for caption in read_lines(path, "--captions")}.values())
 
 

@@ -31,7 +31,8 @@ def find(path: str, media: str, *, label_template: str = "") -> Found:
 
     A folder's own table, lists or tars are used if it has any. Otherwise its files are searched at every depth, each
     with a .txt or .json of the same name beside it. A file with neither gets a caption made from the name of its
-    folder by `label_template`, such as 'a video of {label}', if that is not empty. UserError where nothing is found.
+    folder by `label_template`, such as 'a video of {label}', if that is not empty; several templates, with | between
+    them, make several captions. UserError where nothing is found.
     """
     if any(character in path for character in "*?[") and not os.path.exists(path):
         found = tars.find(sorted(glob.glob(path)), media, root=os.path.dirname(path))
@@ -102,7 +103,7 @@ def _of_sidecars(folder: str, media: str, label_template: str):
             continue
         label = os.path.basename(os.path.dirname(path))
         if not captions and label_template:
-            captions = [label_template.replace("{label}", _words(label))]
+            captions = [one.strip().replace("{label}", _words(label)) for one in label_template.split("|")]
         items.append(Item(name, path, captions=tuple(captions)))
     return items, rejected
 

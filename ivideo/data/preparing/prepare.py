@@ -25,7 +25,7 @@ from ivideo.data.preparing.items import Item, Rejected
 from ivideo.errors import UserError
 
 VERSION = 1  # of what is measured; a set that another version began is not continued
-PLAN, QUARANTINE, REPORT, CAPTIONS = "plan.json", "quarantine.jsonl", "report.html", "captions.txt"
+PLAN, QUARANTINE, REPORT = "plan.json", "quarantine.jsonl", "report.html"
 WORK = ".unfinished"  # folder of measurements, until the set is finished
 PER_TASK = 16  # files that a task measures
 LARGEST = 2**30  # bytes: a record must be smaller than 2 GiB, and a worker holds a file in memory
@@ -78,7 +78,7 @@ def prepare(
     files.write_text(os.path.join(out, QUARANTINE), "".join(f"{line}\n" for line in lines))
     report.write(os.path.join(out, REPORT), media, kept, rejected, of_row)
     captions = dict.fromkeys(caption for row in kept for caption in row["captions"])
-    files.write_text(os.path.join(out, CAPTIONS), "".join(f"{caption}\n" for caption in captions))
+    files.write_text(os.path.join(out, records.CAPTIONS), "".join(f"{caption}\n" for caption in captions))
     if not kept:
         raise UserError(f"none of {len(items)} {media}s is left: {_counted(rejected)}. See {os.path.join(out, REPORT)}")
     shards = _shards(kept, config.prepare.shard_megabytes * 10**6)

@@ -15,6 +15,7 @@ from ivideo import files
 
 NAME, SPLIT = "prepared", "train"
 INFO = "dataset_info.json"  # written last: a folder with it is a whole set
+CAPTIONS = "captions.txt"  # the different captions, one per line
 MEDIA = ("video", "image")
 
 
