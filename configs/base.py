@@ -8,6 +8,7 @@ demo   the base of the small cascade in the package, on the captioned shapes. la
        package took as many steps, but the network changed on the way: until step 2,320 it had no temporal attention at
        its finer level, and until step 2,858 data_std = 1; logsnr_max was 20 throughout. The text encoder's second part
        was trained after them.
+colab  a base for one accelerator with 16 GB, on the captioned shapes or on your own clips (config.data).
 small  a network of a few thousand parameters, for tests.
 """
 
@@ -15,7 +16,7 @@ from configs import common
 
 
 def get_config(variant: str = "paper"):
-    return common.variant(variant, paper=paper, demo=demo, small=small)
+    return common.variant(variant, paper=paper, demo=demo, colab=colab, small=small)
 
 
 def paper():
@@ -54,6 +55,20 @@ def demo(variant="demo"):
     config.train.sample_every = 1000
     config.sample.steps = 64
     config.sample.weight = 0.0  # guidance makes colours drift over the clip
+    return config
+
+
+def colab():
+    """Text to 16 × 24 × 40, in a network that trains on one chip."""
+    config = common.stage("base", "colab")
+    config.model.channels = (192, 384, 768)
+    config.model.blocks = (2, 2, 3)
+    config.model.strides = (1, 2, 2)
+    config.model.spatial_attention = (False, True, True)
+    config.model.cross_attention = (False, True, True)
+    config.model.temporal = ("attention", "attention", "attention")
+    common.on_one_chip(config)
+    config.train.sample_every = 1000
     return config
 
 

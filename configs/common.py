@@ -26,6 +26,10 @@ CASCADE = {
         "tsr3": (128, 96, 160, 24),
         "ssr3": (128, 192, 320, 24),
     },
+    "colab": {
+        "base": (16, 24, 40, 3),
+        "ssr1": (16, 48, 80, 3),
+    },
     "small": {
         "base": (4, 8, 8, 3),
         "tsr1": (8, 8, 8, 6),
@@ -337,6 +341,23 @@ def refining_on_one_machine(config: ml_collections.ConfigDict) -> None:
     config.sample.sampler = "ddim"
     config.sample.steps = 1
     config.sample.weight = 0.0
+
+
+def on_one_chip(config: ml_collections.ConfigDict) -> None:
+    """As on_one_machine, for training on one accelerator with 16 GB, such as the TPU v5e of a free notebook.
+
+    bfloat16, several times the demo's networks, and the paper's sampling with guidance.
+    """
+    on_one_machine(config)
+    config.model.dtype = config.distill.teacher_dtype = "bfloat16"
+    config.train.batch_size = 32
+    config.train.steps = 20_000
+    config.train.warmup = 500
+    config.train.learning_rate = 2e-4
+    config.train.ema = 0.999
+    config.train.checkpoint_every = 500
+    config.sample.steps = 64
+    config.sample.weight = 2.0
 
 
 def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

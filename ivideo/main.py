@@ -91,7 +91,7 @@ def _run_mode(config, several: bool) -> None:
     checks.expand_home(config)
     checks.check(config)
     cascade.select(config)
-    if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "evaluate", "describe"):
+    if cascade.is_cascade(config) and FLAGS.mode not in ("sample", "serve", "evaluate", "describe"):
         raise UserError(
             f"mode {FLAGS.mode} needs one stage, not a cascade: use its own config, such as --config=configs/ssr2.py"
         )
@@ -141,6 +141,16 @@ def _run_mode(config, several: bool) -> None:
                 with_recipe=FLAGS.metadata == "recipe", blocked_words=FLAGS.blocked_words,
                 video_filter=FLAGS.video_filter,
             )  # fmt: skip
+    elif FLAGS.mode == "serve":
+        from ivideo.serving.page import serve
+
+        if several:
+            raise UserError("mode serve runs as one process, on all devices of one machine: leave out --distributed")
+        serve(
+            config, port=FLAGS.port, share=FLAGS.share, workdir=FLAGS.workdir, weights_path=FLAGS.weights,
+            from_stage=FLAGS.from_stage, to_stage=FLAGS.to_stage, blocked_words=FLAGS.blocked_words,
+            video_filter=FLAGS.video_filter,
+        )  # fmt: skip
     elif FLAGS.mode == "evaluate":
         from ivideo.evaluation.distillation import evaluate_phases
         from ivideo.evaluation.evaluate import evaluate

@@ -37,6 +37,10 @@ MODES = {
         config=False,
     ),
     "show": Mode("print the recipe in the video file --input", ("input", "json"), config=False),
+    "serve": Mode(
+        "open a web page on this machine that makes videos from prompts, step by step, and upsamples your own",
+        ("port", "share", *_WEIGHTS, "from_stage", "to_stage", "blocked_words", "video_filter"),
+    ),
     "evaluate": Mode(
         "measure how well samples follow their captions, or a super-resolution stage's PSNR; with --reference or "
         "--samples FVD, FID, KID, CLIP score, R-precision and what time does",

@@ -59,12 +59,12 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("num_videos", 1, "Videos per prompt. With more than one, --out is a folder.", lower_bound=1)
 flags.DEFINE_bool("same_noise", False, "Start all prompts from the same noise, to compare them.")
 flags.DEFINE(
-    PATH, "blocked_words", None, "A UTF-8 file of words, one per line, that no prompt of mode sample may have; "
-    "'package' for the list in the package.",
+    PATH, "blocked_words", None, "A UTF-8 file of words, one per line, that no prompt of modes sample and serve may "
+    "have; 'package' for the list in the package.",
 )  # fmt: skip
 flags.DEFINE_string(
-    "video_filter", None, "MODULE:FUNCTION of a video and its prompt; mode sample writes the videos for which it "
-    "returns True.",
+    "video_filter", None, "MODULE:FUNCTION of a video and its prompt; modes sample and serve write the videos for "
+    "which it returns True.",
 )  # fmt: skip
 flags.DEFINE_bool(
     "resume", False, "Mode sample: keep the videos that an earlier run of the same command wrote, and make the missing "
@@ -78,6 +78,10 @@ flags.DEFINE(
 flags.DEFINE(PATH, "clip", None, "In mode replay: the file that was the --input when the video was made.")
 flags.DEFINE_enum(
     "metadata", "recipe", ("recipe", "none"), "What mode sample stores in a video file: how it was made, or nothing."
+)
+flags.DEFINE_integer("port", 7860, "Port of the page of mode serve.", lower_bound=1, upper_bound=65535)
+flags.DEFINE_bool(
+    "share", False, "Mode serve: also open the page to everyone who has a link, through a server of Gradio's."
 )
 flags.DEFINE_string("from_stage", None, "With configs/cascade.py: the first stage to run. After base it needs --input.")
 flags.DEFINE_string("to_stage", None, "With configs/cascade.py: the last stage to run.")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from ivideo.devices import sharding
 from ivideo.diffusion import augment, conditioning, distill, guidance, samplers
@@ -236,11 +237,17 @@ def video_keys(config, seeds):
     return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
 
 
-def sample(config, model, params, text, text_mask, keys, *, low_res=None, on_step=None, **conditioning):
+def sample(
+    config, model, params, text, text_mask, keys, *, low_res=None, on_step=None, should_stop=None, **conditioning
+):
     """Samples videos [B, T, H, W, 3] in [-1, 1] for embedded texts [B, L, D], mask [B, L] and keys [B], one per video.
 
     A super-resolution stage needs `low_res`, clips [B, t, h, w, 3] of any size that its network supports. A video
     depends only on its own key, text and clip, not on its batch.
+
+    `on_step`: None, or a function called on the host after each step with the number of completed steps.
+    `should_stop`: None, or a function called on the host before each step. From where it returns True on, the network
+    is not evaluated, and the result is worthless.
     """
     shape = video_shape(config)
     if low_res is None:
@@ -267,6 +274,8 @@ def sample(config, model, params, text, text_mask, keys, *, low_res=None, on_ste
         def v_fn(z, logsnr):
             return denoise(z, cond, logsnr)
 
+    if should_stop is not None:
+        v_fn = _stoppable(v_fn, should_stop)
     z = sharding.constrain(samplers.initial_noise(keys, shape), *sharding.VIDEO)
     options = {
         "num_steps": config.sample.steps,
@@ -281,6 +290,20 @@ def sample(config, model, params, text, text_mask, keys, *, low_res=None, on_ste
     else:
         video = samplers.distilled(v_fn, z, keys, **options)
     return jnp.clip(video, -1, 1)
+
+
+def _stoppable(v_fn, should_stop):
+    """`v_fn`, which returns zeros without evaluating the network where the host's `should_stop` returns True.
+
+    A callback cannot end a program that runs: jax may crash where a callback raises an error.
+    """
+
+    def evaluated(z, logsnr):
+        now = z[(0,) * z.ndim]  # the callback waits for the step before
+        stop = io_callback(lambda _: np.bool_(should_stop()), jax.ShapeDtypeStruct((), np.bool_), now)
+        return jax.lax.cond(stop, lambda: jnp.zeros(z.shape, jnp.float32), lambda: v_fn(z, logsnr))
+
+    return evaluated
 
 
 def _threshold(config):

@@ -46,6 +46,7 @@ COMMANDS = [
     ("compile", [SMALL, "--mode=compile", "--topology=v5e:4x4"], 2, "pip install '.[tpu]'"),
     ("beam", [SMALL, "--mode=encode_text", "--beam=--runner=DirectRunner", "--captions=captions.txt", "--out=beam"], 2,
      "pip install '.[beam]'"),
+    ("serve", [SMALL, "--mode=serve"], 2, "pip install '.[serve]'"),
 ]  # fmt: skip
 # Not train_text: it has no small variant, and imports nothing that the others do not
 

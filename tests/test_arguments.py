@@ -129,7 +129,7 @@ def test_small_an_error_inside_of_a_config_is_its_reason(folder, name):
         (["--config=."], r"\. is a folder: give a config file"),
         (["--config=~nobody-1/x.py"], "~nobody-1 has no home folder; write ./~nobody-1/x.py"),
         (["--config=configs/common.py"], r"it has no get_config\(\)"),
-        (["--config=configs/base.py:huge"], "variant 'huge' is unknown: choose from paper, demo, small"),
+        (["--config=configs/base.py:huge"], "variant 'huge' is unknown: choose from paper, demo, colab, small"),
         (["--config=dict.py"], r"get_config\(\) returned dict, expected an ml_collections.ConfigDict"),
         (["--config=dict.py:x"], r"get_config\(\) takes 0 positional arguments but 1 was given"),
         (["--config.train.steps=3"], "--config.train.steps is set, but there is no --config"),

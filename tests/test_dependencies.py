@@ -14,7 +14,7 @@ from ivideo.evaluation import distillation
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Optional modules; a message names the extra if one is missing
-EXTRAS = {"apache_beam": "beam", "cv2": "metrics", "matplotlib": "plot"}
+EXTRAS = {"apache_beam": "beam", "cv2": "metrics", "gradio": "serve", "matplotlib": "plot"}
 PARTS = {"jaxlib": "jax", "pyarrow": "tensorflow-datasets"}  # packages that a declared one is never without
 # What a declared package imports late without declaring it: (module that imports, what it imports, its distribution)
 LATE = [("tensorboardX/summary.py", "PIL", "pillow"), ("tensorflow_datasets", "importlib_resources", None)]

@@ -20,7 +20,7 @@ SAMPLE = ["--mode=sample", "--prompt=a red star", "--out={tmp}/new.mp4"]
 MISTAKES = {
     "no_config": ([], ["--config is missing", "configs/base.py"]),
     "missing_config": (["--config=configs/none.py"], ["configs/none.py", "--config=configs/base.py"]),
-    "unknown_variant": (["--config=configs/base.py:huge"], ["'huge'", "paper, demo, small"]),
+    "unknown_variant": (["--config=configs/base.py:huge"], ["'huge'", "paper, demo, colab, small"]),
     "unknown_key": ([SMALL, "--config.train.batchsize=3"], ["train.batchsize", "train.batch_size"]),
     "key_below_a_value": ([SMALL, "--config.sample.guidance.weight=3"], ["sample.guidance.weight", "sample.weight"]),
     "wrong_type": ([SMALL, "--config.train.steps=many"], ["many"]),

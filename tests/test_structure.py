@@ -9,12 +9,12 @@ import re
 
 import pytest
 
-from configs import base, cascade
+from configs import base, cascade, common
 from ivideo.devices import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = cascade.STAGES
-VARIANTS = ("paper", "demo", "small")
+CONFIGS = [(stage, variant) for variant, sizes in common.CASCADE.items() for stage in sizes]
 
 # Folders and the files beside them, lowest first. Each imports from lower levels and from its own folder, nothing else.
 LEVELS = [
@@ -27,7 +27,7 @@ LEVELS = [
     {"checks", "config_files"},
     {"training"},
     {"sampling"},
-    {"evaluation", "planning"},
+    {"evaluation", "planning", "serving"},
     {"arguments"},
     {"options"},
     {"main"},
@@ -144,8 +144,7 @@ def dotted_names() -> str:
     return "\n".join(sorted({name for text in files for name in re.findall(r"\w+(?:\.\w+)+", text)}))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "variant"), CONFIGS)
 def test_small_every_config_key_is_read(stage, variant):
     """A key that no line of the package mentions is a promise that nothing keeps."""
     source = dotted_names()
@@ -170,8 +169,7 @@ def test_small_every_config_key_is_read(stage, variant):
     assert not unread
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "variant"), CONFIGS)
 def test_small_configs_are_locked_and_valid(stage, variant):
     from ivideo import checks
 
@@ -189,5 +187,5 @@ def test_small_every_stage_file_is_tested():
 
 def test_small_default_variant_is_the_paper():
     assert base.get_config() == base.get_config("paper")
-    with pytest.raises(ValueError, match="variant 'big' is unknown: choose from paper, demo, small"):
+    with pytest.raises(ValueError, match="variant 'big' is unknown: choose from paper, demo, colab, small"):
         base.get_config("big")

@@ -152,6 +152,12 @@ def read_rate(source: Path | bytes) -> Fraction:
         return video.rate
 
 
+def read_size(source: Path | bytes) -> tuple[int, int]:
+    """Height and width that a file states, without decoding a frame. VideoError where it cannot be opened."""
+    with open_video(source, "a video") as video:
+        return video.stream.codec_context.height, video.stream.codec_context.width
+
+
 def read_video(source: Path | bytes, *, min_frames: int = 2) -> tuple[np.ndarray, Fraction]:
     """All frames, uint8 [T,H,W,3], and the rate in frames per second, of a path or of a file's bytes.
 

@@ -17,7 +17,7 @@ from ivideo import stages
 from ivideo.devices import sharding
 from ivideo.errors import UserError
 from ivideo.sampling.interrupts import run_interruptibly
-from ivideo.text import load_encoder
+from ivideo.text import TextEncoder, load_encoder
 from ivideo.training import trained
 from ivideo.weights import place
 
@@ -61,13 +61,15 @@ def select(config, from_stage: str | None = None, to_stage: str | None = None) -
     return selected
 
 
-def embed_prompts(config, prompts: Sequence[str], *, batch: int = ENCODER_BATCH) -> tuple[np.ndarray, np.ndarray]:
+def embed_prompts(
+    config, prompts: Sequence[str], *, batch: int = ENCODER_BATCH, encoder: TextEncoder | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The prompts' embeddings [N, L, D] float32 from a stage's text encoder, and their mask [N, L].
 
-    The encoder embeds `batch` prompts at a time. It can be larger than the stages (T5-XXL), so its parameters are
-    split over all devices, and freed at the end.
+    The encoder embeds `batch` prompts at a time. Without `encoder` it is loaded here. It can be larger than the stages
+    (T5-XXL), so its parameters are split over all devices, and freed at the end.
     """
-    encoder = load_encoder(config.text, mesh=sharding.make_mesh({"fsdp": -1}))
+    encoder = encoder or load_encoder(config.text, mesh=sharding.make_mesh({"fsdp": -1}))
     tokens, mask = encoder.tokenize(list(prompts))
     embeddings = []
     for begin in range(0, len(prompts), batch):
@@ -81,12 +83,12 @@ class StageSampler:
     """The sampling program of one stage for batches of `size` videos, compiled once for each size of their input clips.
 
     The batch is split over as many devices as divide it (`sampling_mesh`). `seconds`: what the last batch took, without
-    compilation.
+    compilation. `should_stop`: as in `stages.sample`.
     """
 
-    def __init__(self, config, size: int):
+    def __init__(self, config, size: int, *, should_stop: Callable[[], bool] | None = None):
         self.config, self.size, self.mesh = config, size, sampling_mesh(config, size)
-        self._model, self._progress = stages.build_model(config), None
+        self._model, self._progress, self._should_stop = stages.build_model(config), None, should_stop
         self._compiled, self.seconds = {}, None  # programs by the shape of the low-resolution clips
         video = sharding.logical_sharding(self.mesh, (size, *stages.video_shape(config)), sharding.VIDEO)
         self._run = jax.jit(self._sample, out_shardings=video)
@@ -95,7 +97,10 @@ class StageSampler:
         with sharding.layout(self.mesh):
             keys = jax.random.wrap_key_data(keys)
             on_step = self._advance_progress if sys.stderr.isatty() else None
-            return stages.sample(self.config, self._model, params, text, mask, keys, low_res=low_res, on_step=on_step)
+            return stages.sample(
+                self.config, self._model, params, text, mask, keys, low_res=low_res, on_step=on_step,
+                should_stop=self._should_stop,
+            )  # fmt: skip
 
     def _advance_progress(self, _):
         if self._progress is not None:
@@ -167,8 +172,7 @@ def sample_stage(
     videos = None
     for rows, batch in sampler.batches(params, batches, texts=texts, seeds=seeds, low_res=low_res):
         for row, video in zip(rows, batch, strict=True):
-            if not np.isfinite(video).all():
-                raise FloatingPointError(_not_finite(config.stage, [prompts[row]]))
+            check_finite(config, prompts[row], video)
         if videos is None:  # one array for all: concatenating would copy gigabytes
             videos = np.empty((len(prompts), *batch.shape[1:]), batch.dtype)
         videos[rows[0] : rows[-1] + 1] = batch
@@ -177,6 +181,12 @@ def sample_stage(
 
 def _batches(rows: range, size: int) -> list[list[int]]:
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def check_finite(config, prompt: str, video: np.ndarray) -> None:
+    """FloatingPointError if a stage's video has a value that is not finite."""
+    if not np.isfinite(video).all():
+        raise FloatingPointError(_not_finite(config.stage, [prompt]))
 
 
 def _not_finite(stage, prompts):

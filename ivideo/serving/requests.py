@@ -1,0 +1,190 @@
+"""What a visitor of the page may ask for: its limits, and the videos that answer it."""
+
+import dataclasses
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+
+import numpy as np
+
+from ivideo.data import video_io
+from ivideo.errors import UserError
+from ivideo.files import digest
+from ivideo.prompts import one_line, samples
+from ivideo.sampling import filters, outputs, recipes
+from ivideo.sampling.generate import read_clip
+from ivideo.serving.jobs import Job, Remaining
+from ivideo.serving.resident import COMPILING, ResidentCascade
+
+MAX_PROMPT = 1000  # characters
+MAX_VIDEOS = 4  # of a row of first videos
+MAX_PIXELS = 4096 * 2304  # of a frame of an uploaded clip
+MAX_UPLOAD = 200  # MB
+MAX_SEED = 2**53 - 1  # a browser's numbers are exact up to here
+KEPT = 3600  # seconds that videos are kept
+VIDEO_FOLDER = "video_"  # how the name of a video's folder begins
+PREVIEW_WIDTH = 320  # pixels: smaller videos are enlarged by whole numbers up to this width
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """A row of videos of the cascade's first stage, all of one prompt, from which one goes on."""
+
+    stages: tuple  # the config of the stage that made them
+    prompt: str
+    seed: int
+    videos: np.ndarray  # [N, T, H, W, 3] in [-1, 1]
+
+
+class Studio:
+    """Makes the videos of a cascade that visitors ask for, in `folder`.
+
+    `blocked_words`, `video_filter`: as in `generate`.
+    """
+
+    def __init__(self, cascade: ResidentCascade, folder: str, *, blocked_words=None, video_filter=None):
+        self.cascade, self.folder, self._blocked_words = cascade, folder, blocked_words
+        self._allows = None if video_filter is None else filters.load_video_filter(video_filter)
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether the first stage is the base, which takes no clip."""
+        return not self.cascade.configs[0].cond.frames
+
+    @property
+    def enlarging(self) -> list:
+        """The stages that take a clip."""
+        return [stage for stage in self.cascade.configs if stage.cond.frames]
+
+    def steps(self) -> list[int]:
+        """The numbers of sampling steps of the first stage that can be chosen."""
+        stage = self.cascade.configs[0]
+        if stage.phase not in ("", "guidance"):
+            return [stage.sample.steps]
+        return sorted({stage.sample.steps, max(1, stage.sample.steps // 2), max(1, stage.sample.steps // 4)})
+
+    def first(self, job: Job, prompt: str, seed: int, count: int, guidance: float | None, steps: int) -> First:
+        """The first stage's videos for a prompt. `guidance`: a constant weight, None for the config's guidance."""
+        prompt, seed = self._checked(prompt, seed)
+        if not 1 <= count <= MAX_VIDEOS:
+            raise UserError(f"{count} videos were asked for, expected 1 to {MAX_VIDEOS}")
+        stage = self.cascade.configs[0].copy_and_resolve_references()
+        if steps not in self.steps():
+            raise UserError(f"{steps} steps were asked for, expected one of {', '.join(map(str, self.steps()))}")
+        stage.sample.steps = steps
+        if guidance is not None:
+            if not 0 <= guidance <= stage.model.max_guidance:
+                raise UserError(f"a guidance of {guidance} was asked for, expected 0 to {stage.model.max_guidance}")
+            stage.sample.guidance, stage.sample.weight = "constant", float(guidance)
+        rows = samples([prompt], seed=seed, num_videos=count)
+        videos = self._sample(job, [stage], [rows[0].prompt] * count, [row.noise for row in rows], MAX_VIDEOS, None)
+        return First((stage,), prompt, seed, videos)
+
+    def upsampled(self, job: Job, first: First, number: int) -> np.ndarray:
+        """The last stage's video that grows out of one of the first videos."""
+        row = samples([first.prompt], seed=first.seed, num_videos=number + 1)[number]
+        rest = self.cascade.configs[1:]
+        return self._sample(job, rest, [first.prompt], [row.noise], 1, first.videos[number : number + 1])[0]
+
+    def enlarged(self, job: Job, path: str, prompt: str, seed: int, from_stage: str) -> np.ndarray:
+        """The last stage's video that grows out of a visitor's clip, beginning with `from_stage`."""
+        prompt, seed = self._checked(prompt, seed)
+        stages = self._from(from_stage)
+        check_size(path)
+        clip = read_clip(path, stages[0])
+        (row,) = samples([prompt], seed=seed)
+        return self._sample(job, stages, [prompt], [row.noise], 1, clip[None])[0]
+
+    def write_first(self, first: First, number: int) -> str:
+        """Writes one of the first videos with its recipe, enlarged so that it can be looked at. Returns its path."""
+        return self._write(first.stages, first.videos[number], first.prompt, first.seed, number, {})
+
+    def write_upsampled(self, first: First, number: int, video: np.ndarray) -> str:
+        """Writes the video that `upsampled` made, with its recipe. Returns its path."""
+        stages = [*first.stages, *self.cascade.configs[1:]]
+        return self._write(stages, video, first.prompt, first.seed, number, {})
+
+    def write_enlarged(self, path: str, prompt: str, seed: int, from_stage: str, video: np.ndarray) -> str:
+        """Writes the video that `enlarged` made, with its recipe. Returns its path."""
+        prompt, seed = self._checked(prompt, seed)
+        return self._write(self._from(from_stage), video, prompt, seed, 0, {"input": digest(path)[:32]})
+
+    def _from(self, name: str) -> list:
+        names = [stage.stage for stage in self.enlarging]
+        if name not in names:
+            raise UserError(f"stage {name!r} takes no clip: choose one of {', '.join(names)}")
+        return self.enlarging[names.index(name) :]
+
+    def _checked(self, prompt: str, seed) -> tuple[str, int]:
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(f"the prompt has {len(prompt)} characters, expected at most {MAX_PROMPT}: shorten it")
+        prompt = one_line(prompt.replace("\0", ""))
+        if self._blocked_words is not None:
+            filters.check_prompts([prompt], self._blocked_words)
+        if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
+            raise UserError(f"the seed is {seed}, expected a whole number from 0 to {MAX_SEED}")
+        return prompt, int(seed)
+
+    def _sample(self, job, stages, prompts, seeds, size, clips):
+        """The last one's videos of stages that follow one another, [N, T, H, W, 3]."""
+        remaining = Remaining([self.cascade.seconds(stage, size) for stage in stages])
+        for number, stage in enumerate(stages, 1):
+            name = f"{stage.stage} ({number} of {len(stages)})" if len(stages) > 1 else stage.stage
+
+            def on_step(phase, step, name=name, stage=stage):
+                if phase == COMPILING:
+                    known = self.cascade.seconds(stage, size) is not None
+                    job.report(f"{name}: {'starting' if known else 'compiling, which happens once'}")
+                    return
+                left = remaining.before(step, stage.sample.steps)
+                job.report(f"{name}: step {step} of {stage.sample.steps}" + (f", {left}" if left else ""))
+
+            clips = self.cascade.sample(stage, prompts, seeds=seeds, size=size, low_res=clips, on_step=on_step)
+            remaining.end()
+        if self._allows is not None:
+            for prompt, video in zip(prompts, clips, strict=True):
+                if not self._allows(video_io.to_uint8(video), prompt):
+                    raise UserError("the filter of videos refused this one: try another prompt or seed")
+        return clips
+
+    def _write(self, stages: Sequence, video, prompt, seed, number, more: dict) -> str:
+        zoom = max(1, PREVIEW_WIDTH // video.shape[2])
+        row = samples([prompt], seed=seed, num_videos=number + 1)[number]
+        size = {stage.stage: 1 if stage.cond.frames else MAX_VIDEOS for stage in stages}
+        recipe = recipes.of_video(
+            stages, row, seed=seed, same_noise=False, zoom=zoom, weights=self.cascade.identities, batch=size
+        )
+        recipe |= recipes.settings(self.cascade.config, stages) | more
+        recipe["frames"] = recipes.frames_digest(video)
+        self._delete_old()
+        # A folder of its own for each file, so that two visitors who ask for the same get a file each
+        folder = os.path.join(self.folder, VIDEO_FOLDER + uuid.uuid4().hex)
+        os.mkdir(folder)
+        path = os.path.join(folder, f"{slug(prompt)}-{seed}-{number}.mp4")
+        return outputs.write(
+            path, outputs.zoomed(video, zoom), fps=stages[-1].video.fps, metadata=recipe, overwrite=False
+        )
+
+    def _delete_old(self) -> None:
+        """Deletes the videos that were written more than an hour ago. Gradio serves copies, which it deletes itself."""
+        for entry in os.scandir(self.folder):
+            if entry.name.startswith(VIDEO_FOLDER) and time.time() - entry.stat().st_mtime > KEPT:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def check_size(path: str) -> None:
+    """UserError if the frames of a video file have too many pixels to be decoded for a visitor."""
+    height, width = video_io.read_size(path)
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"the clip's frames are {height}×{width}, expected at most {MAX_PIXELS / 1e6:.1f} million pixels: "
+            "make it smaller"
+        )
+
+
+def slug(prompt: str) -> str:
+    """A short file name from a prompt: its letters and digits, with a dash for all between."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "video"

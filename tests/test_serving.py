@@ -1,0 +1,223 @@
+"""The web page's work: requests and their limits, cascades that stay in memory, jobs that are stopped."""
+
+import os
+import threading
+import time
+
+import light_network
+import numpy as np
+import pytest
+from shared_programs import random_params
+
+from configs import cascade as cascade_config
+from ivideo.data import video_io
+from ivideo.errors import UserError
+from ivideo.prompts import samples
+from ivideo.sampling import cascade, recipes
+from ivideo.sampling.replay import replay
+from ivideo.serving.jobs import Job, Remaining, Stopped
+from ivideo.serving.requests import MAX_PIXELS, MAX_SEED, Studio, check_size, slug
+from ivideo.serving.resident import ResidentCascade
+from ivideo.weights import config_metadata, load_params, save_params
+
+PROMPT = "a red star moving left on a teal background"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The first three stages of a light cascade, and a folder of their weights."""
+    config, folder = cascade_config.get_config("small"), tmp_path_factory.mktemp("weights")
+    for name in ("base", "tsr1", "ssr1"):
+        stage = config.stages[name]
+        stage.update_from_flattened_dict({**light_network.OPTIONS, "sample.steps": 4})
+        save_params(
+            str(folder / f"{name}.safetensors"), random_params(stage, scale=0.15), metadata=config_metadata(stage),
+            dtype=np.float32,
+        )  # fmt: skip
+    return config, str(folder)
+
+
+def resident(exported, **options):
+    config, weights = exported
+    return ResidentCascade(config, weights_path=weights, **{"to_stage": "tsr1", **options})
+
+
+@pytest.fixture(scope="module")
+def base_and_tsr1(exported):
+    return resident(exported)
+
+
+@pytest.fixture
+def studio(base_and_tsr1, tmp_path):
+    return Studio(base_and_tsr1, str(tmp_path))
+
+
+def idle_job():
+    return Job(lambda job: None)
+
+
+def test_small_a_job_ends_with_its_result():
+    job = Job(lambda job: job.report("half") or 7)
+    assert set(job.updates()) <= {"half"}
+    assert job.result == 7
+
+
+def test_small_the_error_of_a_job_is_raised():
+    def work(job):
+        raise UserError("a wrong request")
+
+    with pytest.raises(UserError, match="a wrong request"):
+        list(Job(work).updates())
+
+
+def test_small_a_job_whose_reader_goes_away_is_stopped():
+    begun = threading.Event()
+
+    def work(job):
+        while True:
+            job.report("going on")
+            begun.set()
+
+    job = Job(work)
+    updates = job.updates()
+    assert next(updates) == "going on"
+    updates.close()
+    assert job.wait(10) and isinstance(job.error, Stopped)
+
+
+def test_small_time_that_remains():
+    """Five steps of two seconds after a minute of compilation, and then a stage that took ten seconds before."""
+    now = 0.0
+    remaining = Remaining([None, 10.0], clock=lambda: now)
+    now = 60.0
+    assert remaining.before(1, 5) == ""  # the time of a step is not known yet
+    now = 62.0
+    assert remaining.before(2, 5) == "about 18 s left"
+    now = 68.0
+    assert remaining.before(5, 5) == "about 12 s left"
+    remaining.end()
+    now = 71.0
+    assert remaining.before(1, 4) == "about 10 s left"
+    assert Remaining([1.0, None]).before(1, 1) == ""
+
+
+def test_small_names_of_files():
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("A star, which moves to the right, and then to the left") == "a-star-which-moves-to-the-right-and-then"
+    assert slug("星") == slug("") == "video"
+
+
+def test_small_requests_that_are_refused(base_and_tsr1, tmp_path):
+    (tmp_path / "words.txt").write_text("weapon\n")
+    studio, job = Studio(base_and_tsr1, str(tmp_path), blocked_words=str(tmp_path / "words.txt")), idle_job()
+    valid = {"prompt": PROMPT, "seed": 0, "count": 1, "guidance": None, "steps": 4}
+    for change, message in [
+        ({"prompt": "a" * 100_000}, "the prompt has 100000 characters, expected at most 1000"),
+        ({"prompt": "a weapon"}, "does not allow"),
+        ({"seed": -1}, "the seed is -1, expected a whole number from 0"),
+        ({"seed": 0.5}, "the seed is 0.5"),
+        ({"seed": None}, "the seed is None"),
+        ({"seed": float("nan")}, "the seed is nan"),
+        ({"seed": float("inf")}, "the seed is inf"),
+        ({"seed": MAX_SEED + 1}, "the seed is"),
+        ({"count": 5}, "5 videos were asked for, expected 1 to 4"),
+        ({"guidance": -1.0}, "a guidance of -1.0 was asked for, expected 0 to"),
+        ({"guidance": float("nan")}, "a guidance of nan was asked for"),
+        ({"guidance": 1e9}, "a guidance of 1000000000.0 was asked for"),
+        ({"steps": 3}, "3 steps were asked for, expected one of 1, 2, 4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            studio.first(job, **{**valid, **change})
+    with pytest.raises(UserError, match="stage 'ssr3' takes no clip: choose one of tsr1"):
+        studio.enlarged(job, "clip.mp4", PROMPT, 0, "ssr3")
+    assert os.listdir(tmp_path) == ["words.txt"]
+
+
+def test_small_clips_that_are_too_large_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    video_io.write_video(path, np.zeros((2, 32, 48, 3), np.uint8), fps=8)
+    assert video_io.read_size(path) == (32, 48)
+    check_size(str(path))
+    monkeypatch.setattr(video_io, "read_size", lambda path: (10_000, 10_000))
+    with pytest.raises(UserError, match="the clip's frames are 10000×10000, expected at most 9.4 million pixels"):
+        check_size(str(path))
+    assert MAX_PIXELS == 9_437_184
+
+
+def test_small_a_resident_stage_samples_as_any_other(exported, base_and_tsr1):
+    config, weights = exported
+    stage, steps = config.stages.base, []
+    seeds = [row.noise for row in samples([PROMPT], seed=3, num_videos=2)]
+    found = base_and_tsr1.sample(
+        stage, [PROMPT] * 2, seeds=seeds, size=2, on_step=lambda phase, step: steps.append((phase, step))
+    )
+    assert steps == [("compiling", 0), *(("sampling", i) for i in (1, 2, 3, 4))]
+    params = load_params(f"{weights}/base.safetensors", random_params(stage))
+    wanted = cascade.sample_stage(stage, params, [PROMPT] * 2, seeds=seeds)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert base_and_tsr1.seconds(stage, 2) > 0 and base_and_tsr1.seconds(stage, 3) is None
+    # A second time nothing is loaded or compiled
+    program, kept = base_and_tsr1._program(stage, 2), base_and_tsr1._params
+    before = list(kept)
+    np.testing.assert_array_equal(base_and_tsr1.sample(stage, [PROMPT] * 2, seeds=seeds, size=2), found)
+    assert base_and_tsr1._program(stage, 2) is program and list(kept) == before and len(program._compiled) == 1
+
+
+def test_small_a_stopped_request_ends_at_its_step_and_the_next_is_served(base_and_tsr1):
+    stage = base_and_tsr1.configs[0]
+    seen = []
+
+    def on_step(phase, step):
+        seen.append(step)
+        if step == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        base_and_tsr1.sample(stage, [""], seeds=[(0, 0)], size=2, on_step=on_step)
+    assert seen == [0, 1, 2]
+    assert base_and_tsr1.sample(stage, [""], seeds=[(0, 0)], size=2).shape == (1, 4, 8, 8, 3)
+
+
+def test_videos_of_the_page_are_made_again_from_their_files(exported, studio):
+    """The second of three first videos, with other steps and guidance, and the upsampled one: bit for bit."""
+    row = studio.first(idle_job(), PROMPT, 5, 3, 1.5, 2)
+    assert row.videos.shape == (3, 4, 8, 8, 3)
+    upsampled = studio.upsampled(idle_job(), row, 1)
+    small, large = studio.write_first(row, 1), studio.write_upsampled(row, 1, upsampled)
+    found = recipes.read(large)
+    assert (found["prompt"], found["seed"], found["number"], found["stages"]) == (PROMPT, 5, 1, "base tsr1")
+    assert found["changes"]["stages.base.sample.weight"] == 1.5
+    for path in (small, large):
+        assert replay(path, weights_path=exported[1])["equal"]
+    hour_ago = time.time() - 3601
+    os.utime(os.path.dirname(small), (hour_ago, hour_ago))
+    newest = studio.write_first(row, 0)
+    assert [os.path.exists(path) for path in (small, large, newest)] == [False, True, True]
+
+
+def test_a_clip_of_the_visitor_is_upsampled(exported, studio, tmp_path):
+    path = str(tmp_path / "clip.mp4")
+    video_io.write_video(path, np.random.default_rng(0).integers(0, 256, (30, 64, 48, 3), np.uint8), fps=10)
+    job = Job(lambda job: studio.enlarged(job, path, PROMPT, 1, "tsr1"))
+    list(job.updates())
+    written = studio.write_enlarged(path, PROMPT, 1, "tsr1", job.result)
+    assert video_io.read_video(written)[0].shape[0] == 8
+    assert replay(written, clip=path, weights_path=exported[1])["equal"]
+
+
+def test_old_programs_are_dropped(exported, monkeypatch):
+    monkeypatch.setattr("ivideo.serving.resident.MAX_PROGRAMS", 2)
+    cascade = resident(exported)
+    stage = cascade.configs[0]
+    first = cascade._program(stage, 1)
+    cascade._program(stage, 2)
+    assert cascade._program(stage, 1) is first
+    cascade._program(stage, 3)
+    assert cascade._program(stage, 1) is first and len(cascade._programs) == 2
+
+
+def test_small_a_filter_refuses_videos(exported, base_and_tsr1, tmp_path, monkeypatch):
+    monkeypatch.setattr("ivideo.sampling.filters.load_video_filter", lambda name: lambda video, prompt: False)
+    studio = Studio(base_and_tsr1, str(tmp_path), video_filter="module:function")
+    with pytest.raises(UserError, match="the filter of videos refused this one"):
+        studio.first(idle_job(), PROMPT, 0, 1, None, 4)
