@@ -350,7 +350,10 @@ def on_one_chip(config: ml_collections.ConfigDict) -> None:
     """
     on_one_machine(config)
     config.model.dtype = config.distill.teacher_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.model.scan_unroll = 1
     config.train.batch_size = 32
+    config.train.accumulate = 2
     config.train.steps = 20_000
     config.train.warmup = 500
     config.train.learning_rate = 2e-4

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import tempfile
+import threading
 
 from ivideo.errors import UserError
 from ivideo.sampling import recipes
@@ -40,7 +41,6 @@ def serve(
     or as from `ResidentCascade`.
     """
     _check_port(port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="ivideo_serve_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "files")  # read when gradio is imported
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -52,10 +52,12 @@ def serve(
         page = build(gradio, studio)
         launch(page, port=port, share=share)
         print(f"http://{ADDRESS}:{port}", *([page.share_url] if share else []), flush=True)
-        try:
-            page.block_thread()
-        finally:
-            page.close()
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        while not ended.wait(1):  # the main thread handles signals between two waits
+            pass
+        page.close(verbose=False)
 
 
 def launch(page, *, port: int | None = None, share: bool = False) -> None:
