@@ -12,7 +12,7 @@ colab  a base for one accelerator with 16 GB, on the captioned shapes or on your
 small  a network of a few thousand parameters, for tests.
 """
 
-from configs import common
+from configs import common, common_machines
 
 
 def get_config(variant: str = "paper"):
@@ -46,7 +46,7 @@ def demo(variant="demo"):
     config.model.max_distance = 16
     config.model.frame_positions = True
     config.model.data_std = 0.1  # given its caption, a clip of plain colours varies little
-    common.on_one_machine(config)
+    common_machines.on_one_machine(config)
     config.train.steps = 5700
     config.train.learning_rate = 8e-4
     # 16 frames show one object: together they determine its position at noise levels where a single frame is just noise
@@ -67,11 +67,11 @@ def colab():
     config.model.spatial_attention = (False, True, True)
     config.model.cross_attention = (False, True, True)
     config.model.temporal = ("attention", "attention", "attention")
-    common.on_one_chip(config)
+    common_machines.on_one_chip(config)
     config.train.sample_every = 1000
     return config
 
 
 def small():
     """The demo's kinds of layer at sizes that train in seconds."""
-    return common.shrunk(demo("small"))
+    return common_machines.shrunk(demo("small"))

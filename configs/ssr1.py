@@ -11,7 +11,7 @@ colab  a stage for one accelerator with 16 GB, which enlarges 16 frames of the c
 small  a network of a few thousand parameters, for tests.
 """
 
-from configs import common
+from configs import common, common_machines
 
 
 def get_config(variant: str = "paper"):
@@ -42,7 +42,7 @@ def demo(variant="demo"):
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
     config.model.data_std = 0.15  # of a clip about its upsampled low-resolution clip
-    common.refining_on_one_machine(config)
+    common_machines.refining_on_one_machine(config)
     config.train.steps = 6000
     config.train.learning_rate = 1e-3
     config.train.crop_frames = 3
@@ -61,10 +61,10 @@ def colab():
     config.model.spatial_attention = (False, False, True)
     config.model.cross_attention = (False, False, True)
     config.model.temporal = ("convolution", "convolution", "convolution")
-    common.on_one_chip(config)
+    common_machines.on_one_chip(config)
     return config
 
 
 def small():
     """The demo's kinds of layer at sizes that train in seconds."""
-    return common.shrunk(demo("small"))
+    return common_machines.shrunk(demo("small"))

@@ -9,7 +9,7 @@ demo   a stage of the small cascade in the package, on the captioned shapes. lau
 small  a network of a few thousand parameters, for tests.
 """
 
-from configs import common
+from configs import common, common_machines
 
 
 def get_config(variant: str = "paper"):
@@ -40,7 +40,7 @@ def demo(variant="demo"):
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
     config.model.data_std = 0.05  # of a clip about its upsampled low-resolution clip
-    common.refining_on_one_machine(config)
+    common_machines.refining_on_one_machine(config)
     config.train.steps = 1500
     config.train.learning_rate = 2e-3
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 3, 48, 48
@@ -52,4 +52,4 @@ def demo(variant="demo"):
 
 def small():
     """The demo's kinds of layer at sizes that train in seconds."""
-    return common.shrunk(demo("small"))
+    return common_machines.shrunk(demo("small"))

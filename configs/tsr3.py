@@ -8,7 +8,7 @@ demo   a stage of the small cascade in the package, on the captioned shapes. lau
 small  a network of a few thousand parameters, for tests.
 """
 
-from configs import common
+from configs import common, common_machines
 
 
 def get_config(variant: str = "paper"):
@@ -39,7 +39,7 @@ def demo(variant="demo"):
     config.model.temporal = ("convolution", "convolution")
     config.model.head_dim = 32
     config.model.data_std = 0.025  # as tsr2, whose weights it starts from
-    common.refining_on_one_machine(config)
+    common_machines.refining_on_one_machine(config)
     config.train.steps = 1500
     config.train.learning_rate = 1e-3
     config.train.crop_frames, config.train.crop_height, config.train.crop_width = 6, 48, 48
@@ -51,4 +51,4 @@ def demo(variant="demo"):
 
 def small():
     """The demo's kinds of layer at sizes that train in seconds."""
-    return common.shrunk(demo("small"))
+    return common_machines.shrunk(demo("small"))

@@ -153,7 +153,9 @@ def test_small_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
-@pytest.mark.parametrize("name", ["compare_predictions", "draw_docs", "figures", "measure_reading", "photograph_page", "tpu_table"])
+@pytest.mark.parametrize(
+    "name", ["compare_predictions", "draw_docs", "figures", "measure_reading", "photograph_page", "tpu_table"]
+)
 def test_small_python_launch_scripts_import_what_exists(name):
     """Names that they take from the package are there; plotting is an extra that need not be."""
     for node in ast.walk(ast.parse((ROOT / "launch" / f"{name}.py").read_text())):
