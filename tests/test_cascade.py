@@ -179,7 +179,7 @@ def test_given_video_is_blurred_as_the_config_says(light):
     )
 
 
-def test_small_video_of_the_user_is_enlarged(light, tmp_path, caplog):
+def test_video_of_the_user_is_enlarged(light, tmp_path, caplog):
     """ssr1 is given 8 frames of 8 × 8 at 6 a second; the clip has 30 of 48 × 64 at 20."""
     rng = np.random.default_rng(0)
     clip = tmp_path / "clip.mp4"
@@ -288,7 +288,7 @@ def test_small_describe_names_what_a_stage_is_given():
     assert found["output"] == {"frames": 64, "height": 192, "width": 320}
 
 
-def test_small_evaluation_of_a_super_resolution_stage(light, capsys):
+def test_evaluation_of_a_super_resolution_stage(light, capsys):
     """What it is compared with is the trivial way back, measured here again."""
     config = light.stages.tsr2
     found = evaluate.evaluate(config, clips=3)

@@ -34,7 +34,7 @@ def small():
     return config
 
 
-def test_small_parameters_of_a_small_base_by_hand(small):
+def test_parameters_of_a_base_by_hand(small):
     """Levels of 8 and 16 channels, embeddings of 32, text of 128; one head of 8 channels or two, 33 distances."""
     e, d, c0, c1, head, distances = 32, 128, 8, 16, 8, 33
     folded = 3 * 2**2  # of 2 × 2 pixels

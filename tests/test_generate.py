@@ -138,7 +138,7 @@ def frames(folder):
     return {name: video_io.read_video(folder / name)[0] for name in sorted(os.listdir(folder))}
 
 
-def test_small_the_same_command_makes_what_is_missing(exported, tmp_path, caplog, capsys):
+def test_the_same_command_makes_what_is_missing(exported, tmp_path, caplog, capsys):
     """Bit for bit as an undisturbed one, from whatever is there; nothing that is there is touched."""
     config, path = exported
     config.sample.batch, config.sample.group = 2, 4

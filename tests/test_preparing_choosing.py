@@ -89,7 +89,7 @@ def test_small_duplicates_are_those_of_comparing_all_pairs():
     assert duplicates.duplicates(rows, -1) == {}
 
 
-def test_recompressed_and_smaller_copies_have_close_hashes():
+def test_recompressed_and_resized_copies_have_close_hashes():
     bits = lambda data: int(measuring.measure_video(data)["hash"], 16)  # noqa: E731
     originals = []
     for seed in range(4):

@@ -113,7 +113,7 @@ def test_report_that_fails_warns_once(what, tmp_path, monkeypatch, caplog):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
 
 
-def test_small_logs_deleted_during_a_run_are_created_again(tmp_path, monkeypatch):
+def test_logs_deleted_during_a_run_are_created_again(tmp_path, monkeypatch):
     numbers = loop._numbers
 
     def deleted(metrics):

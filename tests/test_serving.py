@@ -144,7 +144,7 @@ def test_small_clips_that_are_too_large_are_refused(tmp_path, monkeypatch):
     assert MAX_PIXELS == 9_437_184
 
 
-def test_small_a_resident_stage_samples_as_any_other(exported, base_and_tsr1):
+def test_a_resident_stage_samples_as_any_other(exported, base_and_tsr1):
     config, weights = exported
     stage, steps = config.stages.base, []
     seeds = [row.noise for row in samples([PROMPT], seed=3, num_videos=2)]

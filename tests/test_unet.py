@@ -89,7 +89,7 @@ def test_network_is_an_image_model_at_initialisation(temporal):
 
 
 @pytest.mark.parametrize("temporal", ["attention", "convolution"])
-def test_small_awake_temporal_layers_mix_frames(temporal):
+def test_awake_temporal_layers_mix_frames(temporal):
     """The counterpart: with the temporal layers trained, a frame does depend on its neighbours."""
     model = unet(temporal=(temporal, temporal))
     z, logsnr, text, mask = inputs()
@@ -362,7 +362,7 @@ def test_network_starts_from_what_it_is_given():
     np.testing.assert_allclose(v, alpha * eps - sigma * x, atol=2e-5)
 
 
-def test_network_that_knows_the_difference_is_small_does_not_see_noise_that_drowns_it():
+def test_network_that_knows_data_std_does_not_see_noise_that_drowns_the_difference():
     """At a log-SNR of -16 its x is the same whatever the noise, though no weight is zero."""
     model = unet(data_std=0.05, conditioned=True)
     z, _, text, mask = inputs()
