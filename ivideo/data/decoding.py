@@ -50,6 +50,11 @@ class Video:
         return Fraction(self.stream.average_rate or self.stream.guessed_rate or 0)
 
     @property
+    def time_base(self) -> Fraction:
+        """The seconds that a time stamp counts. PyAV 19 has a type of its own, which cannot be divided by `//`."""
+        return Fraction(self.stream.time_base)
+
+    @property
     def frame_seconds(self) -> Fraction:
         """Seconds that a frame is normally shown; 1/24 where the file has no rate."""
         return 1 / (self.rate or Fraction(24))
@@ -124,14 +129,14 @@ def length(video: Video) -> Fraction:
     """The length in seconds that the file states, or else that its packets span, as for recordings by browsers."""
     container, stream = video.container, video.stream
     if stream.duration:
-        return stream.duration * stream.time_base
+        return stream.duration * video.time_base
     if container.duration:
         return Fraction(container.duration, av.time_base)
     packets = [packet for packet in container.demux(stream) if packet.size]
     stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets]
     if None in stamps or not stamps:
         return len(packets) * video.frame_seconds
-    return (max(stamps) - min(stamps)) * stream.time_base + video.frame_seconds
+    return (max(stamps) - min(stamps)) * video.time_base + video.frame_seconds
 
 
 def frames_at(video: Video, targets: list[Fraction], *, seek: bool) -> Iterator[np.ndarray] | None:
@@ -161,7 +166,7 @@ def _first(video: Video, frames: Iterator["Decoded"]) -> "Decoded":
     stream, first = video.stream, next(frames, None)
     if first is None:
         raise VideoError(f"{video.name} has no frame that can be decoded: write or download it again, or use another.")
-    stated = (stream.start_time or 0) * stream.time_base
+    stated = (stream.start_time or 0) * video.time_base
     if first.time - stated > 2 * video.frame_seconds and not video.by_dts:
         log.warning("%s: its first %.2f seconds do not decode and are skipped", video.name, float(first.time - stated))
     return first
@@ -189,7 +194,7 @@ def choose_start(video: Video, seconds: Fraction, choose: Callable[[int], int]) 
     if None in stamps:
         last = (len(stamps) - 1) * video.frame_seconds
     else:
-        last = max(stamps) * video.stream.time_base - video.first.time
+        last = max(stamps) * video.time_base - video.first.time
     return choose(max(0, int((last - seconds + _slack(video)) // video.frame_seconds)) + 1) * video.frame_seconds
 
 
@@ -200,7 +205,7 @@ def _from_key_frame(video: Video, time: Fraction) -> Iterator[av.Packet] | None:
     itself must not be shown later than `time`.
     """
     container, stream = video.container, video.stream
-    at = int(time / stream.time_base)
+    at = int(time / video.time_base)
     for _ in range(_SEEKS):
         try:
             container.seek(at, stream=stream, backward=True)
@@ -211,7 +216,7 @@ def _from_key_frame(video: Video, time: Fraction) -> Iterator[av.Packet] | None:
         stamp = None if key is None else video.stamp(key)
         if stamp is None:
             return None
-        if stamp * stream.time_base <= time:
+        if stamp * video.time_base <= time:
             return itertools.chain([key], packets)
         at = min(at, stamp, stamp if key.dts is None else key.dts) - 1
     return None
@@ -219,7 +224,7 @@ def _from_key_frame(video: Video, time: Fraction) -> Iterator[av.Packet] | None:
 
 def _marked(video: Video, packets: Iterable[av.Packet], targets: list[Fraction]) -> Iterator[tuple[av.Packet, bool]]:
     """Yields each packet, and whether its frame may be shown at a target or is one of the last two of the file."""
-    slack, base = _slack(video), video.stream.time_base
+    slack, base = _slack(video), video.time_base
     wanted = [int((target + slack) // base) for target in targets]
     packets = iter(packets)
     window = list(itertools.islice(packets, _NEIGHBOURS + 1))
@@ -238,7 +243,7 @@ def _marked(video: Video, packets: Iterable[av.Packet], targets: list[Fraction])
 
 def _slack(video: Video) -> Fraction:
     """Containers round timestamps, some of them to milliseconds: a frame is shown this much before its time."""
-    return min(video.stream.time_base, video.frame_seconds / 4)
+    return min(video.time_base, video.frame_seconds / 4)
 
 
 def _chosen(video: Video, frames: Iterator[Decoded], targets: list[Fraction]) -> Iterator[np.ndarray]:
@@ -259,7 +264,7 @@ def _chosen(video: Video, frames: Iterator[Decoded], targets: list[Fraction]) ->
         shown = frame
     # Unless the file states its duration, the last frame is shown as long as the one before it
     stated = shown.frame is not None and shown.frame.duration
-    end = shown.time + (stated * video.stream.time_base if stated else seconds_shown)
+    end = shown.time + (stated * video.time_base if stated else seconds_shown)
     image = None
     while target is not None and target + slack < end:
         image = video.picture(shown) if image is None else image
@@ -278,7 +283,7 @@ def decoded(
     re-encoding, are skipped. Later ones raise the decoder's error, or are yielded as None.
     """
     stream = video.stream
-    base, context = stream.time_base, stream.codec_context
+    base, context = video.time_base, stream.codec_context
     track_missing = context.name in _ONE_FRAME_PER_PACKET and not video.by_dts
     missing: set[int] = set()
     time, shown, keyed = None, None, False

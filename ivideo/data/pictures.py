@@ -1,5 +1,6 @@
 """Converts decoded frames to the pictures that players show: BT.709 RGB, upright, with square pixels."""
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -89,7 +90,7 @@ def _yuv(frame: av.VideoFrame, transfer: int, extras: Extras, name: str) -> dict
 
 
 def _shown_size(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> dict:
-    ratio = stream.sample_aspect_ratio or 1
+    ratio = Fraction(stream.sample_aspect_ratio or 1)
     if ratio == 1:
         return {}
     wide, tall = max(ratio, 1), max(1 / ratio, 1)

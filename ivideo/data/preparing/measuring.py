@@ -41,7 +41,7 @@ def measure_video(source: Path | bytes, *, cut: float = math.inf) -> dict:
     """
     _check_packets(source)
     with open_video(source, "a video") as video:
-        measuring, stated, base = _Measuring(video, cut), _stated_seconds(video), video.stream.time_base
+        measuring, stated, base = _Measuring(video, cut), _stated_seconds(video), video.time_base
         for frame in decoded(video):
             measuring.add(frame)
         if not measuring.times:
@@ -71,7 +71,7 @@ def _stated_seconds(video: Video) -> float:
     if "mp4" in video.container.format.name:
         return 0.0
     if video.stream.duration:
-        return float(video.stream.duration * video.stream.time_base)
+        return float(video.stream.duration * video.time_base)
     if tag := video.stream.metadata.get("DURATION"):  # Matroska and WebM
         hours, minutes, seconds = tag.split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
