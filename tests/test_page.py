@@ -21,6 +21,7 @@ from shared_programs import random_params
 from configs import cascade as cascade_config
 from ivideo import main
 from ivideo.data import video_io
+from ivideo.errors import UserError
 from ivideo.sampling.replay import replay
 from ivideo.serving import page as serving_page
 from ivideo.serving.requests import Studio
@@ -191,6 +192,28 @@ def test_twenty_visitors_at_once_are_served_one_after_another(address):
 
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert list(pool.map(visit, range(20))) == [("Pick one.", number) for number in range(20)]
+
+
+def test_an_error_of_the_server_is_said_and_the_next_visitor_is_served(address, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("<b>a bug</b>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidentCascade, "sample", fails)
+        with ask(address, "first", list(FIRST.values())) as events:
+            said = events.read().decode()
+    assert "the server failed at this request, and its log says why" in said and "bug" not in said
+    assert "a request failed" in caplog.text
+    assert connect(address).predict(**FIRST, api_name="/first")[0] == "Pick one."
+
+
+def test_messages_are_no_html(address, monkeypatch):
+    def fails(*_, **__):
+        raise UserError("<img src=x>")
+
+    monkeypatch.setattr(ResidentCascade, "sample", fails)
+    with ask(address, "first", list(FIRST.values())) as events:
+        assert "&lt;img src=x&gt;" in events.read().decode()
 
 
 def test_a_visitor_who_leaves_stops_the_work(address, monkeypatch):

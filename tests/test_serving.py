@@ -16,7 +16,7 @@ from ivideo.prompts import samples
 from ivideo.sampling import cascade, recipes
 from ivideo.sampling.replay import replay
 from ivideo.serving.jobs import Job, Remaining, Stopped
-from ivideo.serving.requests import MAX_PIXELS, MAX_SEED, Studio, check_size, slug
+from ivideo.serving.requests import MAX_PIXELS, MAX_SEED, First, Studio, check_size, slug
 from ivideo.serving.resident import ResidentCascade
 from ivideo.weights import config_metadata, load_params, save_params
 
@@ -113,10 +113,10 @@ def test_small_requests_that_are_refused(base_and_tsr1, tmp_path):
     valid = {"prompt": PROMPT, "seed": 0, "count": 1, "guidance": None, "steps": 4}
     for change, message in [
         ({"prompt": "a" * 100_000}, "the prompt has 100000 characters, expected at most 1000"),
-        ({"prompt": "a weapon"}, "does not allow"),
+        ({"prompt": "a weapon"}, "^the prompt has a word that this page does not allow: change the prompt$"),
         ({"seed": -1}, "the seed is -1, expected a whole number from 0"),
         ({"seed": 0.5}, "the seed is 0.5"),
-        ({"seed": None}, "the seed is None"),
+        ({"seed": None}, "the seed is empty"),
         ({"seed": float("nan")}, "the seed is nan"),
         ({"seed": float("inf")}, "the seed is inf"),
         ({"seed": MAX_SEED + 1}, "the seed is"),
@@ -216,8 +216,25 @@ def test_old_programs_are_dropped(exported, monkeypatch):
     assert cascade._program(stage, 1) is first and len(cascade._programs) == 2
 
 
+def test_small_a_list_of_words_that_is_missing_is_an_error_at_the_start(base_and_tsr1, tmp_path):
+    with pytest.raises(UserError, match=r"--blocked_words=\S*none.txt cannot be read"):
+        Studio(base_and_tsr1, str(tmp_path), blocked_words=str(tmp_path / "none.txt"))
+
+
+def test_small_a_video_that_cannot_be_stored_leaves_nothing(base_and_tsr1, studio, tmp_path, monkeypatch):
+    def write(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_io, "write_video", write)
+    stage = base_and_tsr1.configs[0]
+    row = First((stage,), PROMPT, 0, np.zeros((1, 4, 8, 8, 3), np.float32))
+    with pytest.raises(UserError, match="the server could not store the video .No space left on device."):
+        studio.write_first(row, 0)
+    assert os.listdir(tmp_path) == []
+
+
 def test_small_a_filter_refuses_videos(exported, base_and_tsr1, tmp_path, monkeypatch):
     monkeypatch.setattr("ivideo.sampling.filters.load_video_filter", lambda name: lambda video, prompt: False)
     studio = Studio(base_and_tsr1, str(tmp_path), video_filter="module:function")
-    with pytest.raises(UserError, match="the filter of videos refused this one"):
+    with pytest.raises(UserError, match="the filter of videos refused one of these"):
         studio.first(idle_job(), PROMPT, 0, 1, None, 4)

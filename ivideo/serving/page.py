@@ -1,11 +1,14 @@
 """The web page: a prompt gives a row of small videos, and the one that is picked goes through the later stages."""
 
 import functools
+import html
 import json
+import logging
 import os
 import random
 import signal
 import socket
+import sys
 import tempfile
 import threading
 
@@ -15,6 +18,7 @@ from ivideo.serving.jobs import Job, Stopped
 from ivideo.serving.requests import KEPT, MAX_PROMPT, MAX_SEED, MAX_UPLOAD, MAX_VIDEOS, Studio
 from ivideo.serving.resident import ResidentCascade
 
+log = logging.getLogger("ivideo")
 ADDRESS = "127.0.0.1"
 MAX_WAITING = 20  # visitors in the queue; one is served at a time
 DEFAULT, WEIGHTS = "as configured", (0, 1, 2, 4, 8, 15)  # of guidance
@@ -41,6 +45,9 @@ def serve(
     or as from `ResidentCascade`.
     """
     _check_port(port)
+    ended = threading.Event()  # set by a signal, also while weights are loaded: then the page ends as soon as it begins
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="ivideo_serve_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "files")  # read when gradio is imported
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -51,20 +58,23 @@ def serve(
         studio = Studio(cascade, folder, blocked_words=blocked_words, video_filter=video_filter)
         page = build(gradio, studio)
         launch(page, port=port, share=share)
+        if share and not page.share_url:
+            raise UserError("--share: Gradio's server gave no link: check this machine's network, or leave it out")
         print(f"http://{ADDRESS}:{port}", *([page.share_url] if share else []), flush=True)
-        ended = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
         while not ended.wait(1):  # the main thread handles signals between two waits
             pass
         page.close(verbose=False)
+    # A normal exit would wait for a thread that compiles or samples, and abort where it cannot end
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(0)
 
 
 def launch(page, *, port: int | None = None, share: bool = False) -> None:
     """Serves a page in threads of its own, on a free port if none is given."""
     page.launch(
         server_name=ADDRESS, server_port=port, share=share, quiet=True, prevent_thread_lock=True, css=CSS,
-        max_file_size=f"{MAX_UPLOAD}mb", footer_links=[],
+        max_file_size=f"{MAX_UPLOAD}mb", footer_links=[], enable_monitoring=False,
     )  # fmt: skip
 
 
@@ -234,12 +244,18 @@ def _answer(gr, work, outputs, path: str | None = None):
     its `path` on this machine.
     """
     job = Job(work)
+    others = [gr.skip() for _ in outputs[1:]]
     try:
         for report in job.updates():
-            yield (report, *[gr.skip() for _ in outputs[1:]])
+            yield (report, *others)
+        yield job.result
+        return
     except Stopped:
         return
     except (UserError, FloatingPointError) as e:
-        text = str(e).replace(path, os.path.basename(path)) if path else str(e)
-        raise gr.Error(text, print_exception=False) from e
-    yield job.result
+        error, text = e, str(e).replace(path, os.path.basename(path)) if path else str(e)
+    except Exception as e:  # a visitor cannot mend it, and should not wait for it
+        log.exception("a request failed")
+        error, text = e, "the server failed at this request, and its log says why"
+    yield ("", *others)
+    raise gr.Error(html.escape(text, quote=False), print_exception=False) from error

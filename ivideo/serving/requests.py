@@ -47,6 +47,8 @@ class Studio:
 
     def __init__(self, cascade: ResidentCascade, folder: str, *, blocked_words=None, video_filter=None):
         self.cascade, self.folder, self._blocked_words = cascade, folder, blocked_words
+        if blocked_words is not None:
+            filters.check_prompts([], blocked_words)  # reads the list, so that an error comes at the start
         self._allows = None if video_filter is None else filters.load_video_filter(video_filter)
 
     @property
@@ -123,8 +125,13 @@ class Studio:
             raise UserError(f"the prompt has {len(prompt)} characters, expected at most {MAX_PROMPT}: shorten it")
         prompt = one_line(prompt.replace("\0", ""))
         if self._blocked_words is not None:
-            filters.check_prompts([prompt], self._blocked_words)
-        if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
+            try:
+                filters.check_prompts([prompt], self._blocked_words)
+            except UserError as e:  # it names the list, which is the server's
+                raise UserError("the prompt has a word that this page does not allow: change the prompt") from e
+        if seed is None:
+            raise UserError(f"the seed is empty, expected a whole number from 0 to {MAX_SEED}")
+        if not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise UserError(f"the seed is {seed}, expected a whole number from 0 to {MAX_SEED}")
         return prompt, int(seed)
 
@@ -147,7 +154,7 @@ class Studio:
         if self._allows is not None:
             for prompt, video in zip(prompts, clips, strict=True):
                 if not self._allows(video_io.to_uint8(video), prompt):
-                    raise UserError("the filter of videos refused this one: try another prompt or seed")
+                    raise UserError("the filter of videos refused one of these: try another prompt or seed")
         return clips
 
     def _write(self, stages: Sequence, video, prompt, seed, number, more: dict) -> str:
@@ -164,9 +171,12 @@ class Studio:
         folder = os.path.join(self.folder, VIDEO_FOLDER + uuid.uuid4().hex)
         os.mkdir(folder)
         path = os.path.join(folder, f"{slug(prompt)}-{seed}-{number}.mp4")
-        return outputs.write(
-            path, outputs.zoomed(video, zoom), fps=stages[-1].video.fps, metadata=recipe, overwrite=False
-        )
+        try:
+            video_io.write_video(path, outputs.zoomed(video, zoom), fps=stages[-1].video.fps, metadata=recipe)
+        except OSError as e:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"the server could not store the video ({e.strerror}): try again later") from e
+        return path
 
     def _delete_old(self) -> None:
         """Deletes the videos that were written more than an hour ago. Gradio serves copies, which it deletes itself."""
