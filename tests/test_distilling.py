@@ -1,7 +1,4 @@
-"""Distillation of a small stage as users run it: kill -9 in each phase, two processes, eight devices.
-
-The stage is ssr2, which has all that the base has and a low-resolution clip. test_phases distils the base.
-"""
+"""Distillation of the small stages as users run it: kill -9 in each phase, two processes, eight devices."""
 
 import json
 import os
@@ -59,12 +56,12 @@ def assert_losses_agree(one, other, config, rtol=1e-5):
         np.testing.assert_allclose(found, list(wanted.values()), rtol=rtol, atol=1e-8, err_msg=phase)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The stage's config, its teacher, and the folder of its distillation through guidance, 8, 4 and 2 steps."""
-    config, path = light("ssr2"), tmp_path_factory.mktemp("ssr2")
+@pytest.fixture(scope="module", params=["base", "ssr2"])
+def undisturbed(request, tmp_path_factory):
+    """A stage's config, its teacher, and the folder of its distillation through guidance, 8, 4 and 2 steps."""
+    config, path = light(request.param), tmp_path_factory.mktemp(request.param)
     teacher, workdir = save_teacher(config, str(path / "teacher.safetensors")), folder(path / "one")
-    assert wait(start(workdir, 1, *arguments("ssr2", teacher)), 3000) == [0], logs(workdir, 1)
+    assert wait(start(workdir, 1, *arguments(request.param, teacher)), 3000) == [0], logs(workdir, 1)
     assert [row["phase"] for row in rows(workdir)] == ["guidance", "8", "4", "2", "2_stochastic"]
     return config, teacher, workdir
 
@@ -106,6 +103,7 @@ def test_every_phase_is_evaluated(undisturbed, tmp_path):
     assert alone["table"] == found[3]["table"]
 
 
+@pytest.mark.parametrize("undisturbed", ["ssr2"], indirect=True)  # which has all that the base has, and a clip
 def test_two_processes_learn_as_one(undisturbed, tmp_path):
     """And both are stopped by a notice to one of them, in the second phase."""
     config, teacher, wanted = undisturbed
