@@ -12,13 +12,11 @@ import urllib.error
 import urllib.request
 import zipfile
 
-import light_network
+import light_cascade
 import numpy as np
 import pytest
 from PIL import Image
-from shared_programs import random_params
 
-from configs import cascade as cascade_config
 from ivideo import main
 from ivideo.data import video_io
 from ivideo.errors import UserError
@@ -26,7 +24,6 @@ from ivideo.sampling.replay import replay
 from ivideo.serving import page as serving_page
 from ivideo.serving.requests import Studio
 from ivideo.serving.resident import ResidentCascade
-from ivideo.weights import config_metadata, save_params
 
 gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
@@ -39,15 +36,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Two stages of a light cascade, and a folder of their weights."""
-    config, folder = cascade_config.get_config("small"), tmp_path_factory.mktemp("weights")
-    for name in ("base", "tsr1"):
-        stage = config.stages[name]
-        stage.update_from_flattened_dict({**light_network.OPTIONS, "sample.steps": 4})
-        save_params(
-            str(folder / f"{name}.safetensors"), random_params(stage, scale=0.15), metadata=config_metadata(stage),
-            dtype=np.float32,
-        )  # fmt: skip
-    return config, str(folder)
+    folder = tmp_path_factory.mktemp("weights")
+    return light_cascade.save(folder, "base", "tsr1", steps=4), str(folder)
 
 
 @pytest.fixture(scope="module")

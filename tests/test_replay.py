@@ -2,7 +2,7 @@
 
 import json
 
-import light_network
+import light_cascade
 import ml_collections
 import numpy as np
 import pytest
@@ -20,24 +20,11 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 PROMPT = "a red star moving left on a teal background"
 
 
-def light(config):
-    config = config.copy_and_resolve_references()
-    for stage in config.stages.values() if "stages" in config else [config]:
-        stage.update_from_flattened_dict({**light_network.OPTIONS, "sample.steps": 2, "sample.batch": 3})
-    return config
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A light cascade, and a folder with weights of its first stages."""
-    config, folder = light(cascade.get_config("small")), tmp_path_factory.mktemp("weights")
-    for name in ("base", "tsr1", "ssr1"):
-        stage = config.stages[name]
-        save_params(
-            str(folder / f"{name}.safetensors"), random_params(stage, scale=0.15), metadata=config_metadata(stage),
-            dtype=np.float32,
-        )  # fmt: skip
-    return config, str(folder)
+    folder = tmp_path_factory.mktemp("weights")
+    return light_cascade.save(folder, "base", "tsr1", "ssr1", steps=2, batch=3), str(folder)
 
 
 def make(exported, out, **options):

@@ -4,12 +4,11 @@ import os
 import threading
 import time
 
-import light_network
+import light_cascade
 import numpy as np
 import pytest
 from shared_programs import random_params
 
-from configs import cascade as cascade_config
 from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.prompts import samples
@@ -18,7 +17,7 @@ from ivideo.sampling.replay import replay
 from ivideo.serving.jobs import Job, Remaining, Stopped
 from ivideo.serving.requests import MAX_PIXELS, MAX_SEED, First, Studio, check_size, slug
 from ivideo.serving.resident import ResidentCascade
-from ivideo.weights import config_metadata, load_params, save_params
+from ivideo.weights import load_params
 
 PROMPT = "a red star moving left on a teal background"
 
@@ -26,15 +25,8 @@ PROMPT = "a red star moving left on a teal background"
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The first three stages of a light cascade, and a folder of their weights."""
-    config, folder = cascade_config.get_config("small"), tmp_path_factory.mktemp("weights")
-    for name in ("base", "tsr1", "ssr1"):
-        stage = config.stages[name]
-        stage.update_from_flattened_dict({**light_network.OPTIONS, "sample.steps": 4})
-        save_params(
-            str(folder / f"{name}.safetensors"), random_params(stage, scale=0.15), metadata=config_metadata(stage),
-            dtype=np.float32,
-        )  # fmt: skip
-    return config, str(folder)
+    folder = tmp_path_factory.mktemp("weights")
+    return light_cascade.save(folder, "base", "tsr1", "ssr1", steps=4), str(folder)
 
 
 def resident(exported, **options):
@@ -82,7 +74,7 @@ def test_small_a_job_whose_reader_goes_away_is_stopped():
     updates = job.updates()
     assert next(updates) == "going on"
     updates.close()
-    assert job.wait(10) and isinstance(job.error, Stopped)
+    assert job._done.wait(10) and isinstance(job.error, Stopped)
 
 
 def test_small_time_that_remains():
@@ -182,8 +174,7 @@ def test_videos_of_the_page_are_made_again_from_their_files(exported, studio):
     """The second of three first videos, with other steps and guidance, and the upsampled one: bit for bit."""
     row = studio.first(idle_job(), PROMPT, 5, 3, 1.5, 2)
     assert row.videos.shape == (3, 4, 8, 8, 3)
-    upsampled = studio.upsampled(idle_job(), row, 1)
-    small, large = studio.write_first(row, 1), studio.write_upsampled(row, 1, upsampled)
+    small, large = studio.write_first(row, 1), studio.upsampled(idle_job(), row, 1)
     found = recipes.read(large)
     assert (found["prompt"], found["seed"], found["number"], found["stages"]) == (PROMPT, 5, 1, "base tsr1")
     assert found["changes"]["stages.base.sample.weight"] == 1.5
@@ -200,9 +191,8 @@ def test_a_clip_of_the_visitor_is_upsampled(exported, studio, tmp_path):
     video_io.write_video(path, np.random.default_rng(0).integers(0, 256, (30, 64, 48, 3), np.uint8), fps=10)
     job = Job(lambda job: studio.enlarged(job, path, PROMPT, 1, "tsr1"))
     list(job.updates())
-    written = studio.write_enlarged(path, PROMPT, 1, "tsr1", job.result)
-    assert video_io.read_video(written)[0].shape[0] == 8
-    assert replay(written, clip=path, weights_path=exported[1])["equal"]
+    assert video_io.read_video(job.result)[0].shape[0] == 8
+    assert replay(job.result, clip=path, weights_path=exported[1])["equal"]
 
 
 def test_old_programs_are_dropped(exported, monkeypatch):
@@ -227,7 +217,7 @@ def test_small_a_video_that_cannot_be_stored_leaves_nothing(base_and_tsr1, studi
 
     monkeypatch.setattr(video_io, "write_video", write)
     stage = base_and_tsr1.configs[0]
-    row = First((stage,), PROMPT, 0, np.zeros((1, 4, 8, 8, 3), np.float32))
+    row = First(stage, 0, samples([PROMPT], seed=0), np.zeros((1, 4, 8, 8, 3), np.float32))
     with pytest.raises(UserError, match="the server could not store the video .No space left on device."):
         studio.write_first(row, 0)
     assert os.listdir(tmp_path) == []

@@ -63,6 +63,11 @@ def extension(path: Path) -> str:
     return suffix
 
 
+def zoomed(video: np.ndarray, zoom: int) -> np.ndarray:
+    """The video [T,H,W,3] with each pixel enlarged to `zoom` × `zoom`."""
+    return video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
 def write_video(
     path: Path,
     video: np.ndarray,

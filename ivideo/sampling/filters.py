@@ -17,10 +17,11 @@ from ivideo.prompts import one_line, read_lines
 PACKAGED = "package"  # instead of a file: the words in the package
 
 
-def check_prompts(prompts: Sequence[str], words_path: str) -> None:
-    """UserError for the first prompt with one of the words in a UTF-8 file with one word or phrase per line.
+def load_blocked_words(words_path: str) -> Callable[[str], re.Match | None]:
+    """A function that finds a word of a list in a prompt. UserError where the list cannot be read.
 
-    Words count as a whole, whatever their case: "gun" is not in "begun". `words_path`: the file, or 'package'.
+    `words_path`: a UTF-8 file with one word or phrase per line, or 'package'. Words count as a whole, whatever their
+    case: "gun" is not in "begun".
     """
     if words_path == PACKAGED:
         text = (importlib.resources.files("ivideo") / "sampling" / "blocked_words.txt").read_text(encoding="utf-8")
@@ -28,8 +29,14 @@ def check_prompts(prompts: Sequence[str], words_path: str) -> None:
     else:
         words = list(read_lines(words_path, "--blocked_words"))
     blocked = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(one_line(word).casefold()) for word in words)})(?!\w)")
+    return lambda prompt: blocked.search(one_line(prompt).casefold())
+
+
+def check_prompts(prompts: Sequence[str], words_path: str) -> None:
+    """UserError for the first prompt with one of the words in a list (`load_blocked_words`)."""
+    find_blocked = load_blocked_words(words_path)
     for prompt in prompts:
-        if found := blocked.search(one_line(prompt).casefold()):
+        if found := find_blocked(prompt):
             raise UserError(
                 f"the prompt {prompt!r} has {found[0]!r}, which --blocked_words={words_path} does not allow: change "
                 "the prompt, or the list"

@@ -135,7 +135,7 @@ def generate(
                 path, metadata = files[stage.stage][row], None
                 if with_recipe:
                     metadata = recipe_of(stage, row) | {"frames": recipes.frames_digest(video)}
-                video = outputs.zoomed(video, zoom)
+                video = video_io.zoomed(video, zoom)
                 written = outputs.write(path, video, fps=stage.video.fps, metadata=metadata, overwrite=overwrite)
                 if written != path:
                     as_frames.append(written)

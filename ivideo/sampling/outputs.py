@@ -86,11 +86,6 @@ def is_finished(path: str, wanted: dict, configs: Sequence) -> bool:
     return True
 
 
-def zoomed(video: np.ndarray, zoom: int) -> np.ndarray:
-    """The video [T,H,W,3] with each pixel enlarged to `zoom` × `zoom`."""
-    return video.repeat(zoom, axis=1).repeat(zoom, axis=2)
-
-
 def write(path: str, video: np.ndarray, *, fps: int, metadata: dict | None, overwrite: bool) -> str:
     """Writes a sampled video to `path`, or where that fails its frames to a folder. Returns what was written.
 

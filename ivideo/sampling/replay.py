@@ -12,7 +12,7 @@ from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.files import digest, prepare_folders, refuse_existing
 from ivideo.prompts import samples
-from ivideo.sampling import cascade, outputs, recipes
+from ivideo.sampling import cascade, recipes
 from ivideo.sampling.generate import read_clip
 from ivideo.training import trained
 
@@ -67,7 +67,7 @@ def replay(
         _, _, video = next(sampled)
     result = _compared(path, found, video, configs[-1].video.fps)
     if out is not None:
-        zoomed = outputs.zoomed(video, found["zoom"])
+        zoomed = video_io.zoomed(video, found["zoom"])
         again = found | {"jax_version": jax.__version__, "device": jax.devices()[0].device_kind}
         again["frames"] = recipes.frames_digest(video)
         video_io.write_video(out, zoomed, fps=configs[-1].video.fps, metadata=again, overwrite=overwrite)
@@ -98,7 +98,7 @@ def _compared(path, found, video, fps) -> dict:
     """How equal a new video is to the one in the file."""
     if recipes.frames_digest(video) == found.get("frames"):
         return {"equal": True, "different": 0.0, "largest": 0, "psnr": None}
-    zoomed = outputs.zoomed(video, found["zoom"])
+    zoomed = video_io.zoomed(video, found["zoom"])
     with tempfile.TemporaryDirectory() as folder:
         again = os.path.join(folder, f"again{video_io.extension(path)}")
         video_io.write_video(again, zoomed, fps=fps)

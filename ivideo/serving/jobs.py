@@ -46,10 +46,6 @@ class Job:
         if self.error is not None:
             raise self.error
 
-    def wait(self, seconds: float) -> bool:
-        """Waits for the work to end. Returns whether it has."""
-        return self._done.wait(seconds)
-
     def _run(self):
         try:
             self.result = self._work(self)

@@ -161,7 +161,7 @@ def _prompt_tab(gr, studio):
         def work(job):
             if row is None or number >= len(row.videos):
                 raise UserError("the first videos are no longer here: make them again")
-            return _shown(gr, studio.write_upsampled(row, number, studio.upsampled(job, row, number)))
+            return _shown(gr, studio.upsampled(job, row, number))
 
         yield from _answer(gr, work, result_outputs)
 
@@ -192,8 +192,7 @@ def _clip_tab(gr, studio):
         def work(job):
             if not path:
                 raise UserError("choose a video file first")
-            video = studio.enlarged(job, path, prompt, seed, from_stage)
-            return _shown(gr, studio.write_enlarged(path, prompt, seed, from_stage, video))
+            return _shown(gr, studio.enlarged(job, path, prompt, seed, from_stage))
 
         yield from _answer(gr, work, outputs, path=path)
 

@@ -13,8 +13,8 @@ import numpy as np
 from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.files import digest
-from ivideo.prompts import one_line, samples
-from ivideo.sampling import filters, outputs, recipes
+from ivideo.prompts import Sample, one_line, samples
+from ivideo.sampling import filters, recipes
 from ivideo.sampling.generate import read_clip
 from ivideo.serving.jobs import Job, Remaining
 from ivideo.serving.resident import COMPILING, ResidentCascade
@@ -33,9 +33,9 @@ PREVIEW_WIDTH = 320  # pixels: smaller videos are enlarged by whole numbers up t
 class First:
     """A row of videos of the cascade's first stage, all of one prompt, from which one goes on."""
 
-    stages: tuple  # the config of the stage that made them
-    prompt: str
+    stage: object  # the config of the stage that made them
     seed: int
+    rows: list[Sample]  # the prompt, number and noise of each
     videos: np.ndarray  # [N, T, H, W, 3] in [-1, 1]
 
 
@@ -46,9 +46,8 @@ class Studio:
     """
 
     def __init__(self, cascade: ResidentCascade, folder: str, *, blocked_words=None, video_filter=None):
-        self.cascade, self.folder, self._blocked_words = cascade, folder, blocked_words
-        if blocked_words is not None:
-            filters.check_prompts([], blocked_words)  # reads the list, so that an error comes at the start
+        self.cascade, self.folder = cascade, folder
+        self._find_blocked = None if blocked_words is None else filters.load_blocked_words(blocked_words)
         self._allows = None if video_filter is None else filters.load_video_filter(video_filter)
 
     @property
@@ -82,37 +81,27 @@ class Studio:
                 raise UserError(f"a guidance of {guidance} was asked for, expected 0 to {stage.model.max_guidance}")
             stage.sample.guidance, stage.sample.weight = "constant", float(guidance)
         rows = samples([prompt], seed=seed, num_videos=count)
-        videos = self._sample(job, [stage], [rows[0].prompt] * count, [row.noise for row in rows], MAX_VIDEOS, None)
-        return First((stage,), prompt, seed, videos)
+        return First(stage, seed, rows, self._sample(job, [stage], rows, MAX_VIDEOS, None))
 
-    def upsampled(self, job: Job, first: First, number: int) -> np.ndarray:
-        """The last stage's video that grows out of one of the first videos."""
-        row = samples([first.prompt], seed=first.seed, num_videos=number + 1)[number]
-        rest = self.cascade.configs[1:]
-        return self._sample(job, rest, [first.prompt], [row.noise], 1, first.videos[number : number + 1])[0]
+    def write_first(self, first: First, number: int) -> str:
+        """Writes one of the first videos with its recipe, enlarged so that it can be looked at. Returns its path."""
+        return self._write([first.stage], first.videos[number], first.rows[number], first.seed)
 
-    def enlarged(self, job: Job, path: str, prompt: str, seed: int, from_stage: str) -> np.ndarray:
-        """The last stage's video that grows out of a visitor's clip, beginning with `from_stage`."""
+    def upsampled(self, job: Job, first: First, number: int) -> str:
+        """The path of the last stage's video, with its recipe, that grows out of one of the first videos."""
+        rest, row = self.cascade.configs[1:], first.rows[number]
+        (video,) = self._sample(job, rest, [row], 1, first.videos[number : number + 1])
+        return self._write([first.stage, *rest], video, row, first.seed)
+
+    def enlarged(self, job: Job, path: str, prompt: str, seed: int, from_stage: str) -> str:
+        """The path of the last stage's video, with its recipe, that grows out of a visitor's clip from a stage on."""
         prompt, seed = self._checked(prompt, seed)
         stages = self._from(from_stage)
         check_size(path)
         clip = read_clip(path, stages[0])
         (row,) = samples([prompt], seed=seed)
-        return self._sample(job, stages, [prompt], [row.noise], 1, clip[None])[0]
-
-    def write_first(self, first: First, number: int) -> str:
-        """Writes one of the first videos with its recipe, enlarged so that it can be looked at. Returns its path."""
-        return self._write(first.stages, first.videos[number], first.prompt, first.seed, number, {})
-
-    def write_upsampled(self, first: First, number: int, video: np.ndarray) -> str:
-        """Writes the video that `upsampled` made, with its recipe. Returns its path."""
-        stages = [*first.stages, *self.cascade.configs[1:]]
-        return self._write(stages, video, first.prompt, first.seed, number, {})
-
-    def write_enlarged(self, path: str, prompt: str, seed: int, from_stage: str, video: np.ndarray) -> str:
-        """Writes the video that `enlarged` made, with its recipe. Returns its path."""
-        prompt, seed = self._checked(prompt, seed)
-        return self._write(self._from(from_stage), video, prompt, seed, 0, {"input": digest(path)[:32]})
+        (video,) = self._sample(job, stages, [row], 1, clip[None])
+        return self._write(stages, video, row, seed, input=digest(path)[:32])
 
     def _from(self, name: str) -> list:
         names = [stage.stage for stage in self.enlarging]
@@ -124,19 +113,17 @@ class Studio:
         if len(prompt) > MAX_PROMPT:
             raise UserError(f"the prompt has {len(prompt)} characters, expected at most {MAX_PROMPT}: shorten it")
         prompt = one_line(prompt.replace("\0", ""))
-        if self._blocked_words is not None:
-            try:
-                filters.check_prompts([prompt], self._blocked_words)
-            except UserError as e:  # it names the list, which is the server's
-                raise UserError("the prompt has a word that this page does not allow: change the prompt") from e
+        if self._find_blocked is not None and self._find_blocked(prompt):
+            raise UserError("the prompt has a word that this page does not allow: change the prompt")
         if seed is None:
             raise UserError(f"the seed is empty, expected a whole number from 0 to {MAX_SEED}")
         if not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise UserError(f"the seed is {seed}, expected a whole number from 0 to {MAX_SEED}")
         return prompt, int(seed)
 
-    def _sample(self, job, stages, prompts, seeds, size, clips):
+    def _sample(self, job, stages, rows, size, clips):
         """The last one's videos of stages that follow one another, [N, T, H, W, 3]."""
+        prompts, seeds = [row.prompt for row in rows], [row.noise for row in rows]
         remaining = Remaining([self.cascade.seconds(stage, size) for stage in stages])
         for number, stage in enumerate(stages, 1):
             name = f"{stage.stage} ({number} of {len(stages)})" if len(stages) > 1 else stage.stage
@@ -157,9 +144,8 @@ class Studio:
                     raise UserError("the filter of videos refused one of these: try another prompt or seed")
         return clips
 
-    def _write(self, stages: Sequence, video, prompt, seed, number, more: dict) -> str:
+    def _write(self, stages: Sequence, video, row: Sample, seed: int, **more) -> str:
         zoom = max(1, PREVIEW_WIDTH // video.shape[2])
-        row = samples([prompt], seed=seed, num_videos=number + 1)[number]
         size = {stage.stage: 1 if stage.cond.frames else MAX_VIDEOS for stage in stages}
         recipe = recipes.of_video(
             stages, row, seed=seed, same_noise=False, zoom=zoom, weights=self.cascade.identities, batch=size
@@ -170,9 +156,9 @@ class Studio:
         # A folder of its own for each file, so that two visitors who ask for the same get a file each
         folder = os.path.join(self.folder, VIDEO_FOLDER + uuid.uuid4().hex)
         os.mkdir(folder)
-        path = os.path.join(folder, f"{slug(prompt)}-{seed}-{number}.mp4")
+        path = os.path.join(folder, f"{slug(row.prompt)}-{seed}-{row.number}.mp4")
         try:
-            video_io.write_video(path, outputs.zoomed(video, zoom), fps=stages[-1].video.fps, metadata=recipe)
+            video_io.write_video(path, video_io.zoomed(video, zoom), fps=stages[-1].video.fps, metadata=recipe)
         except OSError as e:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(f"the server could not store the video ({e.strerror}): try again later") from e

@@ -87,7 +87,7 @@ def _enlarged(video: np.ndarray) -> np.ndarray:
     zoom = math.ceil(SMALLEST / video.shape[1])
     if zoom % 2 and (video.shape[1] % 2 or video.shape[2] % 2):
         zoom += 1
-    return video.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return video_io.zoomed(video, zoom)
 
 
 def _sheet(samples: Sequence[dict]) -> Image.Image:
