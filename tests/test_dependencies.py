@@ -13,6 +13,7 @@ from ivideo.errors import UserError
 from ivideo.evaluation import distillation
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_garbage")
 # Optional modules; a message names the extra if one is missing
 EXTRAS = {"apache_beam": "beam", "cv2": "metrics", "gradio": "serve", "matplotlib": "plot"}
 PARTS = {"jaxlib": "jax", "pyarrow": "tensorflow-datasets"}  # packages that a declared one is never without

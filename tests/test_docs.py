@@ -11,6 +11,7 @@ import pytest
 from ivideo import config_files, modes, options
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_garbage")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "machine_type", "experiments"}
 OTHERS = {  # flags of launch scripts, pip and xprof

@@ -12,6 +12,7 @@ import pytest
 from ivideo.data import video_io
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_garbage")
 NOTEBOOKS = sorted((ROOT / "launch").glob("*.ipynb"))
 
 

@@ -13,6 +13,7 @@ from configs import base, cascade, common
 from ivideo.devices import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_garbage")
 STAGES = cascade.STAGES
 CONFIGS = [(stage, variant) for variant, sizes in common.CASCADE.items() for stage in sizes]
 
