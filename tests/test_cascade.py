@@ -324,3 +324,20 @@ def test_shipped_stage_is_better_than_the_trivial_way(name, gain):
     config = cascade_config.STAGES[name].get_config("demo")  # in a cascade its settings are for what a stage made
     table = evaluate.super_resolution(config, clips=2, seed=5)["table"]
     assert table["stage"] > table["trivial"] + gain
+
+
+def test_small_defects_of_videos_and_the_weights_that_made_them():
+    """A clip that differs by one 8-bit level in one channel has no defect."""
+    clip = np.full((2, 4, 4, 3), -1.0, np.float32)
+    assert cascade.defect(clip) == cascade.ONE_COLOUR
+    assert cascade.defect(clip + np.float32([0, 0.5, 1])) == cascade.ONE_COLOUR
+    clip[1, 2, 3, 1] += 2 / 255
+    assert cascade.defect(clip) is None
+    clip[0, 0, 0, 0] = np.inf
+    assert cascade.defect(clip) == cascade.NOT_FINITE
+    sources, identities = {"base": "runs/base", "ssr1": "a.safetensors"}, {"base": "step 400, saved 1a2b", "ssr1": "ff"}
+    assert [cascade._weights(stage, sources, identities) for stage in ("base", "ssr1", "ssr2")] == [
+        " (step 400 of runs/base)",
+        " (a.safetensors)",
+        "",
+    ]

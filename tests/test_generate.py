@@ -1,6 +1,7 @@
 """Prompts to video files: their content, what it depends on, and which requests are refused."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -115,20 +116,22 @@ def test_small_files_carry_what_made_them(exported, tmp_path):
     assert video_io.read_metadata(one)["prompt"] == PROMPTS[0]
 
 
-def test_small_video_that_is_not_finite_costs_no_other(exported, tmp_path, monkeypatch):
-    """It is left out, the others are written, and the error at the end names its prompt."""
+@pytest.mark.parametrize(
+    ("value", "what"), [(jnp.nan, "values that are not finite"), (0.25, "a video of one colour")], ids=["nan", "colour"]
+)
+def test_small_worthless_video_costs_no_other(exported, tmp_path, monkeypatch, value, what):
+    """It is left out, the others are written, and the error at the end names its stage, weights and prompt."""
     config, path = exported
     sampled = stages.sample
 
     def sample(config, model, params, text, mask, keys, **options):
         video = sampled(config, model, params, text, mask, keys, **options)
-        return video.at[0].set(jnp.where(mask[0].any(), video[0], jnp.nan))  # of the empty prompt
+        return video.at[0].set(jnp.where(mask[0].any(), video[0], value))  # of the empty prompt
 
     monkeypatch.setattr(stages, "sample", sample)
     config.sample.batch = 1
-    with pytest.raises(
-        FloatingPointError, match="stage base made values that are not finite for '': nothing was writt"
-    ):
+    expected = re.escape(f"stage base ({path}) made {what} for '': nothing was written for it; ")
+    with pytest.raises(FloatingPointError, match=expected):
         generate.generate(config, ["", *PROMPTS[:2]], str(tmp_path / "out"), weights_path=path)
     assert sorted(os.listdir(tmp_path / "out")) == ["001.mp4", "002.mp4"]
 

@@ -177,7 +177,7 @@ def judge_set(
 
 def _next(reading, number):
     found, video = next(reading, (None, None))
-    if found != number:  # `cascade.run` leaves out what is not finite, and says so at its end
+    if found != number:  # `cascade.run` leaves out videos with a defect, and says so at its end
         for _ in reading:
             pass
         raise FloatingPointError(f"clip {number} was not made")

@@ -163,7 +163,7 @@ def sample_stage(
     `low_res` [N, t, h, w, 3]: the input of a super-resolution stage.
     `texts`: the prompts' embeddings and mask (`embed_prompts`), if they are computed already.
     Videos are sampled `config.sample.batch` at a time, with a progress bar in a terminal.
-    UserError if `low_res` is missing or not wanted; FloatingPointError if a video has a value that is not finite.
+    UserError if `low_res` is missing or not wanted; FloatingPointError if a video has a `defect`.
     """
     check_input(config, has_input=low_res is not None)
     sampler = StageSampler(config, min(config.sample.batch, len(prompts)))
@@ -172,7 +172,7 @@ def sample_stage(
     videos = None
     for rows, batch in sampler.batches(params, batches, texts=texts, seeds=seeds, low_res=low_res):
         for row, video in zip(rows, batch, strict=True):
-            check_finite(config, prompts[row], video)
+            check_video(config, prompts[row], video)
         if videos is None:  # one array for all: concatenating would copy gigabytes
             videos = np.empty((len(prompts), *batch.shape[1:]), batch.dtype)
         videos[rows[0] : rows[-1] + 1] = batch
@@ -183,16 +183,31 @@ def _batches(rows: range, size: int) -> list[list[int]]:
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def check_finite(config, prompt: str, video: np.ndarray) -> None:
-    """FloatingPointError if a stage's video has a value that is not finite."""
+NOT_FINITE, ONE_COLOUR = "values that are not finite", "a video of one colour"
+_ADVICE = {
+    NOT_FINITE: "try --config.model.dtype=float32 or an earlier checkpoint",
+    ONE_COLOUR: "try an earlier checkpoint or a smaller config.sample.weight",
+}
+
+
+def defect(video: np.ndarray) -> str | None:
+    """NOT_FINITE, ONE_COLOUR (in all pixels of all frames of a video [T, H, W, 3]), or None if it has no such defect."""
     if not np.isfinite(video).all():
-        raise FloatingPointError(_not_finite(config.stage, [prompt]))
+        return NOT_FINITE
+    spread = video.max(axis=(0, 1, 2)) - video.min(axis=(0, 1, 2))
+    return ONE_COLOUR if spread.max() < 1 / 255 else None  # half a level of 8 bits
 
 
-def _not_finite(stage, prompts):
+def check_video(config, prompt: str, video: np.ndarray) -> None:
+    """FloatingPointError if a stage's video has a `defect`."""
+    if found := defect(video):
+        raise FloatingPointError(_worthless(config.stage, found, [prompt]))
+
+
+def _worthless(made_by, found, prompts):
     return (
-        f"stage {stage} made values that are not finite for {', '.join(map(repr, prompts))}: nothing was written for "
-        f"{'it' if len(prompts) == 1 else 'them'}; try --config.model.dtype=float32 or an earlier checkpoint"
+        f"stage {made_by} made {found} for {', '.join(map(repr, prompts))}: nothing was written for "
+        f"{'it' if len(prompts) == 1 else 'them'}; {_ADVICE[found]}"
     )
 
 
@@ -240,7 +255,8 @@ def run(
     `wanted`: per stage, the rows whose videos are yielded; by default all rows of the last stage. Only the batches that
     they need are sampled. The rows in a batch do not depend on `wanted`, so a video is the same bit for bit.
     `on_batch`: called with (stage's name, videos, seconds without compilation) when a batch is sampled.
-    A video that is not finite is left out and the others are sampled. FloatingPointError at the end names its prompt.
+    A video with a `defect` is left out and the others are sampled. FloatingPointError at the end names its stage, the
+    step of the stage's weights, and its prompt.
     """
     wanted = wanted if wanted is not None else {configs[-1].stage: set(range(len(prompts)))}
     check_input(configs[0], has_input=low_res is not None)
@@ -273,8 +289,8 @@ def run(
                 if on_batch is not None:
                     on_batch(config.stage, sampler.size, sampler.seconds)
                 for position, row in enumerate(batch):
-                    if not np.isfinite(videos[position]).all():
-                        failed.setdefault(config.stage, []).append(prompts[begin + row])
+                    if found := defect(videos[position]):
+                        failed.setdefault((config.stage, found), []).append(prompts[begin + row])
                         continue
                     if config is not configs[-1]:
                         output_clips[row] = videos[position]
@@ -284,8 +300,16 @@ def run(
             clips = output_clips
             if len(configs) > 1:
                 params = sampled = None
-    for stage, failed_prompts in failed.items():
-        raise FloatingPointError(_not_finite(stage, failed_prompts))
+    if failed:
+        named = {(stage + _weights(stage, sources, identities), found): of for (stage, found), of in failed.items()}
+        raise FloatingPointError("; ".join(_worthless(*key, failed_prompts) for key, failed_prompts in named.items()))
+
+
+def _weights(stage, sources, identities):
+    """Which weights a stage has, for an error: the step of its training run, or its file. Empty for the package's."""
+    source, identity = (sources or {}).get(stage), (identities or {}).get(stage) or ""
+    step = identity.split(",")[0] + " of " if identity.startswith("step ") else ""
+    return f" ({step}{source})" if source else ""
 
 
 def _needed_batches(configs, rows, samplers, wanted):

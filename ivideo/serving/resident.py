@@ -46,8 +46,8 @@ class ResidentCascade:
 
         `stage`: the config of one of the stages, of which only values in `config.sample` may differ from `configs`.
         `seeds` and `low_res`: as in `cascade.sample_stage`. `on_step` is called before compiling, and before every
-        sampling step with its number; an error that it raises ends the work. FloatingPointError if a video is not
-        finite.
+        sampling step with its number; an error that it raises ends the work. FloatingPointError if a video has a
+        `cascade.defect`.
         """
         with self._lock:
             on_step(COMPILING, 0)
@@ -58,7 +58,7 @@ class ResidentCascade:
                 ((_, videos),) = program.batches(params, [rows], texts=texts, seeds=seeds, low_res=low_res)
             self._seconds[_key(stage, size)] = program.seconds
         for prompt, video in zip(prompts, videos, strict=True):
-            cascade.check_finite(stage, prompt, video)
+            cascade.check_video(stage, prompt, video)
         return videos
 
     @contextlib.contextmanager
