@@ -68,6 +68,11 @@ def package_configs() -> str:
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
 
 
+def package_config_names() -> list[str]:
+    """The names of the package's own config files."""
+    return sorted(name for name in os.listdir(package_configs()) if re.fullmatch(r"(?!common)[a-z]\w*\.py", name))
+
+
 def _find_config(spec: str) -> tuple[str, list[str]]:
     """Splits a config spec into a file and [variant] or []. The path itself may contain colons."""
     spec = files.expand_home(spec)
@@ -83,10 +88,7 @@ def _find_config(spec: str) -> tuple[str, list[str]]:
             return own, variant
     path = candidates[-1][0]
     what = f"{path} is a folder" if os.path.isdir(path) else f"no config at {path!r}"
-    names = ", ".join(
-        sorted(name for name in os.listdir(package_configs()) if re.fullmatch(r"(?!common)[a-z]\w*\.py", name))
-    )
-    raise UserError(f"{what}: {EXAMPLE}; the package has {names}")
+    raise UserError(f"{what}: {EXAMPLE}; the package has {', '.join(package_config_names())}")
 
 
 def _make_importable(name: str, folders: list[str]) -> None:

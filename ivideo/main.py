@@ -76,6 +76,11 @@ def _run_mode(config, several: bool) -> None:
 
         doctor(config, compile_cache=_compile_cache(), as_json=FLAGS.json)
         return
+    if FLAGS.mode == "completion":
+        from ivideo.completion import script
+
+        print(script(options.own()), end="")
+        return
     if FLAGS.mode == "replay":
         from ivideo.sampling.replay import replay
 

@@ -74,6 +74,9 @@ MODES = {
     "doctor": Mode(
         "print what is installed, what this machine has, and whether --config fits it", ("config", "json"), config=False
     ),
+    "completion": Mode(
+        "print a script for bash or zsh that completes modes, flags and config keys", (), config=False
+    ),
     "describe": Mode("print a stage's parameters, sizes, FLOPs and layers; allocates nothing", ("json",)),
     "benchmark": Mode(
         "time a stage's forward pass, training step and guided sampling step on this machine", ("json",)

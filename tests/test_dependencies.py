@@ -11,6 +11,7 @@ import pytest
 
 from ivideo.errors import UserError
 from ivideo.evaluation import distillation
+from ivideo.planning import doctor
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_garbage")
@@ -70,3 +71,10 @@ def test_small_an_extra_that_is_missing_is_said_in_one_line(monkeypatch, capsys)
     distillation.draw([], "plot.png")
     expected = "plot.png is not drawn, because matplotlib is not installed: run `pip install '.[plot]'` in the clone\n"
     assert capsys.readouterr().out == expected
+
+
+def test_small_doctor_knows_every_extra():
+    """Those for tests alone apart."""
+    extras = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M)
+    assert len(extras) == 8
+    assert set(doctor.EXTRAS) == set(extras) - {"test", "reference"}

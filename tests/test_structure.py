@@ -29,7 +29,7 @@ LEVELS = [
     {"training"},
     {"sampling"},
     {"evaluation", "planning", "serving"},
-    {"arguments"},
+    {"arguments", "completion"},
     {"options"},
     {"main"},
 ]
@@ -124,7 +124,7 @@ def test_small_a_reader_finds_everything_by_its_folder():
 
 def test_small_only_main_reads_flags_and_only_sharding_names_axes():
     for name, path in modules():
-        if name not in ("arguments", "main", "options"):
+        if name not in ("arguments", "completion", "main", "options"):
             assert "absl" not in {i.split(".")[0] for i in imports(path)}, path
         if dotted(path) != "ivideo.devices.sharding":
             assert "PartitionSpec" not in path.read_text(), path

@@ -20,7 +20,8 @@ from ivideo.planning.describe import human
 from ivideo.training.step import state_shapes
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
-EXTRAS = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin", "plot": "matplotlib", "beam": "apache-beam"}
+EXTRAS = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin", "serve": "gradio", "metrics": "opencv-python-headless",
+          "plot": "matplotlib", "beam": "apache-beam"}  # fmt: skip
 LITTLE_DISK = 10 * 2**30  # bytes; a checkpoint of a paper-sized stage takes more
 KINDS = {"text.checkpoint": "the text encoder", "data.dir": "the data",
          "data.image_dir": "the images", "data.text_cache": "the text cache",

@@ -191,7 +191,7 @@ _ADVICE = {
 
 
 def defect(video: np.ndarray) -> str | None:
-    """NOT_FINITE, ONE_COLOUR (in all pixels of all frames of a video [T, H, W, 3]), or None if it has no such defect."""
+    """NOT_FINITE, ONE_COLOUR (in all pixels of all frames of a video [T, H, W, 3]), or None for no such defect."""
     if not np.isfinite(video).all():
         return NOT_FINITE
     spread = video.max(axis=(0, 1, 2)) - video.min(axis=(0, 1, 2))
