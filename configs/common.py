@@ -186,6 +186,10 @@ def preparation() -> ml_collections.ConfigDict:
     # Caption of a file that has none, with the name of its folder for {label}: 'a video of {label}'. Several, of which
     # training draws one, have | between them: 'a video of {label}|someone does {label}'. Empty: such files are left out
     prepare.label_template = ""
+    # Of a set of TensorFlow Datasets: the split that is read, and the feature that has the captions, such as
+    # captions/text. Empty: a feature named caption or the like, or else its classes, by label_template
+    prepare.split = "train"
+    prepare.caption_feature = ""
     prepare.long_captions = "keep"  # longer than config.text.length: 'keep' (training cuts them), or 'drop'
     prepare.min_seconds = 0.0  # length of a clip; 0: the length of the stage's training clips
     prepare.min_fps = 0.0  # frames per second of a clip; 0: the stage's, below which it would learn repeated frames
@@ -197,8 +201,8 @@ def preparation() -> ml_collections.ConfigDict:
     prepare.max_jump = 40.0  # difference of two neighbouring frames, above which there is a cut or a flash
     prepare.split_shots = False  # whether videos are divided at such cuts into clips, which are encoded again
     prepare.crop_bars = True  # whether black bars are cropped when the set is read
-    # Bits in which the hashes of duplicates differ at most, of 192 of a clip's or 64 of an image's; -1: keep them all.
-    # More bits take longer: for millions of files choose 8
+    # Bits in which the hashes of duplicates differ at most, of the 192 of a clip; of an image's 64 a third as many.
+    # -1: duplicates are kept. More bits take longer: for millions of files choose 8
     prepare.duplicate_bits = 16
     prepare.shard_megabytes = 256
     prepare.workers = 0  # processes; 0: one per core

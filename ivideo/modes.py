@@ -60,7 +60,7 @@ MODES = {
         ("topology", "what", "effort", *_RESULT),
     ),
     "prepare_data": Mode(
-        "make a data set in the folder --out from a folder, a table or tars of captioned videos or images (--input)",
+        "make a data set in --out from captioned videos or images (--input): a folder, a table, tars, or tfds:NAME",
         ("input", "out"),
     ),
     "show_data": Mode(

@@ -73,7 +73,7 @@ flags.DEFINE_bool(
 flags.DEFINE(
     PATH, "input", None, "A video file: in mode sample the one that the first stage upsamples, which needs a "
     "super-resolution stage; in modes replay and show one that this program made. In mode prepare_data: a folder, a "
-    "table, or a .tar file or a quoted pattern of them.",
+    "table, a .tar file or a quoted pattern of them, or tfds:NAME for a set of TensorFlow Datasets.",
 )  # fmt: skip
 flags.DEFINE(PATH, "clip", None, "In mode replay: the file that was the --input when the video was made.")
 flags.DEFINE_enum(

@@ -61,6 +61,13 @@ def decode_plainly(data: bytes, source, seed: int) -> None:
                 break
 
 
+def write_set(folder: str, data: bytes, measures: dict) -> None:
+    """Writes a set of one clip, with what was measured of it."""
+    row = measures | {"captions": ["a clip"], "name": "clip"}
+    records.write_shard(records.shard_path(folder, 0, 1), "video", [records.record("video", row, data)])
+    records.write_info(folder, "video", [1], "One clip.")
+
+
 def measure(stage: str, folder: str, data: bytes, *, parts: int, images: int) -> list[str]:
     """A row of the table."""
     config = load_config(f"configs/{stage}.py")
@@ -94,9 +101,7 @@ def main() -> None:
         f"{os.cpu_count()} cores; {args.parts} parts and {args.images} images of each stage"
     )
     with tempfile.TemporaryDirectory() as folder:
-        record = measures | {"video": data, "captions": ["a clip"], "name": args.clip.name}
-        records.write_shard(records.shard_path(folder, 0, 1), "video", [record])
-        records.write_info(folder, "video", [1], "One clip.")
+        write_set(folder, data, measures)
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         for stage in args.stages.split(","):
             row = measure(stage, folder, data, parts=args.parts, images=args.images)

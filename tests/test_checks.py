@@ -28,6 +28,7 @@ ALLOWED = {
         "inception",
         "clip",
         "label_template",
+        "caption_feature",
         "image_dir",
     },
     0: {

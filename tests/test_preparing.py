@@ -1,5 +1,6 @@
 """Mode prepare_data: the command, and the set and the report that it writes."""
 
+import importlib.util
 import json
 import pathlib
 import tarfile
@@ -11,7 +12,7 @@ from prepared_sets import add_to_tar, command, contents, here, one_clip, prepare
 
 from configs import base
 from ivideo import main
-from ivideo.data import check, video_io
+from ivideo.data import check, sources, video_io
 from ivideo.data.preparing import prepare, records
 from ivideo.data.preparing.choosing import REASONS
 from ivideo.errors import UserError
@@ -93,6 +94,18 @@ def test_small_a_file_that_changes_in_between_is_named(tmp_path):
 
     with pytest.raises(UserError, match=r"a.mp4 has changed since it was measured"):
         prepared(folder, tmp_path / "out", run=run)
+
+
+def test_small_the_measuring_script_reads_a_clip(tmp_path):
+    path = pathlib.Path(__file__).parent.parent / "launch" / "measure_reading.py"
+    spec = importlib.util.spec_from_file_location("measure_reading", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    data = clips.good(0, "h264").data
+    script.write_set(str(tmp_path), data, script.measuring.measure_video(data))
+    source = sources.TFDSSource(tmp_path, frames=4, height=8, width=8, fps=3)
+    script.decode_plainly(data, source, 0)
+    assert len(source) == 1 and source.records[0].data == data
 
 
 def test_small_the_report_shows_the_set_and_ten_of_each_reason(out, folder):

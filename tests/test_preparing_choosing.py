@@ -89,6 +89,15 @@ def test_small_duplicates_are_those_of_comparing_all_pairs():
     assert duplicates.duplicates(rows, -1) == {}
 
 
+def test_small_different_images_are_not_duplicates_by_chance():
+    """Of 2,000 hashes of 64 random bits, hundreds of pairs differ in 16 bits or fewer."""
+    rng = random.Random(0)
+    rows = [{"hash": f"{rng.getrandbits(64):016x}", "height": 1, "width": 1, "bytes": 1} for _ in range(2000)]
+    assert duplicates.duplicates(rows, 16) == {}
+    near = rows[0] | {"hash": f"{int(rows[0]['hash'], 16) ^ 0b10011:016x}"}
+    assert duplicates.duplicates([*rows, near], 16) == {2000: 0}
+
+
 def test_recompressed_and_resized_copies_have_close_hashes():
     bits = lambda data: int(measuring.measure_video(data)["hash"], 16)  # noqa: E731
     originals = []

@@ -12,7 +12,7 @@ RATE_SHARE = 0.995  # of the wanted rate that a clip has at least: 23.976 is eno
 REASONS = {
     "row": "a row of the table that has no file",
     "missing": "a file of the table that does not exist",
-    "tar": "a damaged tar",
+    "tar": "a damaged tar, or a damaged file of a TFDS set",
     "caption": "no caption, or one that cannot be read",
     "long_caption": "a caption longer than the text encoder reads",
     "unreadable": "a file that cannot be decoded",

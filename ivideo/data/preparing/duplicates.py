@@ -3,15 +3,19 @@
 import collections
 import itertools
 
+HASH_BITS = 192  # of a clip: three frames of 64
+
 
 def duplicates(rows: list[dict], bits: int) -> dict[int, int]:
     """The near-duplicates among rows, each with the number of the row that is kept in its place.
 
-    Two files are duplicates if their hashes differ in at most `bits` bits; -1 finds none. Of such files the one with
-    the most pixels is kept, then the one with the most frames, the most bytes, and the first one.
+    Two files are duplicates if their hashes differ in at most `bits` of 192 bits, or in the same share of shorter ones:
+    otherwise images, whose hashes have 64, would be close by chance. -1 finds none. Of such files the one with the most
+    pixels is kept, then the one with the most frames, the most bytes, and the first one.
     """
-    if bits < 0:
+    if bits < 0 or not rows:
         return {}
+    bits = bits * 4 * len(rows[0]["hash"]) // HASH_BITS
     ranks = [(-row["height"] * row["width"], -row.get("frames", 0), -row["bytes"]) for row in rows]
     found, kept_by_part = {}, collections.defaultdict(list)
     for number in sorted(range(len(rows)), key=lambda i: (ranks[i], i)):

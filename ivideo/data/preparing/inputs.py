@@ -1,4 +1,4 @@
-"""Finds the files to prepare and their captions: in folders, tables, text files and tars.
+"""Finds the files to prepare and their captions: in folders, tables, text files, tars and sets of TFDS.
 
 Nothing is decoded here. What cannot be used, such as a table's row without a file, is listed with its reason.
 """
@@ -9,32 +9,34 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ivideo import files
-from ivideo.data.preparing import tables, tars
-from ivideo.data.preparing.items import EXTENSIONS, Item, Rejected, caption_of_file, ending, printable
+from ivideo.data.preparing import tables, tars, tfds_sets
+from ivideo.data.preparing.items import EXTENSIONS, Item, Rejected, caption_of_file, ending, printable, templates, words
 from ivideo.errors import UserError
-from ivideo.prompts import one_line
 
 PAIRS = (("videos.txt", "videos"), ("video.txt", "videos"))  # lists of files, line by line with a list of captions
 CAPTION_LISTS = ("prompt.txt", "prompts.txt", "captions.txt", "caption.txt")
-_EXPECTED = "expected a folder, a .csv, .tsv, .json, .jsonl or .parquet table, or .tar files"
+_EXPECTED = "expected a folder, a .csv, .tsv, .json, .jsonl or .parquet table, .tar files, or tfds:NAME"
 
 
 class Found(NamedTuple):
     """The files of an input, in an order that does not depend on the machine, and what is left out of it."""
 
-    items: list[Item]
+    items: list[Item | tfds_sets.Record]
     rejected: list[Rejected]
 
 
-def find(path: str, media: str, *, label_template: str = "") -> Found:
-    """Finds the files of `media`, 'video' or 'image', in a folder, a table, or a tar file or a pattern of them.
+def find(path: str, media: str, *, label_template: str = "", split: str = "train", caption_feature: str = "") -> Found:
+    """Finds the files of `media`, 'video' or 'image', in a folder, a table, tars or a pattern of them, or a TFDS set.
 
     A folder's own table, lists or tars are used if it has any. Otherwise its files are searched at every depth, each
     with a .txt or .json of the same name beside it. A file with neither gets a caption made from the name of its
     folder by `label_template`, such as 'a video of {label}', if that is not empty; several templates, with | between
-    them, make several captions. UserError where nothing is found.
+    them, make several captions. `split` and `caption_feature` are of TFDS sets (`tfds_sets.find`). UserError where
+    nothing is found.
     """
-    if any(character in path for character in "*?[") and not os.path.exists(path):
+    if tfds_sets.is_set(path):
+        found = tfds_sets.find(path, media, split=split, caption_feature=caption_feature, label_template=label_template)
+    elif any(character in path for character in "*?[") and not os.path.exists(path):
         found = tars.find(sorted(glob.glob(path)), media, root=os.path.dirname(path))
     elif os.path.isdir(path):
         found = _in_folder(path, media, label_template)
@@ -103,7 +105,7 @@ def _of_sidecars(folder: str, media: str, label_template: str):
             continue
         label = os.path.basename(os.path.dirname(path))
         if not captions and label_template:
-            captions = [one.strip().replace("{label}", _words(label)) for one in label_template.split("|")]
+            captions = [one.replace("{label}", words(label)) for one in templates(label_template)]
         items.append(Item(name, path, captions=tuple(captions)))
     return items, rejected
 
@@ -125,9 +127,3 @@ def _sidecar(path: str) -> list[str]:
             if os.path.isfile(beside):
                 return caption_of_file(os.path.basename(beside), files.read_bytes(beside))
     return []
-
-
-def _words(label: str) -> str:
-    """A folder's name as words: 'ApplyEyeMakeup' and 'apply_eye_makeup' are 'apply eye makeup'."""
-    spaced = "".join(f" {c}" if c.isupper() and i and label[i - 1].islower() else c for i, c in enumerate(label))
-    return one_line(spaced.replace("_", " ").replace("-", " ")).lower()

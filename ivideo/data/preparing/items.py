@@ -37,6 +37,10 @@ class Item(NamedTuple):
             raise OSError(f"{self.path} has {len(data)} of the file's {self.size} bytes: the tar is truncated")
         return data
 
+    def read_captions(self) -> list[str]:
+        """The captions, which were read when the file was found."""
+        return list(self.captions)
+
 
 class Rejected(NamedTuple):
     """What is left out: the name of a file or a table's row, why in one word, and in detail."""
@@ -60,6 +64,17 @@ def texts(value) -> list[str]:
     """A table's or an object's captions: a text, a list of texts, or nothing."""
     values = value if isinstance(value, list | tuple) else [value]
     return [text for value in values if isinstance(value, str) and (text := one_line(value.replace("\0", "")))]
+
+
+def templates(text: str) -> tuple[str, ...]:
+    """The templates of captions in `config.prepare.label_template`."""
+    return tuple(one.strip() for one in text.split("|"))
+
+
+def words(label: str) -> str:
+    """A class's name as words: 'ApplyEyeMakeup' and 'apply_eye_makeup' are 'apply eye makeup'."""
+    spaced = "".join(f" {c}" if c.isupper() and i and label[i - 1].islower() else c for i, c in enumerate(label))
+    return one_line(spaced.replace("_", " ").replace("-", " ")).lower()
 
 
 def captions_in(row: dict) -> list[str]:

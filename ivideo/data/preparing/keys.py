@@ -8,6 +8,8 @@ _SWITCH = Value("True or False", lambda value: isinstance(value, bool))
 KEYS = {
     "media": choice("video", "image"),
     "label_template": Value("a text", lambda value: isinstance(value, str)),
+    "split": Value("a name", lambda value: isinstance(value, str) and value.strip() != ""),
+    "caption_feature": Value("a text", lambda value: isinstance(value, str)),
     "long_captions": choice("keep", "drop"),
     "min_seconds": _NOT_NEGATIVE,
     "min_fps": _NOT_NEGATIVE,

@@ -64,7 +64,10 @@ def prepare(
     are no files, or `out` holds something else; also where no file is left.
     """
     media, limits = config.prepare.media, Limits.of(config)
-    items, rejected = inputs.find(path, media, label_template=config.prepare.label_template)
+    items, rejected = inputs.find(
+        path, media, label_template=config.prepare.label_template, split=config.prepare.split,
+        caption_feature=config.prepare.caption_feature,
+    )  # fmt: skip
     run = run or functools.partial(pool.run, processes=config.prepare.workers)
     if not _begin(out, _plan(config, limits, items, rejected)):
         print(f"{out} is finished already: its report is {os.path.join(out, REPORT)}")
@@ -199,7 +202,14 @@ def measure(task: MeasureTask) -> int:
 
 def _rows_of(task: MeasureTask, number: int, item: Item) -> list[dict]:
     """The row of a file, or of each shot of a video that is divided."""
-    row = _described(number, item) | measured(item, task.media, task.splitting)
+    row = _described(number, item)
+    try:
+        row["captions"] = item.read_captions()
+    except ValueError as e:
+        return [row | {"reason": "caption", "detail": str(e)}]
+    except OSError as e:
+        return [row | {"reason": "unreadable", "detail": str(e)}]
+    row |= measured(item, task.media, task.splitting)
     if len(row.get("firsts", ())) == 1 or "reason" in row or task.media == "image":
         return [row]
     try:
@@ -244,20 +254,17 @@ def measured(item: Item, media: str, splitting: tuple[float, float] | None = Non
     """A file's measures and its size in bytes, or the reason why it cannot be used."""
     cut = splitting[0] if splitting else math.inf
     try:
-        size = _size(item)
-        if size >= LARGEST and not splitting:
+        if (size := _size(item)) >= LARGEST and not splitting:
             raise measuring.Refused("large", f"{size / 2**30:.2f} GiB: cut it, or set config.prepare.split_shots")
-        if media == "video":
-            measures = measuring.measure_video(_source(item), cut=cut)
-        else:
-            measures = measuring.measure_image(item.read())
+        source = _source(item) if media == "video" else item.read()
+        measures = measuring.measure_video(source, cut=cut) if media == "video" else measuring.measure_image(source)
         if size >= LARGEST and len(measures["firsts"]) == 1:
             raise measuring.Refused("large", f"{size / 2**30:.2f} GiB in one shot: cut it into clips")
     except measuring.Refused as e:
         return {"reason": e.reason, "detail": str(e)}
     except (VideoError, OSError) as e:
         return {"reason": "unreadable", "detail": " ".join(str(e).split())[:500]}
-    return measures | {"bytes": size}
+    return measures | {"bytes": len(source) if isinstance(source, bytes) else size}
 
 
 def _shards(rows: list[dict], largest: int) -> list[list[dict]]:
@@ -288,14 +295,13 @@ def _write(out: str, media: str, of_row: dict[str, Item], shards: list[list[dict
 
 def write(task: WriteTask) -> int:
     """Writes a shard. Returns the number of its records. UserError where a file has changed since it was measured."""
-    names = records.features(task.media)
 
     def made():
         for item, row in task.rows:
             data = item.read()
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
                 raise UserError(f"{item.path} has changed since it was measured: prepare the set again in a new --out")
-            yield {name: row[name] for name in names if name != task.media} | {task.media: data}
+            yield records.record(task.media, row, data)
 
     records.write_shard(task.path, task.media, made())
     return len(task.rows)

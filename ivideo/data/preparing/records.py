@@ -51,6 +51,11 @@ def shard_path(folder: str, i: int, shards: int) -> str:
     return os.path.join(folder, f"{NAME}-{SPLIT}.array_record-{i:05}-of-{shards:05}")
 
 
+def record(media: str, row: dict, data: bytes) -> dict:
+    """The values of `features` of a file with these measures, captions and name."""
+    return {name: row[name] for name in features(media) if name != media} | {media: data}
+
+
 def write_shard(path: str, media: str, records: Iterable[dict]) -> None:
     """Writes records, dicts of the values of `features`, to a shard. The file appears when it is whole."""
     from array_record.python import array_record_module
