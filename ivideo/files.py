@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import uuid
 
@@ -69,6 +70,8 @@ def read_bytes(path: str, begin: int = 0, end: int | None = None) -> bytes:
         with open(path, "rb") as f:
             f.seek(begin)
             return f.read() if end is None else f.read(end - begin)
+    if end == begin:
+        return b""  # TensorStore takes an empty range for the rest of the file
     options = {} if begin == 0 and end is None else {"byte_range": slice(begin, end)}
     result = _call_store(path, lambda store: store.read(os.path.basename(path), **options))
     if result.state != "value":
@@ -112,6 +115,18 @@ def atomic_write(path: str):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a folder with all that is in it. In a bucket both may be missing."""
+    if not in_bucket(path):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        return
+    import tensorstore as ts
+
+    name = os.path.basename(path.rstrip("/"))
+    for span in (ts.KvStore.KeyRange(name, name + "\0"), ts.KvStore.KeyRange(f"{name}/", f"{name}0")):  # 0 follows /
+        _call_store(path.rstrip("/"), lambda store, span=span: store.delete_range(span))
 
 
 def write_text(path, text: str) -> None:

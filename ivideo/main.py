@@ -133,7 +133,12 @@ def _run_mode(config, several: bool) -> None:
         from ivideo.data.preparing.prepare import prepare
 
         is_too_long = text.caption_check(config.text) if config.prepare.long_captions == "drop" else None
-        prepare(config, _needed("input"), _needed("out"), is_too_long=is_too_long)
+        spread = None
+        if FLAGS.beam is not None:
+            from ivideo.data.preparing import beam
+
+            spread = beam.spread(FLAGS.beam, _needed("out"))
+        prepare(config, _needed("input"), _needed("out"), is_too_long=is_too_long, spread=spread)
     elif FLAGS.mode == "sample":
         from ivideo.sampling.generate import generate
 

@@ -61,7 +61,7 @@ MODES = {
     ),
     "prepare_data": Mode(
         "make a data set in --out from captioned videos or images (--input): a folder, a table, tars, or tfds:NAME",
-        ("input", "out"),
+        ("input", "out", "beam"),
     ),
     "show_data": Mode(
         "write what the network sees of the first training clips to the folder --out: videos, captions and a sheet",

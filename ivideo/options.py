@@ -49,7 +49,8 @@ flags.DEFINE(
 flags.DEFINE_multi_string(
     "beam",
     None,
-    "Run mode encode_text with Apache Beam. One flag per Beam option, such as --beam=--runner=DirectRunner.",
+    "Run mode encode_text or prepare_data with Apache Beam. One flag per Beam option, such as "
+    "--beam=--runner=DirectRunner.",
 )
 flags.DEFINE_integer("shards", 256, "Number of files in the cache that --beam writes.", lower_bound=1)
 flags.DEFINE_integer(

@@ -65,7 +65,7 @@ def write_set(folder: str, data: bytes, measures: dict) -> None:
     """Writes a set of one clip, with what was measured of it."""
     row = measures | {"captions": ["a clip"], "name": "clip"}
     records.write_shard(records.shard_path(folder, 0, 1), "video", [records.record("video", row, data)])
-    records.write_info(folder, "video", [1], "One clip.")
+    records.write_info(folder, "video", [1], len(data), "One clip.")
 
 
 def measure(stage: str, folder: str, data: bytes, *, parts: int, images: int) -> list[str]:

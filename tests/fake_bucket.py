@@ -57,6 +57,12 @@ def bucket():
             answer = {"name": query["name"], "size": str(len(data)), "generation": "1"}
             self._answer(200, json.dumps(answer).encode())
 
+        def do_DELETE(self):
+            path, _ = self._asked()
+            with lock:
+                found = objects.pop(path, None)
+            self._answer(404 if found is None else 204)
+
         def _asked(self):
             url = urllib.parse.urlsplit(self.path)
             found = re.fullmatch(r"(?:/upload)?/storage/v1/b/bucket/o/?(.*)", url.path)

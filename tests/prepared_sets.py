@@ -18,10 +18,10 @@ def here(function, tasks):
     return ((task, function(task)) for task in tasks)
 
 
-def prepared(path, out, *, run=here, is_too_long=None, **options):
+def prepared(path, out, *, run=here, is_too_long=None, spread=None, **options):
     config = base.get_config("small")
     config.update_from_flattened_dict({f"prepare.{name}": value for name, value in options.items()})
-    prepare.prepare(config, str(path), str(out), run=run, is_too_long=is_too_long)
+    prepare.prepare(config, str(path), str(out), run=run, is_too_long=is_too_long, spread=spread)
     return out
 
 

@@ -62,6 +62,18 @@ def test_small_a_file_that_is_not_there(folder):
         files.read_bytes(f"{folder}/none")
 
 
+def test_small_parts_of_a_file_are_read_and_folders_removed(folder):
+    files.prepare_folders([f"{folder}/b/x"]) if not files.in_bucket(folder) else None
+    for name in ("a", "b/x", "ba"):
+        files.write_text(f"{folder}/{name}", "0123")
+    path = f"{folder}/a"
+    assert [files.read_bytes(path, *part) for part in ((1, 3), (2, 2), (3, None))] == [b"12", b"", b"3"]
+    files.remove(f"{folder}/b")
+    assert files.list_names(folder) == ["a", "ba"]
+    files.remove(path)
+    assert files.list_names(folder) == ["ba"]
+
+
 def test_small_folders_of_a_bucket_are_told_apart():
     with fake_bucket.bucket() as objects:
         objects.update({"ab/c": b"1", "a/b/c": b"2", "a.txt": b"3"})

@@ -15,6 +15,7 @@ from ivideo import main
 from ivideo.data import check, sources, video_io
 from ivideo.data.preparing import prepare, records
 from ivideo.data.preparing.choosing import REASONS
+from ivideo.data.preparing.tasks import measure
 from ivideo.errors import UserError
 from ivideo.training import loop
 
@@ -89,7 +90,7 @@ def test_small_a_file_that_changes_in_between_is_named(tmp_path):
 
     def run(function, tasks):
         yield from here(function, tasks)
-        if function is prepare.measure:
+        if function is measure:
             one_clip(folder, clips.texture(1))
 
     with pytest.raises(UserError, match=r"a.mp4 has changed since it was measured"):

@@ -11,9 +11,10 @@ import time
 import collections_of_clips as clips
 import ending_tasks
 import pytest
-from prepared_sets import command, contents, one_clip, prepared, quarantine, read_set
+from prepared_sets import command, contents, here, one_clip, prepared, quarantine, read_set
 
 from ivideo.data.preparing import pool, prepare, records
+from ivideo.data.preparing.tasks import measure
 from ivideo.errors import UserError
 
 
@@ -38,7 +39,7 @@ def test_small_files_that_crash_the_decoder_are_left_out(tmp_path, code, reason)
 
     def run(function, tasks):
         for task in tasks:
-            crashes = function is prepare.measure and any(item.name == "b.mp4" for _, item in task.items)
+            crashes = function is measure and any(item.name == "b.mp4" for _, item in task.items)
             yield task, pool.Ended(code) if crashes else function(task)
 
     out = prepared(folder, tmp_path / "out", run=run)
@@ -53,6 +54,52 @@ def test_a_file_that_takes_too_long_is_left_out(tmp_path):
     assert quarantine(out) == {"a.mp4": "timeout"}
     assert "not read after 0.001 seconds (config.prepare.timeout)" in (out / prepare.QUARANTINE).read_text()
     assert "<img" not in (out / prepare.REPORT).read_text(encoding="utf-8")
+
+
+def test_small_a_longer_timeout_tries_files_again(tmp_path, monkeypatch):
+    """Those that took too long, and no others; the shards are those of the files that are kept then."""
+    monkeypatch.setattr(prepare, "PER_TASK", 1)
+    folder = one_clip(tmp_path / "in")
+    for name, seed in (("b", 1), ("c", 2)):
+        (folder / f"{name}.mp4").write_bytes(clips.h264(clips.texture(seed), 24))
+        (folder / f"{name}.txt").write_text(f"clip {name}")
+    whole = contents(prepared(folder, tmp_path / "whole", timeout=50.0))
+    tried = []
+
+    def run(slow, stop=False):
+        def run(function, tasks):
+            for task in tasks:
+                if function is not measure and stop:
+                    yield task, function(task)
+                    raise KeyboardInterrupt
+                names = [item.name for _, item in task.items] if function is measure else []
+                tried.extend(names)
+                yield task, pool.Ended(-signal.SIGALRM) if set(slow) & set(names) else function(task)
+
+        return run
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):  # when the only shard is written
+        prepared(folder, out, timeout=20.0, run=run(["a.mp4", "c.mp4"], stop=True))
+    assert quarantine(out) == {"a.mp4": "timeout", "c.mp4": "timeout"}
+    tried.clear()
+    prepared(folder, out, timeout=50.0, run=run([]))
+    assert contents(out) == whole and set(tried) == {"a.mp4", "c.mp4"}
+    prepared(folder, tmp_path / "short", timeout=20.0, run=run(["a.mp4"]))
+    with pytest.raises(UserError, match="finished, and 1 of its files took longer than config.prepare.timeout = 20: "):
+        prepared(folder, tmp_path / "short", timeout=0.0)
+    prepared(folder, tmp_path / "short", timeout=10.0)
+
+
+def test_small_what_killed_processes_left_is_removed(tmp_path):
+    folder, out = one_clip(tmp_path / "in"), tmp_path / "out"
+    whole = contents(prepared(folder, tmp_path / "whole"))
+
+    def run(function, tasks):
+        (out / f"prepared-train.array_record-00000-of-00001.tmp{'0' * 32}").write_bytes(b"half a shard")
+        return here(function, tasks)
+
+    assert contents(prepared(folder, out, run=run)) == whole
 
 
 def test_small_a_pipe_is_not_waited_for(tmp_path):

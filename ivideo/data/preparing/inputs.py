@@ -5,7 +5,7 @@ Nothing is decoded here. What cannot be used, such as a table's row without a fi
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ivideo import files
@@ -25,27 +25,37 @@ class Found(NamedTuple):
     rejected: list[Rejected]
 
 
-def find(path: str, media: str, *, label_template: str = "", split: str = "train", caption_feature: str = "") -> Found:
+def find(
+    path: str,
+    media: str,
+    *,
+    label_template: str = "",
+    split: str = "train",
+    caption_feature: str = "",
+    index: Callable | None = None,
+) -> Found:
     """Finds the files of `media`, 'video' or 'image', in a folder, a table, tars or a pattern of them, or a TFDS set.
 
     A folder's own table, lists or tars are used if it has any. Otherwise its files are searched at every depth, each
     with a .txt or .json of the same name beside it. A file with neither gets a caption made from the name of its
     folder by `label_template`, such as 'a video of {label}', if that is not empty; several templates, with | between
-    them, make several captions. `split` and `caption_feature` are of TFDS sets (`tfds_sets.find`). UserError where
-    nothing is found.
+    them, make several captions. `split` and `caption_feature` are of TFDS sets (`tfds_sets.find`). `index` lists
+    tars (`tars.find`). UserError where nothing is found.
     """
     if tfds_sets.is_set(path):
         found = tfds_sets.find(path, media, split=split, caption_feature=caption_feature, label_template=label_template)
+    elif files.in_bucket(path):
+        found = tars.find(tars.matching(path), media, root=os.path.dirname(path.rstrip("/")), index=index)
     elif any(character in path for character in "*?[") and not os.path.exists(path):
-        found = tars.find(sorted(glob.glob(path)), media, root=os.path.dirname(path))
+        found = tars.find(sorted(glob.glob(path)), media, root=os.path.dirname(path), index=index)
     elif os.path.isdir(path):
-        found = _in_folder(path, media, label_template)
+        found = _in_folder(path, media, label_template, index)
     elif not os.path.isfile(path):
         raise UserError(f"--input={path} does not exist: {_EXPECTED}")
     elif path.endswith(tables.EXTENSIONS):
         found = tables.find(path, media)
     elif path.endswith(".tar"):
-        found = tars.find([path], media, root=os.path.dirname(path))
+        found = tars.find([path], media, root=os.path.dirname(path), index=index)
     else:
         raise UserError(f"--input={path} is of no known kind: {_EXPECTED}")
     items, rejected = found
@@ -55,13 +65,15 @@ def find(path: str, media: str, *, label_template: str = "", split: str = "train
 
 
 def _hint(path: str, media: str) -> str:
+    if files.in_bucket(path):
+        return "of a bucket only .tar files are read, in one folder"
     other = "image" if media == "video" else "video"
     if os.path.isdir(path) and next(_walk(path, other), None):
         return f"it has {other}s, which --config.prepare.media={other} prepares"
     return f"the names of {media}s end in {', '.join(EXTENSIONS[media])}"
 
 
-def _in_folder(folder: str, media: str, label_template: str):
+def _in_folder(folder: str, media: str, label_template: str, index: Callable | None):
     names = sorted(os.listdir(folder))
     if own_tables := [name for name in names if name.endswith(tables.EXTENSIONS) and not name.startswith(".")]:
         known = [name for name in own_tables if tables.has_columns(os.path.join(folder, name))]
@@ -74,7 +86,7 @@ def _in_folder(folder: str, media: str, label_template: str):
         if list_name in names and captions:
             return _of_lists(folder, list_name, captions[0], inside)
     if own_tars := [os.path.join(folder, name) for name in names if name.endswith(".tar")]:
-        return tars.find(own_tars, media, root=folder)
+        return tars.find(own_tars, media, root=folder, index=index)
     return _of_sidecars(folder, media, label_template)
 
 

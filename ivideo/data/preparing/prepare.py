@@ -1,79 +1,76 @@
 """Mode prepare_data: finds files, measures them, chooses among them, and writes a set that training reads.
 
 Files are measured and shards written by tasks, each of which writes one file. So the same command continues after an
-interruption, and the set's bytes do not depend on the number of workers.
+interruption, and the set's bytes do not depend on the number of workers or on the machines that they run on.
 """
 
 import collections
+import concurrent.futures
 import functools
 import hashlib
-import itertools
 import json
-import math
 import os
-import shutil
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 import tqdm
 
 from ivideo import files
-from ivideo.data.pictures import VideoError
-from ivideo.data.preparing import inputs, measuring, pool, records, report, shots
+from ivideo.data.preparing import inputs, pool, records, report
 from ivideo.data.preparing.choosing import REASONS, Limits, choose
 from ivideo.data.preparing.items import Item, Rejected
+from ivideo.data.preparing.tasks import (
+    IndexTask,
+    MeasureTask,
+    WriteTask,
+    index_all,
+    measure_all,
+    read_rows,
+    size_of,
+    write_all,
+)
 from ivideo.errors import UserError
 
-VERSION = 1  # of what is measured; a set that another version began is not continued
+VERSION = 2  # of what is measured; a set that another version began is not continued
 PLAN, QUARANTINE, REPORT = "plan.json", "quarantine.jsonl", "report.html"
 WORK = ".unfinished"  # folder of measurements, until the set is finished
+CHOSEN = "chosen.json"  # in WORK: a digest of what the shards hold
 PER_TASK = 16  # files that a task measures
-LARGEST = 2**30  # bytes: a record must be smaller than 2 GiB, and a worker holds a file in memory
-
-
-class MeasureTask(NamedTuple):
-    """Files to measure, and the file that their measures are written to.
-
-    `splitting`: the difference of frames at which videos are divided, and the shortest shot, in seconds. None: they are
-    not divided. `timeout`: seconds after which the process ends if a file is not measured.
-    """
-
-    path: str
-    media: str
-    items: list[tuple[int, Item]]  # with their numbers
-    splitting: tuple[float, float] | None = None
-    timeout: float = 0.0
-
-
-class WriteTask(NamedTuple):
-    """A shard to write: its path, and its files with their measures."""
-
-    path: str
-    media: str
-    rows: list[tuple[Item, dict]]
+PER_SPREAD_TASK = 256  # the same on workers that begin a process for each task
+_LEFTOVER = re.compile(r"\.tmp[0-9a-f]{32}$")  # of processes that were killed while they wrote
 
 
 def prepare(
-    config, path: str, out: str, *, is_too_long: Callable[[str], bool] | None = None, run: Callable | None = None
+    config,
+    path: str,
+    out: str,
+    *,
+    is_too_long: Callable[[str], bool] | None = None,
+    run: Callable | None = None,
+    spread: Callable | None = None,
 ) -> None:
     """Prepares the files of `path` (`inputs.find`) as a data set in the folder `out`, by `config.prepare`.
 
     A bad file never stops it: it is left out and listed with its reason in `out`/quarantine.jsonl. A report is in
     `out`/report.html. The same call resumes after an interruption. `is_too_long`: whether a caption has more tokens
-    than the text encoder reads. `run` runs tasks, as `pool.run`. UserError, before anything is written, where there
-    are no files, or `out` holds something else; also where no file is left.
+    than the text encoder reads. `run` runs tasks on this machine, as `pool.run`; `spread` on several (`beam.spread`),
+    which must all see the input and `out`. UserError, before anything is written, where there are no files, or `out`
+    holds something else; also where no file is left.
     """
     media, limits = config.prepare.media, Limits.of(config)
+    run = run or functools.partial(pool.run, processes=config.prepare.workers)
+    _check_free(out)
     items, rejected = inputs.find(
         path, media, label_template=config.prepare.label_template, split=config.prepare.split,
-        caption_feature=config.prepare.caption_feature,
+        caption_feature=config.prepare.caption_feature, index=spread and functools.partial(_index, out, spread),
     )  # fmt: skip
-    run = run or functools.partial(pool.run, processes=config.prepare.workers)
     if not _begin(out, _plan(config, limits, items, rejected)):
         print(f"{out} is finished already: its report is {os.path.join(out, REPORT)}")
         return
-    splitting = (limits.jump, limits.seconds) if config.prepare.split_shots and media == "video" else None
-    rows = _measure(out, media, items, run, splitting, config.prepare.timeout)
+    per_task = PER_SPREAD_TASK if spread else PER_TASK
+    spread = spread or (lambda function, tasks: function(tasks, run))
+    tasks = _measure_tasks(out, items, config, limits, per_task)
+    rows = _measure(out, media, tasks, spread)
     of_row = {row["name"]: _item(out, items, row) for row in rows}
     kept, left_out = choose(rows, limits, is_too_long=is_too_long)
     rejected = sorted([*rejected, *left_out])
@@ -85,9 +82,12 @@ def prepare(
     if not kept:
         raise UserError(f"none of {len(items)} {media}s is left: {_counted(rejected)}. See {os.path.join(out, REPORT)}")
     shards = _shards(kept, config.prepare.shard_megabytes * 10**6)
-    _write(out, media, of_row, shards, run)
-    records.write_info(out, media, list(map(len, shards)), f"Prepared from {len(items)} {media}s.")
-    shutil.rmtree(os.path.join(out, WORK))
+    _write(out, media, of_row, shards, spread)
+    for name in filter(_LEFTOVER.search, files.list_names(out)):
+        files.remove(os.path.join(out, name))
+    size = sum(row["bytes"] for row in kept)
+    records.write_info(out, media, list(map(len, shards)), size, f"Prepared from {len(items)} {media}s.")
+    files.remove(os.path.join(out, WORK))
     print(summary(out, media, kept, rejected))
 
 
@@ -108,39 +108,59 @@ def _counted(rejected: list[Rejected]) -> str:
 
 
 def _plan(config, limits: Limits, items: list[Item], rejected: list[Rejected]) -> dict:
-    """What determines the set's bytes, apart from the contents of the files."""
-    listed = [(item.name, item.offset, _size(item), item.captions) for item in items]
+    """What determines the set's bytes, apart from the contents of the files; and `timeout`, which may be changed."""
+    listed = [(item.name, item.offset, size_of(item), item.captions) for item in items]
     digest = hashlib.sha256(json.dumps([listed, rejected]).encode()).hexdigest()
+    dropping = config.prepare.long_captions == "drop"
     return {
         "version": VERSION,
         "files": digest,
         "media": config.prepare.media,
         "limits": limits._asdict(),
         "long_captions": config.prepare.long_captions,
+        "text_length": config.text.length if dropping else None,
         "split_shots": config.prepare.split_shots,
         "shard_megabytes": config.prepare.shard_megabytes,
+        "timeout": config.prepare.timeout,
     }
 
 
-def _size(item: Item) -> int:
-    return item.size if item.size >= 0 else os.path.getsize(item.path)
+def _check_free(out: str) -> None:
+    """UserError where `out` holds something that is no set."""
+    folder = files.in_bucket(out) or os.path.isdir(out)
+    names = files.list_names(out) if folder else [out] if os.path.exists(out) else []
+    if PLAN not in names and set(names) - {WORK}:
+        raise UserError(f"--out={out} holds something else: choose another folder, or an empty one")
 
 
 def _begin(out: str, plan: dict) -> bool:
     """Writes the plan of a new set to `out`, or checks that `out` has the same. Returns whether work is left."""
     path = os.path.join(out, PLAN)
-    if os.path.exists(path):
-        existing = files.read_json(path)
-        if different := [name for name in plan if json.loads(json.dumps(plan[name])) != existing.get(name)]:
+    if files.exists(path):
+        existing, wanted = files.read_json(path), json.loads(json.dumps(plan))
+        if different := [name for name in plan if name != "timeout" and wanted[name] != existing.get(name)]:
             raise UserError(
                 f"--out={out} was begun with other {' and '.join(different)}: choose another folder, or remove it"
             )
-        return not os.path.exists(os.path.join(out, records.INFO))
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"--out={out} holds something else: choose another folder, or an empty one")
-    files.prepare_folders([path])
+        if files.exists(os.path.join(out, records.INFO)):
+            lines = files.read_bytes(os.path.join(out, QUARANTINE)).decode().splitlines()
+            timed_out = sum(json.loads(line)["reason"] == "timeout" for line in lines)
+            if timed_out and _allows_more(plan["timeout"], existing["timeout"]):
+                raise UserError(
+                    f"--out={out} is finished, and {timed_out} of its files took longer than config.prepare.timeout = "
+                    f"{existing['timeout']:g}: choose another folder to try them with {plan['timeout']:g} seconds, or "
+                    "remove it"
+                )
+            return False
+    elif not files.in_bucket(out):
+        files.prepare_folders([path])
     files.write_json(path, plan)
     return True
+
+
+def _allows_more(timeout: float, before: float) -> bool:
+    """Whether a file may take longer than before; 0 stands for no limit."""
+    return bool(before) and (not timeout or timeout > before)
 
 
 def _item(out: str, items: list[Item], row: dict) -> Item:
@@ -148,123 +168,65 @@ def _item(out: str, items: list[Item], row: dict) -> Item:
     return Item(row["name"], os.path.join(out, WORK, row["clip"])) if "clip" in row else items[row["index"]]
 
 
-def _measure(out: str, media: str, items: list[Item], run: Callable, splitting, timeout: float) -> list[dict]:
-    """The measures of all files, in order. Those that an earlier call wrote are read."""
+def _work(out: str) -> tuple[str, set[str]]:
+    """The folder of unfinished work, and the names in it."""
     folder = os.path.join(out, WORK)
-    os.makedirs(folder, exist_ok=True)
-    numbered = list(enumerate(items))
-    parts = [numbered[start : start + PER_TASK] for start in range(0, len(items), PER_TASK)]
-    tasks = [
-        MeasureTask(os.path.join(folder, f"{i:08}.jsonl"), media, part, splitting, timeout)
-        for i, part in enumerate(parts)
-    ]
-    todo = [task for task in tasks if not os.path.exists(task.path)]
-    with tqdm.tqdm(total=len(items), unit=media, desc="measuring", disable=None) as bar:
-        bar.update(len(items) - sum(len(task.items) for task in todo))
-        crashed = []
-        for task, result in run(measure, todo):
-            if isinstance(result, pool.Ended):
-                crashed.append(task)
-            bar.update(len(task.items))
-        for task in crashed:
-            _write_rows(task.path, _one_by_one(task, run))
-    rows = []
+    if not files.in_bucket(out):
+        os.makedirs(folder, exist_ok=True)
+    return folder, set(files.list_names(folder))
+
+
+def _index(out: str, spread: Callable, tars: Iterable) -> Iterator[list]:
+    """What each of the tars (`tars.Tar`) holds, listed by workers. What an earlier call listed is read."""
+    folder, there = _work(out)
+    names = [f"tar-{hashlib.sha256(repr(tar).encode()).hexdigest()[:32]}.json" for tar in tars]
+    tasks = [IndexTask(os.path.join(folder, name), tar) for name, tar in zip(names, tars, strict=True)]
+    todo = [task for task, name in zip(tasks, names, strict=True) if name not in there]
+    _progress(spread(index_all, todo), len(tars), len(tars) - len(todo), unit="tar", desc="listing")
     for task in tasks:
-        rows += map(json.loads, files.read_bytes(task.path).decode().splitlines())
-    return rows
+        yield task.read()
 
 
-def _one_by_one(task: MeasureTask, run: Callable) -> list[dict]:
-    """The measures of files of which one or more end the process that decodes them, or take too long."""
-    rows = []
-    for number, item in task.items:
-        part = task._replace(path=f"{task.path}.{number}", items=[(number, item)])
-        ((_, result),) = run(measure, [part])
-        if isinstance(result, pool.Ended):
-            reason, detail = "crashed", "the process that decoded it ended: the decoder crashed, or memory was full"
-            if result.timed_out:
-                reason, detail = "timeout", f"not read after {task.timeout:g} seconds (config.prepare.timeout)"
-            rows.append(_described(number, item) | {"reason": reason, "detail": detail})
-        else:
-            rows += map(json.loads, files.read_bytes(part.path).decode().splitlines())
-    return rows
+def _progress(done: Iterable, total: int, before: int, *, unit: str, desc: str, count: Callable = lambda task: 1):
+    """Goes through tasks that are done and shows a bar, if the output is a terminal."""
+    with tqdm.tqdm(total=total, unit=unit, desc=desc, disable=None) as bar:
+        bar.update(before)
+        for task in done:
+            bar.update(count(task))
 
 
-def measure(task: MeasureTask) -> int:
-    """Measures a task's files and writes a line for each. Returns their number."""
-    rows = []
-    for number, item in task.items:
-        with pool.limited(task.timeout):
-            rows += _rows_of(task, number, item)
-    _write_rows(task.path, rows)
-    return len(rows)
+def _measure_tasks(out: str, items: list[Item], config, limits: Limits, per_task: int) -> list[MeasureTask]:
+    folder, media = os.path.join(out, WORK), config.prepare.media
+    splitting = (limits.jump, limits.seconds) if config.prepare.split_shots and media == "video" else None
+    numbered = list(enumerate(items))
+    parts = [numbered[start : start + per_task] for start in range(0, len(items), per_task)]
+    return [
+        MeasureTask(os.path.join(folder, f"{part[0][0]:010}-{len(part)}.jsonl"), media, part, splitting,
+                    config.prepare.timeout)
+        for part in parts
+    ]  # fmt: skip
 
 
-def _rows_of(task: MeasureTask, number: int, item: Item) -> list[dict]:
-    """The row of a file, or of each shot of a video that is divided."""
-    row = _described(number, item)
-    try:
-        row["captions"] = item.read_captions()
-    except ValueError as e:
-        return [row | {"reason": "caption", "detail": str(e)}]
-    except OSError as e:
-        return [row | {"reason": "unreadable", "detail": str(e)}]
-    row |= measured(item, task.media, task.splitting)
-    if len(row.get("firsts", ())) == 1 or "reason" in row or task.media == "image":
-        return [row]
-    try:
-        return _shots_of(task, item, row)
-    except (VideoError, OSError) as e:
-        return [_described(number, item) | {"reason": "unreadable", "detail": str(e)}]
+def _measure(out: str, media: str, tasks: list[MeasureTask], spread: Callable) -> list[dict]:
+    """The measures of all files, in order.
 
+    Those that an earlier call wrote are read, unless a file took too long then and may take longer now.
+    """
+    _, there = _work(out)
+    with concurrent.futures.ThreadPoolExecutor(32) as threads:  # in a bucket each read takes long
+        old = [task for task in tasks if os.path.basename(task.path) in there]
+        rows = {task.path: found for task, found in zip(old, threads.map(read_rows, old), strict=True)}
 
-def _shots_of(task: MeasureTask, item: Item, row: dict) -> list[dict]:
-    """The rows of a video's shots. Those that are long enough are encoded beside the task's file."""
-    rows, (_, shortest) = [], task.splitting
-    times = list(itertools.pairwise(row["times"]))
-    for k, data in enumerate(shots.split(_source(item), row["firsts"])):
-        shot = {"index": row["index"], "name": f"{row['name']}#{k:05}", "captions": row["captions"]}
-        begin, end = times[k]
-        if end - begin < shortest:
-            detail = f"{end - begin:.2f} of {shortest:.2f} seconds, from {begin:.2f} on"
-            rows.append(shot | {"reason": "short", "detail": detail})
-            continue
-        path = f"{task.path.removesuffix('.jsonl')}-{row['index']}-{k:05}.mp4"
-        with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
-            f.write(data)
-        measures = measuring.measure_video(data)
-        rows.append(shot | measures | {"bytes": len(data), "clip": os.path.basename(path)})
-    return rows
+        def is_done(task):
+            timeouts = [row["timeout"] for row in rows.get(task.path, ()) if "timeout" in row]
+            return task.path in rows and not any(_allows_more(task.timeout, before) for before in timeouts)
 
-
-def _write_rows(path: str, rows: list[dict]) -> None:
-    files.write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def _described(number: int, item: Item) -> dict:
-    return {"index": number, "name": item.name, "captions": list(item.captions)}
-
-
-def _source(item: Item) -> str | bytes:
-    """A file's path, or the bytes of one in a tar."""
-    return item.path if item.size < 0 else item.read()
-
-
-def measured(item: Item, media: str, splitting: tuple[float, float] | None = None) -> dict:
-    """A file's measures and its size in bytes, or the reason why it cannot be used."""
-    cut = splitting[0] if splitting else math.inf
-    try:
-        if (size := _size(item)) >= LARGEST and not splitting:
-            raise measuring.Refused("large", f"{size / 2**30:.2f} GiB: cut it, or set config.prepare.split_shots")
-        source = _source(item) if media == "video" else item.read()
-        measures = measuring.measure_video(source, cut=cut) if media == "video" else measuring.measure_image(source)
-        if size >= LARGEST and len(measures["firsts"]) == 1:
-            raise measuring.Refused("large", f"{size / 2**30:.2f} GiB in one shot: cut it into clips")
-    except measuring.Refused as e:
-        return {"reason": e.reason, "detail": str(e)}
-    except (VideoError, OSError) as e:
-        return {"reason": "unreadable", "detail": " ".join(str(e).split())[:500]}
-    return measures | {"bytes": len(source) if isinstance(source, bytes) else size}
+        todo = [task for task in tasks if not is_done(task)]
+        total, left = (sum(len(task.items) for task in some) for some in (tasks, todo))
+        _progress(spread(measure_all, todo), total, total - left, unit=media, desc="measuring",
+                  count=lambda task: len(task.items))  # fmt: skip
+        rows |= {task.path: found for task, found in zip(todo, threads.map(read_rows, todo), strict=True)}
+    return [row for task in tasks for row in rows[task.path]]
 
 
 def _shards(rows: list[dict], largest: int) -> list[list[dict]]:
@@ -279,29 +241,20 @@ def _shards(rows: list[dict], largest: int) -> list[list[dict]]:
     return shards
 
 
-def _write(out: str, media: str, of_row: dict[str, Item], shards: list[list[dict]], run: Callable) -> None:
-    tasks = []
+def _write(out: str, media: str, of_row: dict[str, Item], shards: list[list[dict]], spread: Callable) -> None:
+    """Writes the shards. Those that an earlier call wrote are kept if they hold the same."""
+    digest = hashlib.sha256()
+    for rows in shards:
+        digest.update(json.dumps(rows).encode())
+    path, chosen = os.path.join(out, WORK, CHOSEN), {"sha256": digest.hexdigest()}
+    if files.exists(path) and files.read_json(path) != chosen:
+        for name in files.list_names(out):
+            if records.is_shard(name):
+                files.remove(os.path.join(out, name))
+    files.write_json(path, chosen)
+    there, tasks = set(files.list_names(out)), []
     for i, rows in enumerate(shards):
         path = records.shard_path(out, i, len(shards))
         tasks.append(WriteTask(path, media, [(of_row[row["name"]], row) for row in rows]))
-    todo = [task for task in tasks if not os.path.exists(task.path)]
-    with tqdm.tqdm(total=len(shards), unit="shard", desc="writing", disable=None) as bar:
-        bar.update(len(tasks) - len(todo))
-        for task, result in run(write, todo):
-            if isinstance(result, pool.Ended):
-                raise UserError(f"{task.path} could not be written, since its process ended: is memory full?")
-            bar.update()
-
-
-def write(task: WriteTask) -> int:
-    """Writes a shard. Returns the number of its records. UserError where a file has changed since it was measured."""
-
-    def made():
-        for item, row in task.rows:
-            data = item.read()
-            if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise UserError(f"{item.path} has changed since it was measured: prepare the set again in a new --out")
-            yield records.record(task.media, row, data)
-
-    records.write_shard(task.path, task.media, made())
-    return len(task.rows)
+    todo = [task for task in tasks if os.path.basename(task.path) not in there]
+    _progress(spread(write_all, todo), len(tasks), len(tasks) - len(todo), unit="shard", desc="writing")

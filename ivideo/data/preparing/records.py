@@ -6,6 +6,7 @@ measured of it.
 
 import functools
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterable
 
@@ -51,6 +52,11 @@ def shard_path(folder: str, i: int, shards: int) -> str:
     return os.path.join(folder, f"{NAME}-{SPLIT}.array_record-{i:05}-of-{shards:05}")
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file of this name, in the folder of a set, is one of its shards."""
+    return name.startswith(f"{NAME}-{SPLIT}.array_record-")
+
+
 def record(media: str, row: dict, data: bytes) -> dict:
     """The values of `features` of a file with these measures, captions and name."""
     return {name: row[name] for name in features(media) if name != media} | {media: data}
@@ -73,12 +79,14 @@ def write_shard(path: str, media: str, records: Iterable[dict]) -> None:
         writer.close()
 
 
-def write_info(folder: str, media: str, lengths: list[int], description: str) -> None:
-    """Writes the set's metadata, after which the folder is a whole set. `lengths`: records in each shard."""
+def write_info(folder: str, media: str, lengths: list[int], size: int, description: str) -> None:
+    """Writes the set's metadata, after which the folder is a whole set.
+
+    `lengths`: the records in each shard; `size`: the bytes of all files in them.
+    """
     from tensorflow_datasets import core
     from tensorflow_datasets.core import dataset_info, file_adapters
 
-    size = sum(os.path.getsize(shard_path(folder, i, len(lengths))) for i in range(len(lengths)))
     template = core.ShardedFileTemplate(
         data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
     )  # fmt: skip
@@ -87,7 +95,7 @@ def write_info(folder: str, media: str, lengths: list[int], description: str) ->
     info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)
     split = core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
     info.set_splits(core.SplitDict([split]))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".info-") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         info.write_to_directory(temporary)
         for name in sorted(os.listdir(temporary), key=lambda name: name == INFO):
-            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+            files.write_text(os.path.join(folder, name), pathlib.Path(temporary, name).read_text(encoding="utf-8"))

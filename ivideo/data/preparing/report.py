@@ -99,7 +99,7 @@ def _figure(item: Item | None, media: str, text: str, name: str = "") -> str:
 
 def _picture(item: Item, media: str) -> str:
     """An image element with a frame of the file, or nothing if it cannot be read."""
-    if not os.path.isfile(item.path):  # reading a pipe may take forever
+    if not files.in_bucket(item.path) and not os.path.isfile(item.path):  # reading a pipe may take forever
         return ""
     try:
         data = item.read()
