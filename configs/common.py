@@ -200,6 +200,9 @@ def preparation() -> ml_collections.ConfigDict:
     prepare.min_motion = 0.3  # difference of frames a quarter of a second apart; 0: stills are kept
     prepare.max_jump = 40.0  # difference of two neighbouring frames, above which there is a cut or a flash
     prepare.split_shots = False  # whether videos are divided at such cuts into clips, which are encoded again
+    # Frames from each key frame to the next, with which all videos are encoded again. Fewer frames: larger files that
+    # are read faster. 0: files stay as they are, and clips of divided videos have a key frame about every second
+    prepare.gop = 0
     prepare.crop_bars = True  # whether black bars are cropped when the set is read
     # Bits in which the hashes of duplicates differ at most, of the 192 of a clip; of an image's 64 a third as many.
     # -1: duplicates are kept. More bits take longer: for millions of files choose 8

@@ -64,6 +64,7 @@ ALLOWED = {
             "max_cropped",
             "min_motion",
             "duplicate_bits",
+            "gop",
             "timeout",
         ),
     },

@@ -128,6 +128,52 @@ def test_small_a_video_is_divided_at_its_cuts(tmp_path):
     assert contents(prepared(folder, tmp_path / "again", split_shots=True)) == contents(out)
 
 
+def test_small_files_are_encoded_again_with_key_frames_as_often_as_asked(tmp_path):
+    folder = one_clip(tmp_path / "in")
+    out = prepared(folder, tmp_path / "out", gop=5)
+    (record,) = read_set(out).values()
+    assert record["name"] == b"a.mp4" and record["video"] != (folder / "a.mp4").read_bytes()
+    container, _, packets = files.packets(record["video"])
+    assert [k for k, packet in enumerate(sorted(packets, key=lambda p: p.pts)) if packet.is_keyframe][:3] == [0, 5, 10]
+    container.close()
+    video, rate = video_io.read_video(record["video"])
+    assert rate == 24 and np.abs(video.astype(int) - clips.texture(0)).mean() < 6
+    assert contents(prepared(folder, tmp_path / "again", gop=5)) == contents(out)
+    with pytest.raises(UserError, match="was begun with other gop"):
+        prepared(folder, out)
+
+
+REPEATS = {  # numbers of the frames that are stored, of 24 per second; and how many of them are different
+    "every second frame repeated, as of a cartoon": ([k // 2 for k in range(72)], 12),
+    "every frame shown three times": ([k // 3 for k in range(72)], 8),
+    "every fifth frame repeated, as after telecine": ([k - k // 5 for k in range(72)], 19.2),
+    "all different": (range(72), 24),
+    "standing still for a second": ([min(k, 30) + max(0, k - 54) for k in range(96)], 24),
+    "one frame repeated": ([k - (k > 40) for k in range(72)], 24),
+    "four times a second for a second, then all": ([min(k // 6, 4) + max(0, k - 24) for k in range(144)], 24),
+}
+
+
+@pytest.mark.parametrize("quality", ["18", "30"])
+@pytest.mark.parametrize("kind", REPEATS)
+def test_small_repeated_frames_are_not_counted(kind, quality):
+    numbers, wanted = REPEATS[kind]
+    video = clips.texture(0, count=max(numbers) + 1)[list(numbers)]
+    measures = measuring.measure_video(files.coded(video, fps=24, options={"crf": quality}))
+    assert measures["fps"] == 24 and measures["distinct_fps"] == pytest.approx(wanted, rel=0.15 if wanted < 24 else 0)
+
+
+def test_small_a_stage_does_not_learn_repeated_frames(tmp_path):
+    """Each stage needs as many different frames as it makes: 12 are enough for a stage of 3 per second."""
+    video = clips.texture(0, count=36).repeat(2, axis=0)
+    folder = one_clip(tmp_path / "in", video)
+    with pytest.raises(UserError, match="none of 1 videos is left: 1 rate"):
+        prepared(folder, tmp_path / "out", min_fps=24)
+    assert "different frames per second, stored as 24.00" in (tmp_path / "out" / prepare.QUARANTINE).read_text()
+    (record,) = read_set(prepared(folder, tmp_path / "kept")).values()
+    assert record["distinct_fps"] == pytest.approx(12, rel=0.06)
+
+
 def quarantine_of_failure(folder, out):
     with pytest.raises(UserError, match="none of 1 videos is left"):
         prepared(folder, out)

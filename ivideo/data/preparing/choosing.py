@@ -21,7 +21,7 @@ REASONS = {
     "timeout": "a file that takes too long to read, as one on which the decoder hangs",
     "large": "a file of 1 GiB or more",
     "short": "a clip shorter than a training clip",
-    "rate": "a clip with fewer frames per second than the stage",
+    "rate": "a clip with fewer different frames per second than the stage",
     "small": "a resolution below the stage's",
     "aspect": "an aspect ratio that the crop would take too much of",
     "still": "a clip in which nothing moves",
@@ -118,6 +118,9 @@ def _video_problem(row: dict, limits: Limits) -> tuple[str, str] | None:
         return "short", f"{row['seconds']:.2f} of {limits.seconds:.2f} seconds"
     if row["fps"] < RATE_SHARE * limits.fps:
         return "rate", f"{row['fps']:.2f} of {limits.fps:g} frames per second"
+    if row["distinct_fps"] < RATE_SHARE * limits.fps and row["motion"] >= limits.motion:  # others are still
+        shown = f"{row['distinct_fps']:.2f} of {limits.fps:g} different frames per second"
+        return "rate", f"{shown}, stored as {row['fps']:.2f}: frames are repeated"
     if row["motion"] < limits.motion:
         return "still", f"frames differ by {row['motion']:.2f} levels"
     if row["jump"] > limits.jump:

@@ -18,6 +18,7 @@ KEYS = {
     "min_motion": _NOT_NEGATIVE,
     "max_jump": number("a number above 0", lambda value: value > 0),
     "split_shots": _SWITCH,
+    "gop": whole(0),
     "crop_bars": _SWITCH,
     "duplicate_bits": whole(-1, 32),
     "shard_megabytes": whole(1),

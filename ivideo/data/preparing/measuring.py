@@ -16,6 +16,7 @@ from ivideo import files
 from ivideo.data.decoding import Path, Video, decoded, open_video
 from ivideo.data.pictures import VideoError, upright
 from ivideo.data.preparing.bars import Bars
+from ivideo.data.preparing.cadence import distinct_share
 
 SIDE = 32  # pixels of the small gray frames
 APART = Fraction(1, 4)  # seconds between the frames whose difference is the motion
@@ -86,7 +87,7 @@ class _Measuring:
         self.video, self.times, self.cut, self.firsts = video, [], cut, [0]
         self.kept, self.stride = [], 1  # (time, small frame)
         self.before = self.compared = None  # the frame before; the last one whose motion was measured, with its time
-        self.jump, self.motion, self.compared_count = 0.0, 0.0, 0
+        self.steps, self.motion, self.compared_count = [], 0.0, 0
         self.bars, self.looked, self.last_shown = None, None, None
 
     def add(self, frame):
@@ -101,7 +102,7 @@ class _Measuring:
         small = upright(gray.to_ndarray()[..., None], self.video.extras.matrix)[..., 0].astype(np.int16)
         if self.before is not None:
             step = difference(small, self.before)
-            self.jump = max(self.jump, step)
+            self.steps.append(step)
             if step > self.cut:
                 self.firsts.append(number)
         if self.compared is None:
@@ -126,18 +127,20 @@ class _Measuring:
         middle = [min(self.kept, key=lambda kept: abs(kept[0] - times[0] - share * span))[1] for share in HASHED]
         # A clip shorter than a quarter of a second is compared as a whole
         motion = self.motion / self.compared_count if self.compared_count else difference(self.before, self.kept[0][1])
+        fps = float((count - 1) / span) if span > 0 else 0.0
         ends = [*(times[first] - times[0] for first in self.firsts), span + last]
         return {
             "firsts": self.firsts,
             "times": [round(float(end), 6) for end in ends],
             "frames": count,
             "seconds": round(float(span + last), 6),
-            "fps": round(float((count - 1) / span), 4) if span > 0 else 0.0,
+            "fps": round(fps, 4),
+            "distinct_fps": round(fps * distinct_share(np.array(self.steps), fps), 4),
             "height": self.bars.height,
             "width": self.bars.width,
             "box": self.bars.box(),
             "motion": round(motion, 4),
-            "jump": round(self.jump, 4),
+            "jump": round(max(self.steps, default=0.0), 4),
             "hash": "".join(map(perceptual_hash, middle)),
         }
 

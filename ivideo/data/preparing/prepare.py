@@ -120,6 +120,7 @@ def _plan(config, limits: Limits, items: list[Item], rejected: list[Rejected]) -
         "long_captions": config.prepare.long_captions,
         "text_length": config.text.length if dropping else None,
         "split_shots": config.prepare.split_shots,
+        "gop": config.prepare.gop,
         "shard_megabytes": config.prepare.shard_megabytes,
         "timeout": config.prepare.timeout,
     }
@@ -202,7 +203,7 @@ def _measure_tasks(out: str, items: list[Item], config, limits: Limits, per_task
     parts = [numbered[start : start + per_task] for start in range(0, len(items), per_task)]
     return [
         MeasureTask(os.path.join(folder, f"{part[0][0]:010}-{len(part)}.jsonl"), media, part, splitting,
-                    config.prepare.timeout)
+                    config.prepare.timeout, config.prepare.gop if media == "video" else 0)
         for part in parts
     ]  # fmt: skip
 

@@ -41,6 +41,7 @@ def features(media: str):
             "frames": number,
             "seconds": real,
             "fps": real,  # mean rate, in frames per second
+            "distinct_fps": real,  # the same of the frames that do not repeat the one before
             "motion": real,  # mean difference of frames a quarter of a second apart, in levels of 255
             "jump": real,  # largest difference of neighbouring frames, in levels of 255
         }

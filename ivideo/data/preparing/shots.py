@@ -15,11 +15,12 @@ CRF = 16  # H.264's constant quality, 0 (best) to 51
 TICKS = 90_000  # of a second: the time base of the clips, so that frames keep their times
 
 
-def split(source: Path | bytes, firsts: list[int]) -> Iterator[bytes]:
+def split(source: Path | bytes, firsts: list[int], *, gop: int = 0) -> Iterator[bytes]:
     """Yields the .mp4 file of each shot. `firsts` are the numbers of the frames that begin them; the first is 0.
 
-    Frames are those that players show and keep their times, and there is a key frame about every second. Odd sizes
-    lose a row or a column. The bytes are the same on every machine. VideoError for what cannot be decoded.
+    Frames are those that players show and keep their times. There is a key frame every `gop` frames, or about every
+    second if that is 0. Odd sizes lose a row or a column. The bytes are the same on every machine. VideoError for what
+    cannot be decoded.
     """
     with open_video(source, "a video") as video:
         writer, first, wanted = None, None, set(firsts)
@@ -30,7 +31,7 @@ def split(source: Path | bytes, firsts: list[int]) -> Iterator[bytes]:
             if number in wanted:
                 if writer is not None:
                     yield writer.finish()
-                writer = _Writer(*picture.shape[:2], video.rate or Fraction(24))
+                writer = _Writer(*picture.shape[:2], video.rate or Fraction(24), gop)
                 begin = frame.time
             writer.add(picture, frame.time - begin)
         yield writer.finish()
@@ -39,10 +40,10 @@ def split(source: Path | bytes, firsts: list[int]) -> Iterator[bytes]:
 class _Writer:
     """An .mp4 file in memory to which frames are added one by one."""
 
-    def __init__(self, height: int, width: int, rate: Fraction):
+    def __init__(self, height: int, width: int, rate: Fraction, gop: int):
         self.height, self.width, self.file = height // 2 * 2, width // 2 * 2, io.BytesIO()
         self.container = av.open(self.file, "w", format="mp4")
-        options = {"crf": str(CRF), "g": str(max(1, round(rate))), "threads": "1"}
+        options = {"crf": str(CRF), "g": str(gop or max(1, round(rate))), "threads": "1"}
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         self.stream.height, self.stream.width = self.height, self.width
         encoders.begin(self.stream, Fraction(1, TICKS))

@@ -24,7 +24,8 @@ class MeasureTask(NamedTuple):
     """Files to measure, and the file that their measures are written to.
 
     `splitting`: the difference of frames at which videos are divided, and the shortest shot, in seconds. None: they are
-    not divided. `timeout`: seconds after which the process ends if a file is not measured.
+    not divided. `timeout`: seconds after which the process ends if a file is not measured. `gop`: frames from each key
+    frame to the next, with which all videos are encoded again; 0: only those that are divided are encoded.
     """
 
     path: str
@@ -32,6 +33,7 @@ class MeasureTask(NamedTuple):
     items: list[tuple[int, Item]]  # with their numbers
     splitting: tuple[float, float] | None = None
     timeout: float = 0.0
+    gop: int = 0
 
 
 class WriteTask(NamedTuple):
@@ -135,7 +137,7 @@ def _rows_of(task: MeasureTask, number: int, item: Item) -> list[dict]:
     except OSError as e:
         return [row | {"reason": "unreadable", "detail": str(e)}]
     row |= measured(item, task.media, task.splitting)
-    if len(row.get("firsts", ())) == 1 or "reason" in row or task.media == "image":
+    if "reason" in row or task.media == "image" or (len(row["firsts"]) == 1 and not task.gop):
         return [row]
     try:
         return _shots_of(task, item, row)
@@ -144,11 +146,12 @@ def _rows_of(task: MeasureTask, number: int, item: Item) -> list[dict]:
 
 
 def _shots_of(task: MeasureTask, item: Item, row: dict) -> list[dict]:
-    """The rows of a video's shots. Those that are long enough are encoded beside the task's file."""
-    rows, (_, shortest) = [], task.splitting
+    """The rows of a video's shots, or of the whole one. Those of enough length are encoded beside the task's file."""
+    rows, (_, shortest) = [], task.splitting or (0, 0)
     times = list(itertools.pairwise(row["times"]))
-    for k, data in enumerate(shots.split(_source(item), row["firsts"])):
-        shot = {"index": row["index"], "name": f"{row['name']}#{k:05}", "captions": row["captions"]}
+    for k, data in enumerate(shots.split(_source(item), row["firsts"], gop=task.gop)):
+        name = f"{row['name']}#{k:05}" if len(times) > 1 else row["name"]
+        shot = {"index": row["index"], "name": name, "captions": row["captions"]}
         begin, end = times[k]
         if end - begin < shortest:
             detail = f"{end - begin:.2f} of {shortest:.2f} seconds, from {begin:.2f} on"
