@@ -77,6 +77,8 @@ def test_beam_continues_and_works_in_a_bucket(tars, tmp_path, monkeypatch, capsy
             except KeyboardInterrupt:
                 assert "out/dataset_info.json" not in objects
         found = {name.removeprefix("out/"): data for name, data in objects.items() if name.startswith("out/")}
+        by_pattern, by_folder = (inputs.find(f"gs://bucket/in{end}", "video") for end in ("/*.tar", ""))
+        assert by_pattern == by_folder and by_folder.items[0].name == "00000.tar/000.mp4"
         with pytest.raises(UserError, match=r"gs://bucket/none has no videos: .* of a bucket only .tar files are read"):
             inputs.find("gs://bucket/none", "video")
     assert found == whole

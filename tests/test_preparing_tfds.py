@@ -8,7 +8,7 @@ import collections_of_clips as clips
 import numpy as np
 import PIL.Image
 import pytest
-from prepared_sets import prepared, quarantine, read_set
+from prepared_sets import one_clip, prepared, quarantine, read_set
 
 from ivideo.data.preparing import inputs
 from ivideo.errors import UserError
@@ -92,6 +92,13 @@ def test_small_captions_are_made_of_classes_or_taken_from_a_feature(named, data_
     folder = data_dir / "small_pictures" / "other" / "1.2.0"
     found = inputs.find(str(folder), "image", caption_feature="comment").items
     assert sorted(item.read_captions() for item in found) == [[f"comment {k}"] for k in range(COUNT)]
+
+
+def test_small_a_prepared_set_is_prepared_again(tmp_path):
+    """With other limits, such as those of another stage."""
+    first = prepared(one_clip(tmp_path / "in"), tmp_path / "first")
+    (record,) = read_set(prepared(first, tmp_path / "again", min_seconds=0.5)).values()
+    assert record["video"] == (tmp_path / "in" / "a.mp4").read_bytes() and list(record["captions"]) == [b"a clip"]
 
 
 def as_tfrecord(folder, out):

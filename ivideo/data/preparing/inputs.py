@@ -45,7 +45,8 @@ def find(
     if tfds_sets.is_set(path):
         found = tfds_sets.find(path, media, split=split, caption_feature=caption_feature, label_template=label_template)
     elif files.in_bucket(path):
-        found = tars.find(tars.matching(path), media, root=os.path.dirname(path.rstrip("/")), index=index)
+        paths = tars.matching(path)
+        found = tars.find(paths, media, root=os.path.dirname(paths[0]) if paths else "", index=index)
     elif any(character in path for character in "*?[") and not os.path.exists(path):
         found = tars.find(sorted(glob.glob(path)), media, root=os.path.dirname(path), index=index)
     elif os.path.isdir(path):
