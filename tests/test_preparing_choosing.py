@@ -148,6 +148,7 @@ REPEATS = {  # numbers of the frames that are stored, of 24 per second; and how 
     "every frame shown three times": ([k // 3 for k in range(72)], 8),
     "every fifth frame repeated, as after telecine": ([k - k // 5 for k in range(72)], 19.2),
     "all different": (range(72), 24),
+    "all the same": ([0] * 72, 24),
     "standing still for a second": ([min(k, 30) + max(0, k - 54) for k in range(96)], 24),
     "one frame repeated": ([k - (k > 40) for k in range(72)], 24),
     "four times a second for a second, then all": ([min(k // 6, 4) + max(0, k - 24) for k in range(144)], 24),

@@ -134,8 +134,8 @@ def test_small_tfrecord_files_are_read_without_tensorflow(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tfds:no_such_set", {}, "is no set of TFDS in .*: prepare it there"),
-        ("{}/plain:9.9.9", {}, "is no set of TFDS in"),
+        ("tfds:no_such_set", {}, "has tfds:small_pictures/other:1.2.0, tfds:small_pictures/plain:1.2.0: give one"),
+        ("{}/plain:9.9.9", {}, "has tfds:small_pictures/other:1.2.0, .*set the environment variable TFDS_DATA_DIR"),
         ("{}/plain", {"split": "dev"}, "config.prepare.split = 'dev': .* has the splits train, test: choose one"),
         ("{}/plain", {"media": "video"}, "has no feature with one video each: expected 'video'"),
         ("{}/other", {}, "has classes in 'label': set config.prepare.label_template, such as 'a photo of {label}'"),

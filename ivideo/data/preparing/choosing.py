@@ -118,7 +118,7 @@ def _video_problem(row: dict, limits: Limits) -> tuple[str, str] | None:
         return "short", f"{row['seconds']:.2f} of {limits.seconds:.2f} seconds"
     if row["fps"] < RATE_SHARE * limits.fps:
         return "rate", f"{row['fps']:.2f} of {limits.fps:g} frames per second"
-    if row["distinct_fps"] < RATE_SHARE * limits.fps and row["motion"] >= limits.motion:  # others are still
+    if row["distinct_fps"] < RATE_SHARE * limits.fps and row["motion"] >= limits.motion:  # otherwise it is still
         shown = f"{row['distinct_fps']:.2f} of {limits.fps:g} different frames per second"
         return "rate", f"{shown}, stored as {row['fps']:.2f}: frames are repeated"
     if row["motion"] < limits.motion:

@@ -6,6 +6,7 @@ an image, is the bytes of one feature, its captions are those of another. Record
 
 import functools
 import os
+import pathlib
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,6 +22,7 @@ INFO = "dataset_info.json"
 FORMATS = ("array_record", "tfrecord")
 _HEADER = struct.Struct("<QI")  # before a TFRecord's bytes: their number, and a checksum; another follows them
 _FOOTER = 4
+_LISTED = 5  # sets in an error's message
 
 
 class Layout(NamedTuple):
@@ -133,17 +135,25 @@ def _open(path: str):
             return read_only_builder.builder_from_directory(path)
         return read_only_builder.builder_from_files(path.removeprefix(PREFIX))
     except Exception as e:  # also of the set's own code, which is imported to find its default config
-        import tensorflow_datasets as tfds
+        if not path.startswith(PREFIX):
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"--input={path} cannot be read as a set of TFDS ({type(e).__name__}: {reason})") from e
+        from tensorflow_datasets.core import constants
 
+        there = _names(constants.DATA_DIR)
+        more = f", … ({len(there)} in all)" if len(there) > _LISTED else ""
         raise UserError(
-            f"--input={path} is no set of TFDS in {tfds.core.constants.DATA_DIR} ({_first_line(e)}): prepare it there "
-            "(`tfds build NAME --file_format=array_record`), set TFDS_DATA_DIR to the folder that has it, or give "
-            "tfds:NAME/CONFIG:VERSION or the folder with its dataset_info.json"
+            f"--input={path}: {constants.DATA_DIR} has {', '.join(there[:_LISTED]) or 'no sets'}{more}: give one of "
+            "them, set the environment variable TFDS_DATA_DIR to the folder that has it, or make it there "
+            "(`tfds build NAME --file_format=array_record`)"
         ) from e
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+def _names(folder: str) -> list[str]:
+    """The names of the sets in a folder, as they are given after `PREFIX`."""
+    infos = [path for depth in ("*/*", "*/*/*") for path in pathlib.Path(folder).glob(f"{depth}/{INFO}")]
+    sets = sorted(path.parent.relative_to(folder) for path in infos)
+    return [f"{PREFIX}{one.parent.as_posix()}:{one.name}" for one in sets]
 
 
 def _layout(path: str, media: str, features, caption_feature: str, label_template: str) -> Layout:
