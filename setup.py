@@ -44,7 +44,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "beam": ["apache-beam>=2.60"],  # to embed the texts of very large data sets
+        "beam": ["apache-beam>=2.60"],  # to prepare very large data sets and embed their texts
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "metrics": ["opencv-python-headless>=4.10"],  # optical flow, for measures of motion

@@ -69,6 +69,7 @@ def test_small_nothing_is_overwritten_and_a_finished_set_is_kept(tmp_path, capsy
     folder, out = one_clip(tmp_path / "in"), tmp_path / "out"
     prepared(folder, out)
     before = contents(out)
+    (out / prepare.WORK).mkdir()
     prepared(folder, out)
     assert "is finished already" in capsys.readouterr().out and contents(out) == before
     with pytest.raises(UserError, match="was begun with other limits: choose another folder"):

@@ -65,6 +65,8 @@ def prepare(
         caption_feature=config.prepare.caption_feature, index=spread and functools.partial(_index, out, spread),
     )  # fmt: skip
     if not _begin(out, _plan(config, limits, items, rejected)):
+        if WORK in files.list_names(out):  # it was ended before its last step
+            files.remove(os.path.join(out, WORK))
         print(f"{out} is finished already: its report is {os.path.join(out, REPORT)}")
         return
     per_task = PER_SPREAD_TASK if spread else PER_TASK
