@@ -155,7 +155,17 @@ def test_small_the_front_page_is_short():
 
 
 @pytest.mark.parametrize(
-    "name", ["compare_predictions", "draw_docs", "figures", "measure_reading", "photograph_page", "tpu_table"]
+    "name",
+    [
+        "compare_predictions",
+        "draw_docs",
+        "draw_gallery",
+        "figures",
+        "measure_reading",
+        "photograph_page",
+        "time_notebook",
+        "tpu_table",
+    ],
 )
 def test_small_python_launch_scripts_import_what_exists(name):
     """Names that they take from the package are there; plotting is an extra that need not be."""

@@ -37,6 +37,8 @@ def run(name, folder, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
     (shown,) = [cell for cell in notebook.cells if "plt.semilogy" in cell.source]
     assert "image/png" in shown.outputs[-1].data
+    programs = [path.name for path in folder.glob("*/programs/jit_train_step*-cache")]
+    assert len(programs) == 1, f"every piece of the training runs the same program, but there are {programs}"
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
