@@ -37,6 +37,11 @@ def run() -> None:
     if not FLAGS.distributed and all(value is None for value in address):
         _run_mode(config, several=False)
         return
+    if FLAGS.mode == "serve":
+        raise UserError(
+            "mode serve runs as one process, on all devices of one machine: leave out --distributed, --coordinator, "
+            "--num_processes and --process_id"
+        )
     from ivideo.devices import agreeing, hosts, joining
 
     joining.join(*address, run=FLAGS.workdir or "")
@@ -154,8 +159,6 @@ def _run_mode(config, several: bool) -> None:
     elif FLAGS.mode == "serve":
         from ivideo.serving.page import serve
 
-        if several:
-            raise UserError("mode serve runs as one process, on all devices of one machine: leave out --distributed")
         serve(
             config, port=FLAGS.port, share=FLAGS.share, workdir=FLAGS.workdir, weights_path=FLAGS.weights,
             from_stage=FLAGS.from_stage, to_stage=FLAGS.to_stage, blocked_words=FLAGS.blocked_words,

@@ -40,6 +40,10 @@ MISTAKES = {
         [SMALL, "--coordinator=here:70000", "--num_processes=2", "--process_id=0", "--workdir={tmp}/w"],
         ["--coordinator=here:70000", "from 1 to 65535"],
     ),
+    "served_by_several": (
+        [DEMO, "--mode=serve", "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=0"],
+        ["mode serve runs as one process", "leave out --distributed"],
+    ),
     "no_coordinator": ([SMALL, "--num_processes=2", "--process_id=0", "--workdir={tmp}/w"], ["--coordinator missing"]),
     "samples": (
         ["--config=configs/ssr1.py:small", "--config.train.sample_every=5", "--workdir={tmp}/w"],

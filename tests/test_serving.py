@@ -223,8 +223,19 @@ def test_small_a_video_that_cannot_be_stored_leaves_nothing(base_and_tsr1, studi
     assert os.listdir(tmp_path) == []
 
 
-def test_small_a_filter_refuses_videos(exported, base_and_tsr1, tmp_path, monkeypatch):
-    monkeypatch.setattr("ivideo.sampling.filters.load_video_filter", lambda name: lambda video, prompt: False)
+def test_small_a_filter_refuses_videos(base_and_tsr1, tmp_path, monkeypatch):
+    """Those of a row that it allows are kept, with their numbers. If it allows none, that is said."""
+    answers = []
+    monkeypatch.setattr("ivideo.sampling.filters.load_video_filter", lambda name: lambda *_: answers.pop(0))
     studio = Studio(base_and_tsr1, str(tmp_path), video_filter="module:function")
-    with pytest.raises(UserError, match="the filter of videos refused one of these"):
-        studio.first(idle_job(), PROMPT, 0, 1, None, 4)
+    whole = Studio(base_and_tsr1, str(tmp_path)).first(idle_job(), PROMPT, 0, 3, None, 4)
+    answers += [True, False, True]
+    row = studio.first(idle_job(), PROMPT, 0, 3, None, 4)
+    assert [one.number for one in row.rows] == [0, 2]
+    np.testing.assert_array_equal(row.videos, whole.videos[[0, 2]])
+    answers += [False, False]
+    with pytest.raises(UserError, match="the filter of videos refused all 2 videos: try another prompt or seed"):
+        studio.first(idle_job(), PROMPT, 0, 2, None, 4)
+    answers += [False]
+    with pytest.raises(UserError, match="the filter of videos refused the video: try another prompt or seed"):
+        studio.upsampled(idle_job(), row, 1)

@@ -31,7 +31,10 @@ PREVIEW_WIDTH = 320  # pixels: smaller videos are enlarged by whole numbers up t
 
 @dataclasses.dataclass(frozen=True)
 class First:
-    """A row of videos of the cascade's first stage, all of one prompt, from which one goes on."""
+    """A row of videos of the cascade's first stage, all of one prompt, from which one goes on.
+
+    Without those that the filter of videos refused.
+    """
 
     stage: object  # the config of the stage that made them
     seed: int
@@ -81,7 +84,9 @@ class Studio:
                 raise UserError(f"a guidance of {guidance} was asked for, expected 0 to {stage.model.max_guidance}")
             stage.sample.guidance, stage.sample.weight = "constant", float(guidance)
         rows = samples([prompt], seed=seed, num_videos=count)
-        return First(stage, seed, rows, self._sample(job, [stage], rows, MAX_VIDEOS, None))
+        videos = self._sample(job, [stage], rows, MAX_VIDEOS, None)
+        kept = self._allowed(rows, videos)
+        return First(stage, seed, [rows[number] for number in kept], videos[kept])
 
     def write_first(self, first: First, number: int) -> str:
         """Writes one of the first videos with its recipe, enlarged so that it can be looked at. Returns its path."""
@@ -90,7 +95,8 @@ class Studio:
     def upsampled(self, job: Job, first: First, number: int) -> str:
         """The path of the last stage's video, with its recipe, that grows out of one of the first videos."""
         rest, row = self.cascade.configs[1:], first.rows[number]
-        (video,) = self._sample(job, rest, [row], 1, first.videos[number : number + 1])
+        (video,) = videos = self._sample(job, rest, [row], 1, first.videos[number : number + 1])
+        self._allowed([row], videos)
         return self._write([first.stage, *rest], video, row, first.seed)
 
     def enlarged(self, job: Job, path: str, prompt: str, seed: int, from_stage: str) -> str:
@@ -100,7 +106,8 @@ class Studio:
         check_size(path)
         clip = read_clip(path, stages[0])
         (row,) = samples([prompt], seed=seed)
-        (video,) = self._sample(job, stages, [row], 1, clip[None])
+        (video,) = videos = self._sample(job, stages, [row], 1, clip[None])
+        self._allowed([row], videos)
         return self._write(stages, video, row, seed, input=digest(path)[:32])
 
     def _from(self, name: str) -> list:
@@ -138,11 +145,17 @@ class Studio:
 
             clips = self.cascade.sample(stage, prompts, seeds=seeds, size=size, low_res=clips, on_step=on_step)
             remaining.end()
-        if self._allows is not None:
-            for prompt, video in zip(prompts, clips, strict=True):
-                if not self._allows(video_io.to_uint8(video), prompt):
-                    raise UserError("the filter of videos refused one of these: try another prompt or seed")
         return clips
+
+    def _allowed(self, rows, videos) -> list[int]:
+        """The numbers of the videos that the filter allows. UserError if it allows none."""
+        if self._allows is None:
+            return list(range(len(rows)))
+        kept = [n for n, row in enumerate(rows) if self._allows(video_io.to_uint8(videos[n]), row.prompt)]
+        if not kept:
+            refused = "the video" if len(rows) == 1 else f"all {len(rows)} videos"
+            raise UserError(f"the filter of videos refused {refused}: try another prompt or seed")
+        return kept
 
     def _write(self, stages: Sequence, video, row: Sample, seed: int, **more) -> str:
         zoom = max(1, PREVIEW_WIDTH // video.shape[2])
