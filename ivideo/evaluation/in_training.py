@@ -58,7 +58,7 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
             batches = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
             for rows, videos in sampler.batches(placed, batches, texts=kept["texts"], seeds=seeds):
                 for row, video in zip(rows, videos, strict=True):
-                    if not np.isfinite(video).all():
+                    if cascade.defect(video):
                         raise FloatingPointError
                     yield row, selection.resized(video_io.to_uint8(video))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivideo.evaluation.networks import layers, stored
+from ivideo.evaluation.networks.clip_convolution import max_pool
 from ivideo.evaluation.networks.layers import Unit
 
 NAME = "I3D of Kinetics-400"
@@ -57,12 +58,12 @@ class I3D(nn.Module):
         if x.shape[1] < MIN_FRAMES:
             raise ValueError(f"The clips have {x.shape[1]} frames, expected {MIN_FRAMES} or more.")
         x = Unit(64, (7, 7, 7), 2, name="Conv3d_1a_7x7")(x)
-        x = nn.max_pool(x, (1, 3, 3), (1, 2, 2), "SAME")
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))
         x = Unit(64, (1, 1, 1), name="Conv3d_2b_1x1")(x)
         x = Unit(192, (3, 3, 3), name="Conv3d_2c_3x3")(x)
         for name, channels in _MIXED.items():
             if name in _POOLS:
-                x = nn.max_pool(x, *_POOLS[name], "SAME")
+                x = max_pool(x, *_POOLS[name])
             x = _Mixed(channels, name=name)(x)
         x = x.mean(axis=(2, 3))
         x = (x[:, 1:] + x[:, :-1]) / 2
@@ -78,7 +79,7 @@ class _Mixed(nn.Module):
             Unit(channels, (3, 3, 3) if name.endswith("3x3") else (1, 1, 1), name=name)
             for name, channels in zip(_BRANCHES, self.channels, strict=True)
         ]
-        pooled = nn.max_pool(x, (3, 3, 3), (1, 1, 1), "SAME")
+        pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
         outputs = (units[0](x), units[2](units[1](x)), units[4](units[3](x)), units[5](pooled))
         return jnp.concatenate(outputs, axis=-1)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo.evaluation.networks import clip_convolution
+
 EPSILON = 1e-3  # of batch normalisation, in both networks
 EXACT = jax.lax.Precision.HIGHEST  # TPUs would otherwise round the inputs of products to bfloat16
 
@@ -23,11 +25,9 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x):
         strides = (self.strides,) * len(self.window)
-        return nn.relu(
-            nn.Conv(
-                self.features, self.window, strides, self.padding, precision=EXACT, name="conv"
-            )(x)
-        )  # fmt: skip
+        convolve = clip_convolution.convolve if len(self.window) == 3 and self.window[0] > 1 else None
+        options = {"precision": EXACT, "conv_general_dilated": convolve, "name": "conv"}
+        return nn.relu(nn.Conv(self.features, self.window, strides, self.padding, **options)(x))
 
 
 def fold(kernel, *, mean, variance, shift, scale=1.0) -> dict[str, np.ndarray]:
