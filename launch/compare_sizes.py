@@ -2,10 +2,10 @@
 
   pip install '.[plot]' && python launch/compare_sizes.py FOLDER --i3d=FILE [--widths=32,64,128] [--steps=2000]
 
-Trains the small base at each width from the same seed; everything else is equal. Every quarter of the steps, its average
-is measured as `config.train.evaluate_every` does. Writes FOLDER/sizes.md, FOLDER/sizes.json, and the plot
-FOLDER/sizes.png. --i3d is the file of I3D's weights (docs/evaluation.md); without it there is no FVD. Run it again after
-an interruption: it continues where it stopped.
+Trains the small base at each width from the same seed; everything else is equal. Every quarter of the steps, its
+average is measured as `config.train.evaluate_every` does. Writes FOLDER/sizes.md, FOLDER/sizes.json, and the plot
+FOLDER/sizes.png. --i3d is the file of I3D's weights (docs/evaluation.md); without it there is no FVD. Run it again
+after an interruption: it continues where it stopped.
 """
 
 import argparse

@@ -1,0 +1,53 @@
+"""launch/compare_sizes.py: sizes of the base are trained and measured alike, and a second run changes nothing."""
+
+import json
+import pathlib
+import sys
+
+import light_network
+import pytest
+
+from configs import base
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def compare_sizes(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "launch"), *sys.path])
+    import compare_sizes
+
+    return compare_sizes
+
+
+def test_small_sizes_differ_in_their_width_alone(compare_sizes):
+    class Args:
+        steps, clips, i3d = 8, 16, "i3d.ckpt"
+
+    narrow, wide = (compare_sizes.size_config(width, Args) for width in (32, 64))
+    assert (narrow.model.channels, wide.model.channels) == ((32, 32), (64, 64))
+    assert narrow.train.evaluate_every == narrow.train.checkpoint_every == 2
+    narrow.model.channels = (64, 64)
+    assert narrow.to_dict() == wide.to_dict()
+
+
+def test_sizes_are_trained_measured_and_drawn(compare_sizes, tmp_path, monkeypatch, capsys):
+    def size_config(width, args):
+        config = base.get_config("small")
+        config.update_from_flattened_dict({**light_network.OPTIONS, "model.channels": (width,), "sample.batch": 4})
+        config.train.steps, config.train.decay = args.steps, "constant"
+        config.train.evaluate_every = config.train.checkpoint_every = args.steps // 4
+        config.evaluate.clips, config.evaluate.frames = args.clips, 4
+        return config
+
+    monkeypatch.setattr(compare_sizes, "size_config", size_config)
+    arguments = [str(tmp_path / "sizes"), "--widths=8", "--steps=4", "--clips=4"]
+    compare_sizes.main(arguments)
+    rows = json.loads((tmp_path / "sizes" / "sizes.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {row["measure"] for row in rows} == {"follows its caption"}
+    assert (tmp_path / "sizes" / "sizes.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    compare_sizes.main(arguments)
+    assert capsys.readouterr().out == said
+    assert json.loads((tmp_path / "sizes" / "sizes.json").read_text()) == rows
