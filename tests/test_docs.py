@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("no_garbage")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "machine_type", "experiments"}
 OTHERS = {  # flags of launch scripts, pip and xprof
-    "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
+    "i3d", "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
     "only", "again", "seeds", "values", "originals", "students", "format", "layout", "logdir", "steps",
     "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", *BEAM,
 }  # fmt: skip
