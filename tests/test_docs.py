@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("no_garbage")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "machine_type", "experiments"}
 OTHERS = {  # flags of launch scripts, pip and xprof
-    "i3d", "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
+    "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
     "only", "again", "seeds", "values", "originals", "students", "format", "layout", "logdir", "steps",
-    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", *BEAM,
+    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", "i3d", *BEAM,
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
