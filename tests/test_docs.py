@@ -17,7 +17,8 @@ BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "
 OTHERS = {  # flags of launch scripts, pip and xprof
     "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
     "only", "again", "seeds", "values", "originals", "students", "format", "layout", "logdir", "steps",
-    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", "i3d", *BEAM,
+    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", "i3d",
+    "xla_cpu_experimental_ynn_fusion_type", *BEAM,
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
