@@ -31,14 +31,19 @@ _ivideo() {
 @FLAGS@
       esac ;;
   esac
-  local kept=
-  [[ $word =~ ^(.*[=:])[^=:]*$ ]] && kept=${BASH_REMATCH[1]}
-  local found
-  for found in $(compgen -W "$words" -- "$word"); do COMPREPLY+=("${found#"$kept"}"); done
-  [[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace 2>/dev/null
+  local kept= found mark
+  for mark in = :; do
+    [[ $COMP_WORDBREAKS == *$mark* && $word == *$mark* ]] || continue
+    found=${word%"$mark"*}$mark
+    (( ${#found} > ${#kept} )) && kept=$found
+  done
+  for found in $(compgen -W "$words" -- "$word"); do
+    [[ $found == "$kept" ]] || COMPREPLY+=("${found#"$kept"}")
+  done
+  [[ ${COMPREPLY[0]-} == *[=.] ]] && compopt -o nospace 2>/dev/null
   return 0
 }
-complete -o default -F _ivideo python python3
+complete -o default -F _ivideo python python3 python3.11 python3.12 python3.13
 """.lstrip()
 
 

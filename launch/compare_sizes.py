@@ -21,6 +21,7 @@ from absl import flags
 
 from configs import base
 from ivideo import checks, files, stages
+from ivideo.errors import UserError
 from ivideo.evaluation import in_training, pictures
 from ivideo.training.loop import train
 
@@ -92,8 +93,13 @@ def main(arguments=None) -> None:
     parser.add_argument("--i3d", default="")
     args = parser.parse_args(arguments)
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
-    configs = {int(width): size_config(int(width), args) for width in args.widths.split(",")}
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.steps < 4 or args.steps % 4:
+            raise UserError(f"--steps={args.steps}: expected a multiple of 4")
+        configs = {int(width): size_config(int(width), args) for width in args.widths.split(",")}
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except (UserError, ValueError, OSError) as e:
+        parser.exit(2, f"compare_sizes.py: {e}\n")
     rows = []
     for width, config in configs.items():
         workdir = args.folder / f"width_{width}"

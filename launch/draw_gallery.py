@@ -32,6 +32,7 @@ SIZE = (160, 96)  # of a panel, width and height in pixels
 TITLE = 14  # pixels
 FPS = 12
 MAX_BYTES = 1_000_000
+PARTS = ("prompts", "stages", "clip")
 
 
 def panel(video: np.ndarray, title: str, times: np.ndarray) -> np.ndarray:
@@ -82,17 +83,26 @@ def title_of(prompt: str) -> str:
     return f"{attrs.colour} {attrs.shape}, {attrs.motion}, {attrs.background}"
 
 
-def main() -> None:
+def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="where the pictures are written")
     parser.add_argument("--clip", help="a video of your own, for clip.webp")
     parser.add_argument("--workdir", help="a folder of training runs, instead of the weights in the package")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="prompts,stages,clip", help="the pictures to make")
-    args = parser.parse_args()
+    parser.add_argument("--only", default=",".join(PARTS), help="the pictures to make")
+    args = parser.parse_args(arguments)
     parts = args.only.split(",")
-    args.folder.mkdir(parents=True, exist_ok=True)
     names = list(load_config("configs/cascade.py:demo").order)
+    try:
+        if unknown := set(parts) - set(PARTS):
+            raise UserError(f"--only={args.only}: {min(unknown)!r} is unknown, expected some of {', '.join(PARTS)}")
+        if parts == ["clip"] and not args.clip:
+            raise UserError("--only=clip needs --clip=FILE")
+        if args.clip:
+            read_clip(args.clip, cascade.select(load_config("configs/cascade.py:demo"), names[1])[0])
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except (UserError, OSError) as e:
+        parser.exit(2, f"draw_gallery.py: {e}\n")
     if "stages" in parts:
         write_grid(args.folder / "stages.webp", sample(args, [PROMPT], every_stage=True), names, columns=4)
     if "clip" in parts and args.clip:

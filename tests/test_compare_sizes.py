@@ -51,3 +51,20 @@ def test_sizes_are_trained_measured_and_drawn(compare_sizes, tmp_path, monkeypat
     compare_sizes.main(arguments)
     assert capsys.readouterr().out == said
     assert json.loads((tmp_path / "sizes" / "sizes.json").read_text()) == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{tmp}/new", "--steps=-5"], "--steps=-5: expected a multiple of 4"),
+        (["{tmp}/new", "--widths=32,x"], "'x'"),
+        (["{tmp}/new", "--clips=1"], "config.evaluate.clips = 1"),
+        (["{tmp}/file"], "File exists"),
+    ],
+)
+def test_small_mistakes_are_said_before_anything_is_trained(compare_sizes, tmp_path, capsys, arguments, said):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        compare_sizes.main([argument.format(tmp=tmp_path) for argument in arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.startswith("compare_sizes.py: ")

@@ -16,10 +16,11 @@ def script():
     return completion.script(options.own())
 
 
-def completed(script, line):
-    """The words that bash would put in the place of the last one, from its last = or : on."""
-    end = 'COMP_LINE=$1 COMP_POINT=${#1}; _ivideo; printf "%s\\n" "${COMPREPLY[@]}"'
-    done = subprocess.run(["bash", "-c", f"{script}\n{end}", "bash", line], capture_output=True, text=True, check=True)
+def completed(script, line, breaks="=:"):
+    """The words that bash would put in the place of the last one, from its last = or : on if these break words."""
+    end = 'COMP_WORDBREAKS=$2 COMP_LINE=$1 COMP_POINT=${#1}; _ivideo; printf "%s\\n" "${COMPREPLY[@]-}"'
+    command = ["bash", "-c", f"set -u\n{script}\n{end}", "bash", line, breaks]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not done.stderr
     return done.stdout.split()
 
@@ -42,10 +43,17 @@ def completed(script, line):
         ("--mode goodput --j", ["--json"]),
         ("--mode=export --prompt", []),
         ("--out=st", []),  # bash completes the name of a file
+        ("--config.data.dir=", []),
+        ("--config=my:folder/x.py --mode=sho", ["show", "show_data"]),
     ],
 )
 def test_small_what_bash_completes(script, typed, expected):
     assert completed(script, LINE + typed) == expected
+
+
+def test_small_completion_where_equals_signs_do_not_break_words(script):
+    assert completed(script, f"{LINE}--mode=sh", breaks="") == ["--mode=show", "--mode=show_data"]
+    assert completed(script, f"{LINE}--config=configs/base.py:co", breaks=":") == ["colab", "colab_distilled"]
 
 
 def test_small_completion_leaves_other_programs_alone(script):
@@ -63,4 +71,4 @@ def test_small_completion_offers_every_flag_variant_and_key(script):
 
 def test_small_completion_is_a_mode(command_line, capsys):
     assert main.main(["ivideo", "--mode=completion", "--compile_cache="]) == 0
-    assert "complete -o default -F _ivideo python python3" in capsys.readouterr().out
+    assert "complete -o default -F _ivideo python python3 " in capsys.readouterr().out

@@ -58,3 +58,23 @@ def test_small_a_picture_that_is_too_large_is_not_written(draw_gallery, tmp_path
 def test_small_titles_are_short(draw_gallery):
     assert draw_gallery.title_of("a red star moving right on a teal background") == "red star, right, teal"
     assert draw_gallery.title_of("a white circle standing still on a brown background") == "white circle, still, brown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{tmp}/new", "--only=nonsense"], "'nonsense' is unknown, expected some of prompts, stages, clip"),
+        (["{tmp}/new", "--only=clip"], "--only=clip needs --clip=FILE"),
+        (["{tmp}/new", "--clip={tmp}/none.mp4"], "none.mp4"),
+        (["{tmp}/new", "--clip={tmp}/file"], "file"),
+        (["{tmp}/file"], "File exists"),
+        (["{tmp}/file/new"], "Not a directory"),
+    ],
+)
+def test_small_mistakes_are_said_before_anything_is_drawn(draw_gallery, tmp_path, capsys, arguments, said):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        draw_gallery.main([argument.format(tmp=tmp_path) for argument in arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.startswith("draw_gallery.py: ") and error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["file"]

@@ -10,10 +10,11 @@ import pytest
 import video_files as files
 from prepared_sets import contents, one_clip, prepared, quarantine, read_set
 
-from configs import base
+from configs import base, tsr3
 from ivideo.data import pipeline, sources, video_io
 from ivideo.data.images import read_image
-from ivideo.data.preparing import duplicates, measuring, prepare
+from ivideo.data.pictures import VideoError
+from ivideo.data.preparing import choosing, duplicates, measuring, prepare
 from ivideo.errors import UserError
 from ivideo.training import loop
 
@@ -256,3 +257,24 @@ def test_small_an_unreadable_image_is_replaced_and_named(tmp_path, caplog):
     assert set(np.unique(next(batches)["images"])) == {0, 2}
     (said,) = [record.getMessage() for record in caplog.records if record.name == "ivideo"]
     assert said.startswith("image 1 is damaged. Another clip is used in its place (1 unreadable")
+
+
+@pytest.mark.parametrize(("distinct", "reason"), [(24, None), (18.5, None), (17.5, "rate"), (12, "rate")])
+def test_small_a_few_repeated_frames_are_no_reason(distinct, reason):
+    """Coarse coding of a dark or calm scene repeats up to a quarter of the frames of a true 24 fps clip."""
+    limits = choosing.Limits.of(tsr3.get_config("demo"))
+    row = {"seconds": 60, "fps": 24, "distinct_fps": distinct, "motion": 5, "jump": 1}
+    found = choosing._video_problem(row, limits)
+    assert (found and found[0]) == reason
+    if found:
+        assert found[1].endswith("stored as 24.00: frames are repeated (config.prepare.min_fps)")
+
+
+def test_small_an_empty_image_and_one_that_is_none_are_said_alike_every_time():
+    for data, said in ((b"", "is empty, expected an image"), (b"text" * 99, "is no image that Pillow can read")):
+        messages = []
+        for _ in range(2):
+            with pytest.raises(VideoError) as raised:
+                read_image(data)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1] and said in messages[0]

@@ -34,6 +34,16 @@ def test_small_tables_name_files_and_captions(folder, kind, tmp_path):
             assert item.captions == (f"scene {item.name}",) + (("other",) if kind == "json" else ())
 
 
+def test_small_rows_of_one_file_are_joined_however_its_path_is_written(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    paths = ("a.mp4", "a.mp4", "./a.mp4", "more/../a.mp4", tmp_path / "a.mp4")
+    rows = zip(paths, ("one", "two", "three", "one", "four"), strict=True)
+    (tmp_path / "t.csv").write_text("video,caption\n" + "".join(f"{path},{caption}\n" for path, caption in rows))
+    (item,), rejected = inputs.find(str(tmp_path / "t.csv"), "video")
+    assert (item.name, item.captions, rejected) == ("a.mp4", ("one", "two", "three", "four"), [])
+
+
 def test_small_tars_are_read_at_offsets(tmp_path):
     datas = [clips.good(number, "h264").data for number in range(4)]
     for shard in range(2):

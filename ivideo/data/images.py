@@ -11,8 +11,10 @@ _LARGEST = 2**28  # pixels
 
 def read_image(data: bytes) -> np.ndarray:
     """The picture in a file's bytes, uint8 [H,W,3]. Transparent pixels become black. VideoError for damaged files."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not data:
+        raise VideoError("the file is empty, expected an image: write it again, or use another")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > _LARGEST:
@@ -28,5 +30,7 @@ def read_image(data: bytes) -> np.ndarray:
         raise
     except MemoryError:
         raise
+    except UnidentifiedImageError as e:  # its message has an address in memory
+        raise VideoError("the file is no image that Pillow can read: write it again, or use another") from e
     except Exception as e:  # damaged files cause many types of error
         raise VideoError(f"the image cannot be read ({type(e).__name__}: {e}): write it again, or use another") from e

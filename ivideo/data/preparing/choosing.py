@@ -7,6 +7,8 @@ from ivideo.data.preparing.duplicates import duplicates
 from ivideo.data.preparing.items import Rejected
 
 RATE_SHARE = 0.995  # of the wanted rate that a clip has at least: 23.976 is enough for 24
+# Of the wanted rate that a clip has at least in different frames: coarse coding repeats some frames of true 24 fps
+DISTINCT_SHARE = 0.75
 
 # Each reason for leaving a file out, in one word, and what it means in the report
 REASONS = {
@@ -118,11 +120,12 @@ def _video_problem(row: dict, limits: Limits) -> tuple[str, str] | None:
         return "short", f"{row['seconds']:.2f} of {limits.seconds:.2f} seconds"
     if row["fps"] < RATE_SHARE * limits.fps:
         return "rate", f"{row['fps']:.2f} of {limits.fps:g} frames per second"
-    if row["distinct_fps"] < RATE_SHARE * limits.fps and row["motion"] >= limits.motion:  # otherwise it is still
+    if row["distinct_fps"] < DISTINCT_SHARE * limits.fps and row["motion"] >= limits.motion:  # otherwise it is still
         shown = f"{row['distinct_fps']:.2f} of {limits.fps:g} different frames per second"
-        return "rate", f"{shown}, stored as {row['fps']:.2f}: frames are repeated"
+        return "rate", f"{shown}, stored as {row['fps']:.2f}: frames are repeated (config.prepare.min_fps)"
     if row["motion"] < limits.motion:
-        return "still", f"frames differ by {row['motion']:.2f} levels"
+        return "still", f"frames differ by {row['motion']:.2f} of {limits.motion:g} levels (config.prepare.min_motion)"
     if row["jump"] > limits.jump:
-        return "jump", f"two frames differ by {row['jump']:.0f} levels"
+        shown = f"two frames differ by {row['jump']:.0f} levels"
+        return "jump", f"{shown}, at most {limits.jump:g} (config.prepare.max_jump)"
     return None

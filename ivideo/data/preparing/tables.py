@@ -47,20 +47,20 @@ def find(path: str, media: str) -> tuple[list[Item], list[Rejected]]:
 
 
 def joined(folder: str, pairs: list[tuple[str, list[str]]], *, rejected: list[Rejected], inside: str = ""):
-    """The items of pairs (path, captions). Captions of the same path are joined; files that do not exist rejected."""
-    captions = {}
+    """The items of pairs (path, captions). Captions of the same file are joined; files that do not exist rejected."""
+    names, captions = {}, {}
     for path, found in pairs:
-        known = captions.setdefault(path, [])
+        candidates = [os.path.normpath(os.path.join(folder, parent, path)) for parent in (*INSIDE, inside)]
+        existing = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+        names.setdefault(existing or path, path)
+        known = captions.setdefault((existing, names[existing or path]), [])
         known.extend(caption for caption in found if caption not in known)
     items = []
-    for path, found in captions.items():
-        candidates = [os.path.join(folder, parent, path) for parent in (*INSIDE, inside)]
-        existing = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-        name = printable(path)
+    for (existing, path), found in captions.items():
         if existing is None:
-            rejected.append(Rejected(name, "missing", f"there is no {path} in {folder or '.'}"))
+            rejected.append(Rejected(printable(path), "missing", f"there is no {path} in {folder or '.'}"))
         else:
-            items.append(Item(name, existing, captions=tuple(found)))
+            items.append(Item(printable(path), existing, captions=tuple(found)))
     return items, rejected
 
 
