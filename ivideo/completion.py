@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterable
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from ivideo import modes
+from ivideo import modes, recipe
 from ivideo.config_files import load_config, package_config_names, package_configs
 
 # Bash splits a word at = and :, and replaces only what comes after the last of them. COMP_LINE has the word whole
@@ -55,7 +54,7 @@ def script(own: Iterable[flags.Flag]) -> str:
     known = {flag.name: flag for flag in own}
     variants = {name: [*found, *(f"{one}_distilled" for one in found)] for name, found in _variants().items()}
     stages = list(load_config("configs/cascade.py").order)
-    keys = list(_keys(load_config("configs/ssr1.py")))
+    keys = list(recipe.flat(load_config("configs/ssr1.py")))
     parts = {
         "VALUES": "\n".join(
             f'    --{name}=*) words="{_words(f"--{name}=", flag.parser.enum_values)}" ;;'
@@ -94,11 +93,3 @@ def _variants() -> dict[str, list[str]]:
         for name in package_config_names()
     }
     return {name: names or found["base.py"] for name, names in found.items()}
-
-
-def _keys(config: ConfigDict, before: str = "") -> Iterable[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}"

@@ -63,24 +63,42 @@ def write_grid(path: pathlib.Path, clips: list[np.ndarray], titles: list[str], *
     print(f"{path}: {len(clips)} clips, {size:,} bytes", flush=True)
 
 
-def sample(args, prompts, *, first: str | None = None, every_stage: bool = False, low_res=None) -> list[np.ndarray]:
-    """The cascade's videos of the prompts, or of one prompt those of every stage."""
-    configs = cascade.select(load_config("configs/cascade.py:demo"), first)
-    sources = trained.find(configs, workdir=args.workdir)
-    for config in configs:
-        trained.check(config, sources[config.stage])
-    wanted = {config.stage: set(range(len(prompts))) for config in (configs if every_stage else configs[-1:])}
-    noise = [one.noise for one in samples(prompts, seed=args.seed)]
-    if low_res is not None:
-        low_res = read_clip(low_res, configs[0])[None]
-    made = cascade.run(configs, prompts, seeds=noise, sources=sources, wanted=wanted, low_res=low_res, group=4)
-    return ([] if low_res is None else [low_res[0]]) + [video for _, _, video in made]
-
-
 def title_of(prompt: str) -> str:
     """A prompt in few words: `yellow star, right, teal`."""
     attrs = shapes.parse_caption(prompt)
     return f"{attrs.colour} {attrs.shape}, {attrs.motion}, {attrs.background}"
+
+
+def draw(args) -> None:
+    """Draws the pictures that the arguments ask for. UserError or OSError, before anything is sampled, for mistakes."""
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise UserError(f"--only={args.only}: {min(unknown)!r} is unknown, expected some of {', '.join(PARTS)}")
+    if parts == ["clip"] and not args.clip:
+        raise UserError("--only=clip needs --clip=FILE")
+    configs = cascade.select(load_config("configs/cascade.py:demo"))
+    sources = trained.find(configs, workdir=args.workdir)
+    for config in configs:
+        trained.check(config, sources[config.stage])
+    clip = read_clip(args.clip, configs[1]) if args.clip else None
+    args.folder.mkdir(parents=True, exist_ok=True)
+
+    def sample(prompts, stages, wanted, **options):
+        """The videos of the prompts by the stages in `wanted`."""
+        noise = [one.noise for one in samples(prompts, seed=args.seed)]
+        rows = {config.stage: set(range(len(prompts))) for config in wanted}
+        made = cascade.run(stages, prompts, seeds=noise, sources=sources, wanted=rows, group=4, **options)
+        return [video for _, _, video in made]
+
+    names = [config.stage for config in configs]
+    if "stages" in parts:
+        write_grid(args.folder / "stages.webp", sample([PROMPT], configs, configs), names, columns=4)
+    if "clip" in parts and clip is not None:
+        clips = [clip, *sample([""], configs[1:], configs[1:], low_res=clip[None])]
+        write_grid(args.folder / "clip.webp", clips, ["input", *names[1:]], columns=4)
+    if "prompts" in parts:
+        clips = sample(list(PROMPTS), configs, configs[-1:])
+        write_grid(args.folder / "prompts.webp", clips, list(map(title_of, PROMPTS)), columns=4)
 
 
 def main(arguments=None) -> None:
@@ -90,26 +108,10 @@ def main(arguments=None) -> None:
     parser.add_argument("--workdir", help="a folder of training runs, instead of the weights in the package")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(PARTS), help="the pictures to make")
-    args = parser.parse_args(arguments)
-    parts = args.only.split(",")
-    names = list(load_config("configs/cascade.py:demo").order)
     try:
-        if unknown := set(parts) - set(PARTS):
-            raise UserError(f"--only={args.only}: {min(unknown)!r} is unknown, expected some of {', '.join(PARTS)}")
-        if parts == ["clip"] and not args.clip:
-            raise UserError("--only=clip needs --clip=FILE")
-        if args.clip:
-            read_clip(args.clip, cascade.select(load_config("configs/cascade.py:demo"), names[1])[0])
-        args.folder.mkdir(parents=True, exist_ok=True)
+        draw(parser.parse_args(arguments))
     except (UserError, OSError) as e:
         parser.exit(2, f"draw_gallery.py: {e}\n")
-    if "stages" in parts:
-        write_grid(args.folder / "stages.webp", sample(args, [PROMPT], every_stage=True), names, columns=4)
-    if "clip" in parts and args.clip:
-        clips = sample(args, [""], first=names[1], every_stage=True, low_res=args.clip)
-        write_grid(args.folder / "clip.webp", clips, ["input", *names[1:]], columns=4)
-    if "prompts" in parts:
-        write_grid(args.folder / "prompts.webp", sample(args, list(PROMPTS)), list(map(title_of, PROMPTS)), columns=4)
 
 
 if __name__ == "__main__":

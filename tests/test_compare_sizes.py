@@ -1,26 +1,15 @@
 """launch/compare_sizes.py: sizes of the base are trained and measured alike, and a second run changes nothing."""
 
 import json
-import pathlib
-import sys
 
+import compare_sizes
 import light_network
 import pytest
 
 from configs import base
 
-ROOT = pathlib.Path(__file__).parent.parent
 
-
-@pytest.fixture
-def compare_sizes(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "launch"), *sys.path])
-    import compare_sizes
-
-    return compare_sizes
-
-
-def test_small_sizes_differ_in_their_width_alone(compare_sizes):
+def test_small_sizes_differ_in_their_width_alone():
     class Args:
         steps, clips, i3d = 8, 16, "i3d.ckpt"
 
@@ -31,7 +20,7 @@ def test_small_sizes_differ_in_their_width_alone(compare_sizes):
     assert narrow.to_dict() == wide.to_dict()
 
 
-def test_sizes_are_trained_measured_and_drawn(compare_sizes, tmp_path, monkeypatch, capsys):
+def test_sizes_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     def size_config(width, args):
         config = base.get_config("small")
         config.update_from_flattened_dict({**light_network.OPTIONS, "model.channels": (width,), "sample.batch": 4})
@@ -62,7 +51,7 @@ def test_sizes_are_trained_measured_and_drawn(compare_sizes, tmp_path, monkeypat
         (["{tmp}/file"], "File exists"),
     ],
 )
-def test_small_mistakes_are_said_before_anything_is_trained(compare_sizes, tmp_path, capsys, arguments, said):
+def test_small_mistakes_are_said_before_anything_is_trained(tmp_path, capsys, arguments, said):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SystemExit) as ended:
         compare_sizes.main([argument.format(tmp=tmp_path) for argument in arguments])

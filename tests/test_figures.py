@@ -1,9 +1,8 @@
 """The command that measures tables and figures, with a tiny cascade of random weights."""
 
-import importlib.util
 import json
-import pathlib
 
+import figures
 import light_network
 import pytest
 from distillations import random_params
@@ -15,10 +14,6 @@ from ivideo.data import shapes
 from ivideo.evaluation import generated
 from ivideo.sampling import cascade
 from ivideo.weights import config_metadata, save_params
-
-spec = importlib.util.spec_from_file_location("figures", pathlib.Path(__file__).parent.parent / "launch" / "figures.py")
-figures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(figures)
 
 PHASES = ("", "2_stochastic", "4")
 

@@ -8,6 +8,7 @@ import re
 import nbclient
 import nbformat
 import pytest
+import time_notebook
 
 from ivideo.data import video_io
 
@@ -30,8 +31,7 @@ def test_small_notebook_has_no_outputs(path):
 def run(name, folder, monkeypatch):
     """Executes a notebook of this name at its small size. Returns its cells, and all that they print."""
     notebook = nbformat.read(ROOT / "launch" / f"{name}.ipynb", as_version=4)
-    (settings,) = [cell for cell in notebook.cells if cell.cell_type == "code" and "\nSOURCE = " in cell.source]
-    settings.source = re.sub('SIZE = "[a-z]+"', 'SIZE = "small"', settings.source)
+    time_notebook.set_size(notebook, "small")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()

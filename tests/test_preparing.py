@@ -1,11 +1,11 @@
 """Mode prepare_data: the command, and the set and the report that it writes."""
 
-import importlib.util
 import json
 import pathlib
 import tarfile
 
 import collections_of_clips as clips
+import measure_reading
 import numpy as np
 import pytest
 from prepared_sets import add_to_tar, command, contents, here, one_clip, prepared, quarantine, read_set, write_table
@@ -99,14 +99,10 @@ def test_small_a_file_that_changes_in_between_is_named(tmp_path):
 
 
 def test_small_the_measuring_script_reads_a_clip(tmp_path):
-    path = pathlib.Path(__file__).parent.parent / "launch" / "measure_reading.py"
-    spec = importlib.util.spec_from_file_location("measure_reading", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     data = clips.good(0, "h264").data
-    script.write_set(str(tmp_path), data, script.measuring.measure_video(data))
+    measure_reading.write_set(str(tmp_path), data, measure_reading.measuring.measure_video(data))
     source = sources.TFDSSource(tmp_path, frames=4, height=8, width=8, fps=3)
-    script.decode_plainly(data, source, 0)
+    measure_reading.decode_plainly(data, source, 0)
     assert len(source) == 1 and source.records[0].data == data
 
 

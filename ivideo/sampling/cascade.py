@@ -23,6 +23,11 @@ from ivideo.weights import place
 
 SIZE_KEYS = ("frames", "height", "width", "fps")
 ENCODER_BATCH = 8  # prompts that the text encoder embeds at a time
+NOT_FINITE, ONE_COLOUR = "values that are not finite", "a video of one colour"
+_ADVICE = {
+    NOT_FINITE: "try --config.model.dtype=float32 or an earlier checkpoint",
+    ONE_COLOUR: "try an earlier checkpoint or a smaller config.sample.weight",
+}
 
 
 def is_cascade(config) -> bool:
@@ -183,19 +188,12 @@ def _batches(rows: range, size: int) -> list[list[int]]:
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-NOT_FINITE, ONE_COLOUR = "values that are not finite", "a video of one colour"
-_ADVICE = {
-    NOT_FINITE: "try --config.model.dtype=float32 or an earlier checkpoint",
-    ONE_COLOUR: "try an earlier checkpoint or a smaller config.sample.weight",
-}
-
-
 def defect(video: np.ndarray) -> str | None:
     """NOT_FINITE, ONE_COLOUR (in all pixels of all frames of a video [T, H, W, 3]), or None for no such defect."""
-    if not np.isfinite(video).all():
+    low, high = video.min(axis=(0, 1, 2)), video.max(axis=(0, 1, 2))
+    if not np.isfinite([low, high]).all():
         return NOT_FINITE
-    spread = video.max(axis=(0, 1, 2)) - video.min(axis=(0, 1, 2))
-    return ONE_COLOUR if spread.max() < 1 / 255 else None  # half a level of 8 bits
+    return ONE_COLOUR if (high - low).max() < 1 / 255 else None  # half a level of 8 bits
 
 
 def check_video(config, prompt: str, video: np.ndarray) -> None:
@@ -301,8 +299,11 @@ def run(
             if len(configs) > 1:
                 params = sampled = None
     if failed:
-        named = {(stage + _weights(stage, sources, identities), found): of for (stage, found), of in failed.items()}
-        raise FloatingPointError("; ".join(_worthless(*key, failed_prompts) for key, failed_prompts in named.items()))
+        errors = [
+            _worthless(stage + _weights(stage, sources, identities), found, failed_prompts)
+            for (stage, found), failed_prompts in failed.items()
+        ]
+        raise FloatingPointError("; ".join(errors))
 
 
 def _weights(stage, sources, identities):

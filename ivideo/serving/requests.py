@@ -95,9 +95,7 @@ class Studio:
     def upsampled(self, job: Job, first: First, number: int) -> str:
         """The path of the last stage's video, with its recipe, that grows out of one of the first videos."""
         rest, row = self.cascade.configs[1:], first.rows[number]
-        (video,) = videos = self._sample(job, rest, [row], 1, first.videos[number : number + 1])
-        self._allowed([row], videos)
-        return self._write([first.stage, *rest], video, row, first.seed)
+        return self._write([first.stage, *rest], self._grown(job, rest, row, first.videos[number]), row, first.seed)
 
     def enlarged(self, job: Job, path: str, prompt: str, seed: int, from_stage: str) -> str:
         """The path of the last stage's video, with its recipe, that grows out of a visitor's clip from a stage on."""
@@ -106,9 +104,7 @@ class Studio:
         check_size(path)
         clip = read_clip(path, stages[0])
         (row,) = samples([prompt], seed=seed)
-        (video,) = videos = self._sample(job, stages, [row], 1, clip[None])
-        self._allowed([row], videos)
-        return self._write(stages, video, row, seed, input=digest(path)[:32])
+        return self._write(stages, self._grown(job, stages, row, clip), row, seed, input=digest(path)[:32])
 
     def _from(self, name: str) -> list:
         names = [stage.stage for stage in self.enlarging]
@@ -146,6 +142,12 @@ class Studio:
             clips = self.cascade.sample(stage, prompts, seeds=seeds, size=size, low_res=clips, on_step=on_step)
             remaining.end()
         return clips
+
+    def _grown(self, job, stages, row, clip):
+        """The last one's video [T, H, W, 3] that grows out of a clip. UserError if the filter refuses it."""
+        videos = self._sample(job, stages, [row], 1, clip[None])
+        self._allowed([row], videos)
+        return videos[0]
 
     def _allowed(self, rows, videos) -> list[int]:
         """The numbers of the videos that the filter allows. UserError if it allows none."""

@@ -48,20 +48,17 @@ def find(path: str, media: str) -> tuple[list[Item], list[Rejected]]:
 
 def joined(folder: str, pairs: list[tuple[str, list[str]]], *, rejected: list[Rejected], inside: str = ""):
     """The items of pairs (path, captions). Captions of the same file are joined; files that do not exist rejected."""
-    names, captions = {}, {}
-    for path, found in pairs:
+    by_path, by_file = {}, {}
+    for path, captions in pairs:
+        by_path.setdefault(path, []).extend(captions)
+    for path, captions in by_path.items():  # a file is searched once, however many rows it has
         candidates = [os.path.normpath(os.path.join(folder, parent, path)) for parent in (*INSIDE, inside)]
         existing = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-        names.setdefault(existing or path, path)
-        known = captions.setdefault((existing, names[existing or path]), [])
-        known.extend(caption for caption in found if caption not in known)
-    items = []
-    for (existing, path), found in captions.items():
         if existing is None:
             rejected.append(Rejected(printable(path), "missing", f"there is no {path} in {folder or '.'}"))
         else:
-            items.append(Item(printable(path), existing, captions=tuple(found)))
-    return items, rejected
+            by_file.setdefault(existing, (printable(path), {}))[1].update(dict.fromkeys(captions))
+    return [Item(name, path, captions=tuple(found)) for path, (name, found) in by_file.items()], rejected
 
 
 def _rows(path: str) -> Iterator[dict | str]:

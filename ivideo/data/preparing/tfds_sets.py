@@ -49,16 +49,8 @@ class Record(NamedTuple):
 
     def _features(self):
         """The features of the record. OSError where it cannot be read."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
         try:
-            if self.size:
-                with open(self.path, "rb") as f:
-                    f.seek(self.offset)
-                    data = f.read(self.size)
-            else:
-                (data,) = _reader(self.path).read([self.offset])
-            return tf_example_pb2.Example.FromString(data).features.feature
+            return _features_at(self.path, self.offset, self.size)
         except Exception as e:  # the libraries raise many types of error for damaged files
             reason = " ".join(str(e).split())[:200]
             raise OSError(f"record {self.name} cannot be read ({type(e).__name__}: {reason})") from e
@@ -80,6 +72,19 @@ class Record(NamedTuple):
             return items.texts([value.decode() for value in feature.bytes_list.value])
         except UnicodeDecodeError as e:
             raise ValueError(f"{self.layout.captions} is not UTF-8 ({e.reason})") from e
+
+
+@functools.lru_cache(maxsize=1)  # measuring reads a record's captions, and then its file
+def _features_at(path: str, offset: int, size: int):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if size:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            data = f.read(size)
+    else:
+        (data,) = _reader(path).read([offset])
+    return tf_example_pb2.Example.FromString(data).features.feature
 
 
 @functools.lru_cache(maxsize=4)  # opened shards of this process

@@ -22,8 +22,8 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding: str, **options) 
         raise ValueError("The convolution is dilated, expected one without dilation.")
     stride, (batch, frames) = strides[0], x.shape[:2]
     times = -(-frames // stride)
-    x = jnp.pad(x, ((0, 0), _same(frames, len(kernel), stride), (0, 0), (0, 0), (0, 0)))
-    pads = [_same(size, window, stride) for size, window in zip(x.shape[2:4], kernel.shape[1:3], strict=True)]
+    around, *pads = lax.padtype_to_pads(x.shape[1:4], kernel.shape[:3], strides, padding)
+    x = jnp.pad(x, ((0, 0), around, (0, 0), (0, 0), (0, 0)))
     if stride == 2 and not any(size % 2 or low % 2 for size, (low, _) in zip(x.shape[2:4], pads, strict=True)):
         x, kernel = _blocks(x), _blocks_of_kernel(kernel)
         pads = [(low // 2, window - 1 - low // 2) for (low, _), window in zip(pads, kernel.shape[1:3], strict=True)]
@@ -47,12 +47,6 @@ def max_pool(x: jax.Array, window, strides) -> jax.Array:
             along[axis] = (size, stride)
             x = nn.max_pool(x, *zip(*along, strict=True), "SAME")
     return x
-
-
-def _same(size: int, window: int, stride: int) -> tuple[int, int]:
-    """The padding 'SAME' of an axis, before and after."""
-    total = max((-(-size // stride) - 1) * stride + window - size, 0)
-    return total // 2, total - total // 2
 
 
 def _blocks(x):
