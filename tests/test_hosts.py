@@ -1,4 +1,4 @@
-"""Several processes on this machine train together: they have the losses of one process, and survive failures."""
+"""Several processes on this machine train and measure together: they have the numbers of one, and survive failures."""
 
 import json
 import os
@@ -10,11 +10,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import light_network
+import network_files
 import numpy as np
 import pytest
 
+from configs import base
+from ivideo import stages
+from ivideo.data import shapes, video_io
 from ivideo.devices import hosts
+from ivideo.weights import config_metadata, save_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
@@ -37,15 +43,20 @@ def free_port() -> int:
 
 def start(workdir, count: int, *arguments) -> list[subprocess.Popen]:
     """Starts a training run in `count` processes with four devices in total."""
+    return start_main(workdir, count, [*RUN, f"--workdir={workdir}", *arguments])
+
+
+def start_main(log_name, count: int, arguments) -> list[subprocess.Popen]:
+    """Starts a command in `count` processes with four devices in total. Process i writes to LOG_NAME.i.log."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}")
     env = {**os.environ, "XLA_FLAGS": flags}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)  # a process that finds a program in it does not wait for the others
-    command = [sys.executable, "-m", "ivideo.main", *RUN, f"--workdir={workdir}", *arguments]
+    command = [sys.executable, "-m", "ivideo.main", *arguments]
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for i in range(count):
         several = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={i}"] if count > 1 else []
-        with open(f"{workdir}.{i}.log", "a") as log:
+        with open(f"{log_name}.{i}.log", "a") as log:
             processes.append(subprocess.Popen([*command, *several], cwd=ROOT, env=env, stderr=log, stdout=log))
     return processes
 
@@ -148,6 +159,45 @@ config.update_from_flattened_dict({name: eval(value) for name, _, value in (o.pa
 with hosts.exiting_together():
     loop.train(config, workdir, devices=[jax.devices()[i] for i in (3, 0, 2, 1)])
 """
+
+
+def test_two_processes_measure_quality_together(tmp_path):
+    """Each reads and measures a part of the files, and both make the samples; the numbers are those of one process."""
+    i3d = network_files.write_safetensors(tmp_path / "i3d.safetensors", network_files.i3d_pytorch())
+    (tmp_path / "real").mkdir()
+    for n, attributes in enumerate(shapes.TRAIN[::90]):  # 5 clips: of the last part of 2, one process has no clip
+        video = shapes.render(attributes, n, frames=9, height=16, width=16)
+        video_io.write_video(tmp_path / "real" / f"{n}.mp4", video, fps=3)
+    config = base.get_config("small")
+    config.update_from_flattened_dict({**light_network.OPTIONS, "video.frames": 9})
+    params = jax.tree.map(
+        lambda p: np.random.default_rng(0).normal(size=p.shape).astype(np.float32) / 10, stages.param_shapes(config)
+    )
+    weights = str(tmp_path / "base.safetensors")
+    save_params(weights, params, metadata=config_metadata(config), dtype=np.float32)
+    (tmp_path / "prompts.txt").write_text("a red circle moving right on a black background\n")
+    options = {"i3d": i3d, "frames": 9, "size": 32, "batch": 2, "clips": 5, "replicates": 10}
+    command = ["--config=configs/base.py:small", *light_network.ARGUMENTS, "--mode=evaluate", f"--weights={weights}"]
+    command += ["--config.video.frames=9", "--config.sample.batch=4"]
+    command += [f"--reference={tmp_path}/real", f"--prompts_file={tmp_path}/prompts.txt"]
+    command += [f"--config.evaluate.{key}={value}" for key, value in options.items()]
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"out_{count}"
+        assert wait(start_main(out, count, [*command, f"--out={out}"])) == [0] * count, logs(out, count)
+        found.append(json.loads((out / "results.json").read_text()))
+        assert len(list((out / "parts").rglob("*.mp4"))) == 10
+    one, two = ({name: row["value"] for name, row in result["measures"].items()} for result in found)
+    assert one.keys() >= {"FVD", "drift"} and one["FVD"] > 1
+    assert two == pytest.approx(one, rel=1e-4)
+    parts = [sorted((tmp_path / f"out_{count}" / "parts").rglob("*.npz")) for count in (1, 2)]
+    assert len(parts[0]) == 6
+    for path, other in zip(*parts, strict=True):
+        with np.load(path) as first, np.load(other) as second:
+            assert first.files == second.files
+            for name in set(first.files) - {"key"}:
+                assert first[name].dtype == second[name].dtype
+                np.testing.assert_allclose(second[name], first[name], rtol=0, atol=1e-3, err_msg=f"{path} {name}")
 
 
 def start_shuffled(workdirs) -> list[subprocess.Popen]:

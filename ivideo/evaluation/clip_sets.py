@@ -3,6 +3,7 @@
 A set has `captions`, a text per clip or None; `identities`, a text per clip that changes where the clip does; `about`,
 what it is, for the results; `whole`, whether clips are measured from their first to their last frame; `fps`, the rate
 at which they are shown; and `read(numbers)`, which yields (number, uint8 clip [T,H,W,3]) for some clips, in order.
+`sampled` sets are made while they are read, by all processes together: all must read the same clips.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from fractions import Fraction
 import numpy as np
 
 from ivideo.data import shapes, sources, video_io
+from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.sampling import cascade
 
 _USUAL_FPS = 8  # where a file states no rate
+_FACTS = 500  # files that the first process reads before it tells the others of them
 SHAPES = "shapes"  # the name of the captioned shapes, where a folder could be given
 
 
@@ -67,6 +70,7 @@ class ClipSet:
     read: Callable[[Sequence[int]], Iterator[tuple[int, np.ndarray]]]
     whole: bool
     fps: Fraction | float
+    sampled: bool = False
 
     def __len__(self) -> int:
         return len(self.identities)
@@ -84,18 +88,20 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
     paths = [os.path.join(folder, name) for name in (names[:clips] if clips else names)]
     if prompts and len(prompts) < len(paths):
         raise UserError(f"--prompts_file has {len(prompts)} prompts for {len(paths)} clips: give one per clip")
-    captions, identities, counts, sizes = [], [], {}, set()
-    for number, path in enumerate(paths):
-        count = video_io.count_frames(path)
-        first = counts.setdefault("first", (count, path))
-        if same and count != first[0]:
-            raise UserError(f"{path} has {count} frames and {first[1]} has {first[0]}: give clips of one length")
+    facts = []
+    for begin in range(0, len(paths), _FACTS):
+        chunk = paths[begin : begin + _FACTS]
+        facts += agreeing.from_first_process(lambda: [_facts(path) for path in chunk])  # noqa: B023
+    for path, fact in zip(paths, facts, strict=True):
+        if same and fact["frames"] != facts[0]["frames"]:
+            raise UserError(
+                f"{path} has {fact['frames']} frames and {paths[0]} has {facts[0]['frames']}: give clips of one length"
+            )
         if not selection.fps:
-            selection.check(count, path)
-        captions.append(prompts[number] if prompts else video_io.read_metadata(path).get("prompt"))
-        with open(path, "rb") as f:
-            identities.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()} {captions[-1]}")
-        sizes.add(count)
+            selection.check(fact["frames"], path)
+    captions = list(prompts[: len(paths)]) if prompts else [fact["prompt"] for fact in facts]
+    identities = [f"{fact['sha256']} {caption}" for fact, caption in zip(facts, captions, strict=True)]
+    sizes = {fact["frames"] for fact in facts}
 
     def read(numbers):
         for number in numbers:
@@ -105,6 +111,13 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
     whole = sizes == {selection.span} and not selection.fps
     fps = selection.fps or video_io.read_rate(paths[0]) or _USUAL_FPS
     return ClipSet(about, captions, identities, read, whole, fps)
+
+
+def _facts(path) -> dict:
+    """Frames, prompt and digest of a video file, as JSON."""
+    count, prompt = video_io.count_frames(path), video_io.read_metadata(path).get("prompt")
+    with open(path, "rb") as f:
+        return {"frames": count, "prompt": prompt, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 def _decode(path, selection):
@@ -202,7 +215,8 @@ def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: in
         "size": f"{last.video.height}x{last.video.width}",
     }
     clip_keys = [f"{key} {number} {text}" for number, text in enumerate(prompts)]
-    return ClipSet(about, prompts, clip_keys, read, selection.span == last.video.frames, last.video.fps)
+    whole = selection.span == last.video.frames
+    return ClipSet(about, prompts, clip_keys, read, whole, last.video.fps, sampled=True)
 
 
 _HOW_MANY = "add clips, or set config.evaluate.clips (or --clips) to fewer and compare only equal numbers"

@@ -63,7 +63,8 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
                     yield row, selection.resized(video_io.to_uint8(video))
 
         whole = selection.span == config.video.frames
-        made = clip_sets.ClipSet({}, prompts, [str(n) for n in range(clips)], read, whole, config.video.fps)
+        names = [str(n) for n in range(clips)]
+        made = clip_sets.ClipSet({}, prompts, names, read, whole, config.video.fps, sampled=True)
         options = {"batch": config.evaluate.batch, "label": f"step {step}"}
         try:
             parts = judges.judge_set(judging, made, os.path.join(folder, f"{step:06d}"), **options)

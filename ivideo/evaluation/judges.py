@@ -136,9 +136,9 @@ def judge_set(
 ) -> Iterator[tuple[range, dict]]:
     """Yields (clip numbers, what is measured of these clips, as `Judges.judge`) for all clips of a set, in order.
 
-    `batch` clips are in memory at a time. Their results are kept in a file of `folder`, and those that are there
-    already are not computed again. A file is of the clips and judges that its key names; others are written anew. The
-    first clips are kept as videos.
+    `batch` clips are in memory at a time, divided over the processes. Their results are kept in a file of `folder`, and
+    those that are there already are not computed again. A file is of the clips and judges that its key names; others
+    are written anew. The first clips are kept as videos.
     """
     parts = [range(begin, min(begin + batch, len(clip_set))) for begin in range(0, len(clip_set), batch)]
     described = json.dumps([judges.described(), clip_set.whole], sort_keys=True)
@@ -152,27 +152,39 @@ def judge_set(
     finished = set(agreeing.from_first_process(lambda: [p.start for p in parts if _read(path(p), key(p)) is not None]))
     if finished:
         log.info("%s: %d of %d clips are measured already", label, len(finished) * batch, len(clip_set))
-    reading = clip_set.read([n for part in parts if part.start not in finished for n in part])
-    mesh, due = sharding.make_mesh(), time.monotonic() + LOG_SECONDS
+    shares = {part: _share(part) for part in parts if part.start not in finished}
+    # Samples are made by all processes together; everything else is read by the process that measures it
+    reading = clip_set.read([n for part in shares for n in (part if clip_set.sampled else shares[part])])
+    mesh, due = sharding.make_mesh(devices=jax.local_devices()), time.monotonic() + LOG_SECONDS
     for part in parts:
         if part.start in finished:
             yield part, _read(path(part), key(part))
             continue
-        clips = [_next(reading, n) for n in part]
-        captions = [clip_set.captions[n] if clip_set.whole else None for n in part]
-        found = judges.judge(clips, captions, batch=batch, mesh=mesh)
+        share = shares[part]
+        videos = {n: _next(reading, n) for n in (part if clip_set.sampled else share)}
+        clips = [videos[n] for n in share]
+        captions = [clip_set.captions[n] if clip_set.whole else None for n in share]
+        found = judges.judge(clips, captions, batch=-(-batch // jax.process_count()), mesh=mesh)
+        for n, video in zip(share, clips, strict=True):
+            if n < SHOWN:
+                with atomic_write(os.path.join(folder, f"{n:03d}.mp4")) as temporary, open(temporary, "wb") as f:
+                    f.write(video_io.encode(_visible(video), fps=clip_set.fps))
+        found = {name: sharding.rows_of_all_processes(rows)[: len(part)] for name, rows in found.items()}
         if jax.process_index() == 0:
-            for n, video in zip(part, clips, strict=True):
-                if n < SHOWN:
-                    with atomic_write(os.path.join(folder, f"{n:03d}.mp4")) as temporary, open(temporary, "wb") as f:
-                        f.write(video_io.encode(_visible(video), fps=clip_set.fps))
             with atomic_write(path(part)) as temporary, open(temporary, "wb") as f:
                 np.savez(f, key=np.str_(key(part)), **found)
         if time.monotonic() > due or part.stop == len(clip_set):
             log.info("%s: %d of %d clips are measured", label, part.stop, len(clip_set))
             due = time.monotonic() + LOG_SECONDS
-        del clips
+        del videos, clips
         yield part, found
+
+
+def _share(part: range) -> list[int]:
+    """The clips of a part that this process measures. Every process has as many, so some have the last one as well."""
+    size = -(-len(part) // jax.process_count())
+    begin = part.start + jax.process_index() * size
+    return [min(n, part.stop - 1) for n in range(begin, begin + size)]
 
 
 def _next(reading, number):
