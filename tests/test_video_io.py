@@ -1,5 +1,6 @@
 """Video files: a written video is read back, frames are selected by time, and a broken file raises VideoError."""
 
+import gc
 import io
 import re
 from fractions import Fraction
@@ -7,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from video_files import counting, numbers
+from video_files import UPSIDE_DOWN, coded, counting, numbers, with_matrix
 
 from ivideo.data import encoders, shapes, video_io
 from ivideo.data.video_io import VideoError
@@ -250,3 +251,19 @@ def test_small_random_damage_is_read_or_refused_in_one_way():
         except VideoError:
             refused += 1
     assert refused > 20
+
+
+def test_small_frames_that_were_read_are_let_go_without_the_garbage_collector():
+    data = with_matrix(coded(np.concatenate([counting(24)] * 2)), UPSIDE_DOWN)
+    gc.collect()
+    gc.freeze()  # get_objects() is to list what is made from here on
+    gc.disable()
+    try:
+        alive = [
+            sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+            for _ in video_io.iter_frames(data, frames=48, fps=25)
+        ]
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert len(alive) == 48 and max(alive) < 24  # those that one packet yields, at the end

@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from ivideo.data import sets, sources
+from ivideo.data import sets, sources, video_io
 
 IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 16384)
 LEFT = (0, -1, 0, 1, 0, 0, 0, 0, 16384)  # shown turned a quarter to the left
@@ -141,3 +141,13 @@ def with_cover(data, jpeg):
     moov, track = data.index(b"moov") - 4, data.index(b"trak") - 4
     size = int.from_bytes(data[moov : moov + 4], "big") + len(tags)
     return data[:moov] + size.to_bytes(4, "big") + data[moov + 4 : track] + tags + data[track:]
+
+
+def near(pixel, rgb, off=4):
+    """Asserts that a pixel has a colour, to `off` levels."""
+    assert np.abs(np.asarray(pixel, int) - rgb).max() <= off, (pixel, rgb)
+
+
+def read(data, **how):
+    """Four frames at 25 fps, or as `how` says."""
+    return video_io.sample_frames(data, **(dict(frames=4, fps=25) | how))
