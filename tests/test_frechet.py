@@ -185,3 +185,13 @@ def test_small_bootstrap_intervals_have_the_width_of_repeated_draws():
     estimate, (low, high) = kernel_distance.distance_interval(rng.normal(size=(60, 4)), other, replicates=200)
     assert low < estimate < high
     assert high - low == pytest.approx(2 * 1.96 * np.std(repeated), rel=0.6)
+
+
+def test_small_intervals_have_only_values_that_a_measure_can_have():
+    """A share is between 0 and 1, and a Fréchet distance is not negative; an unbiased kernel distance may be."""
+    for successes in range(17):
+        share, (low, high) = bootstrap.mean_interval(np.arange(16) < successes)
+        assert 0 <= low <= share == successes / 16 <= high <= 1
+    features = np.random.default_rng(0).normal(size=(50, 4))
+    estimate, (low, high) = frechet.distance_interval(features, frechet.measure(features))
+    assert low == 0 and abs(estimate) < 1e-9 < high

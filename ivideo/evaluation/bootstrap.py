@@ -12,22 +12,27 @@ def counts(samples: int, *, replicates: int = REPLICATES, seed: int = 0) -> np.n
 
 
 def interval(estimate: float, replicates: np.ndarray, *, level: float = LEVEL) -> tuple[float, float]:
-    """The interval of a measure, from its values in bootstrap replicates.
+    """The interval of a distance, from its values in bootstrap replicates.
 
     The replicates are shifted so that their mean is the estimate. A Fréchet distance grows when there are fewer
     different samples, and a replicate has about 63% of them, so its own quantiles would lie above the estimate.
     """
     replicates = np.asarray(replicates, np.float64)
-    low, high = np.quantile(replicates - replicates.mean(), [(1 - level) / 2, (1 + level) / 2])
+    low, high = _quantiles(replicates - replicates.mean(), level)
     return float(estimate + low), float(estimate + high)
 
 
 def mean_interval(
     values, *, replicates: int = REPLICATES, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, tuple[float, float]]:
-    """The mean of a value per sample, and its interval. ValueError where there is no value."""
+    """The mean of a value per sample, and its interval, which is within the values. ValueError where there are none."""
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("There are no values, expected one or more.")
     means = counts(len(values), replicates=replicates, seed=seed) @ values / len(values)
-    return float(values.mean()), interval(values.mean(), means, level=level)
+    return float(values.mean()), _quantiles(means, level)
+
+
+def _quantiles(values, level):
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -114,7 +114,8 @@ def distance_interval(
     estimate = distance(measure(features, reference.protocol), reference)
     drawn = bootstrap.counts(len(features) // group, replicates=replicates, seed=seed).repeat(group, axis=1)
     found = [_quick_distance(measure(features, counts=counts), reference) for counts in drawn]
-    return estimate, bootstrap.interval(estimate, found, level=level)
+    low, high = bootstrap.interval(estimate, found, level=level)
+    return estimate, (max(low, 0.0), high)
 
 
 def _quick_distance(first: Statistics, second: Statistics) -> float:
