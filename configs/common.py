@@ -251,7 +251,8 @@ def evaluation() -> ml_collections.ConfigDict:
     evaluate.reference_clips = 0  # clips of the reference; 0: all; of the captioned shapes as many as samples
     evaluate.frames = 16  # of each clip, from its first frame on
     evaluate.stride = 1  # frames from one to the next of these
-    evaluate.fps = 0.0  # rate that files are resampled to before; 0: their own frames; of a prepared set the stage's
+    # Rate that files and prepared sets are resampled to before; 0: a file's own frames; of a prepared set the stage's rate
+    evaluate.fps = 0.0
     # Pixels that clips are cropped and resized to, with antialiasing, before a network resizes them; 0: as they are
     evaluate.height = 0
     evaluate.width = 0
@@ -260,7 +261,7 @@ def evaluation() -> ml_collections.ConfigDict:
     evaluate.image_frames = 16  # of these frames, evenly, for FID, KID and CLIP
     evaluate.kernel_samples = 8192  # frames for KID, whose time grows with their square
     evaluate.replicates = 100  # of the bootstrap intervals
-    evaluate.batch = 8  # clips in memory, and in a network, at a time
+    evaluate.batch = 8  # clips in memory, and in a network, at a time, of all processes: a multiple of their devices
     return evaluate
 
 

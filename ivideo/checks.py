@@ -135,8 +135,8 @@ KEYS = {
     },
     "evaluate": {
         **dict.fromkeys(("i3d", "inception", "clip"), PATH),
-        **dict.fromkeys(("clips", "replicates"), whole(2)),
-        **dict.fromkeys(("frames", "stride", "size", "image_frames", "kernel_samples", "batch"), SIZE),
+        **dict.fromkeys(("clips", "frames", "replicates"), whole(2)),
+        **dict.fromkeys(("stride", "size", "image_frames", "kernel_samples", "batch"), SIZE),
         **dict.fromkeys(("reference_clips", "height", "width"), COUNT),
         "fps": NOT_NEGATIVE,
         "antialias": SWITCH,

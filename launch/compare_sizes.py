@@ -23,8 +23,10 @@ from configs import base
 from ivideo import checks, files, stages
 from ivideo.errors import UserError
 from ivideo.evaluation import in_training, pictures
+from ivideo.evaluation.networks import i3d
 from ivideo.training.loop import train
 
+ABOUT = "about.json"
 MEASURES = {"FVD": "FVD", "follows its caption": "share of clips that follow their caption"}
 
 
@@ -97,7 +99,13 @@ def main(arguments=None) -> None:
         if args.steps < 4 or args.steps % 4:
             raise UserError(f"--steps={args.steps}: expected a multiple of 4")
         configs = {int(width): size_config(int(width), args) for width in args.widths.split(",")}
+        if args.i3d:
+            i3d.read(args.i3d)
+        about = {"steps": args.steps, "clips": args.clips, "i3d": bool(args.i3d)}
+        if (args.folder / ABOUT).exists() and (theirs := files.read_json(args.folder / ABOUT)) != about:
+            raise UserError(f"{args.folder} has results of {theirs}, expected {about}: choose another folder")
         args.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(args.folder / ABOUT, about)
     except (UserError, ValueError, OSError) as e:
         parser.exit(2, f"compare_sizes.py: {e}\n")
     rows = []

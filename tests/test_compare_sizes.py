@@ -49,11 +49,16 @@ def test_sizes_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
         (["{tmp}/new", "--widths=32,x"], "'x'"),
         (["{tmp}/new", "--clips=1"], "config.evaluate.clips = 1"),
         (["{tmp}/file"], "File exists"),
+        (["{tmp}/new", "--i3d={tmp}/none.ckpt"], "no weights at"),
+        (["{tmp}/other"], "other has results of {'steps': 8, 'clips': 64, 'i3d': True}, expected"),
     ],
 )
 def test_small_mistakes_are_said_before_anything_is_trained(tmp_path, capsys, arguments, said):
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "about.json").write_text('{"steps": 8, "clips": 64, "i3d": true}')
     with pytest.raises(SystemExit) as ended:
         compare_sizes.main([argument.format(tmp=tmp_path) for argument in arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.startswith("compare_sizes.py: ")
+    assert not (tmp_path / "new").exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ivideo.evaluation import fidelity
+from ivideo.evaluation import bootstrap, evaluate, fidelity
 
 
 def test_small_psnr_of_a_constant_error():
@@ -44,3 +44,25 @@ def test_small_colour_error_is_of_the_worst_frame():
     truth[:, 2:4, 3:6] = -1.0
     video[1, ..., 2] -= 4 / 127.5
     np.testing.assert_allclose(fidelity.colour_error(video, truth), 4)
+
+
+def test_small_psnr_intervals_are_those_of_the_clips_that_are_drawn():
+    """The PSNR of all clips of a replicate together, which is infinite where none of them has an error."""
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(-1, 1, (5, 2, 4, 4, 3))
+    videos = {"stage": truth + 0.1 * rng.normal(size=truth.shape), "trivial": truth + 0.3}
+    of_clips = {
+        name: [fidelity.psnr(*pair) for pair in zip(found, truth, strict=True)] for name, found in videos.items()
+    }
+    drawn = [np.repeat(np.arange(5), times) for times in bootstrap.counts(5)]
+    replicates = {
+        name: np.array([fidelity.psnr(found[rows], truth[rows]) for rows in drawn]) for name, found in videos.items()
+    }
+    replicates["gain"] = replicates["stage"] - replicates["trivial"]
+    found = evaluate._psnr_intervals(of_clips)
+    for name, values in replicates.items():
+        expected = np.quantile(values, [0.025, 0.975], method="nearest")
+        np.testing.assert_allclose(found[name], expected, rtol=1e-9, err_msg=name)
+    of_clips["trivial"][:] = [np.inf, np.inf, 20, np.inf, np.inf]
+    low, high = evaluate._psnr_intervals(of_clips)["trivial"]
+    assert 20 <= low < 27 and high == np.inf

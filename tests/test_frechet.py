@@ -1,6 +1,7 @@
 """Fréchet and kernel distances against their formulas in float64, and the statistics in memory and in files."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -140,27 +141,49 @@ def test_small_statistics_of_different_protocols_are_not_compared():
         frechet.measure(np.full((2, 2), np.nan))
 
 
-@pytest.mark.parametrize("block", [7, 1024])
-def test_small_kernel_distance_is_the_formula(block):
-    """The mean of the kernel over all pairs of different samples, one pair after the other."""
+@pytest.mark.parametrize(("block", "group"), [(7, 1), (1024, 1), (7, 3), (1024, 3)])
+def test_small_kernel_distance_is_the_formula(block, group):
+    """The mean of the kernel over all pairs of samples of different clips, one pair after the other."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(23, 5)), rng.normal(size=(17, 5)) + 0.3
+    x, y = rng.normal(size=(24, 5)), rng.normal(size=(18, 5)) + 0.3
 
     def kernel(a, b):
         return (a @ b / 5 + 1) ** 3
 
     def within(z):
-        return np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
+        return np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i // group != j // group])
 
     wanted = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
-    assert kernel_distance.distance(x, y, block=block) == pytest.approx(wanted, rel=1e-12)
-    assert kernel_distance.distance_interval(x, y, block=block, replicates=5)[0] == pytest.approx(wanted, rel=1e-12)
+    options = {"block": block, "group": group}
+    assert kernel_distance.distance(x, y, **options) == pytest.approx(wanted, rel=1e-12)
+    assert kernel_distance.distance_interval(x, y, **options, replicates=5)[0] == pytest.approx(wanted, rel=1e-12)
+    # A replicate weights each sample by how often its clip was drawn; pairs of one clip do not count
+    drawn = np.array([[2, 0, 1, 0, 1, 1, 0, 3], [1, 1, 2, 0, 0, 2, 1, 1]]).repeat(group, axis=1)[:, : len(x)]
+    found = kernel_distance._mean_kernel(x[: drawn.shape[1]], x[: drawn.shape[1]], drawn, drawn, block, group=group)
+    for weights, value in zip(drawn, found, strict=True):
+        pairs = [
+            (weights[i] * weights[j], kernel(x[i], x[j]))
+            for i, j in itertools.product(range(len(weights)), repeat=2)
+            if i // group != j // group
+        ]
+        assert value == pytest.approx(sum(w * k for w, k in pairs) / sum(w for w, _ in pairs), rel=1e-12)
 
 
 def test_small_kernel_distance_of_one_distribution_is_0_on_average():
     rng = np.random.default_rng(0)
     found = [kernel_distance.distance(*rng.normal(size=(2, 20, 3))) for _ in range(400)]
     assert abs(np.mean(found)) < 3 * np.std(found) / 20
+    # Nor do frames of one clip, which are nearly the same, make it larger
+    centres = rng.normal(size=(400, 2, 8, 1, 3))
+    frames = (centres + 0.1 * rng.normal(size=(400, 2, 8, 4, 3))).reshape(400, 2, 32, 3)
+    found = [kernel_distance.distance(*both, group=4) for both in frames]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20
+    assert np.mean([kernel_distance.distance(*both) for both in frames]) > 5 * np.std(found) / 20
+    # Two clips: half of the replicates draw one of them twice
+    _, (low, high) = kernel_distance.distance_interval(*frames[0][:, :8], group=4, replicates=20)
+    assert np.isfinite([low, high]).all()
+    with pytest.raises(ValueError, match="There are 4 and 8 features of clips with 4 features each, expected two"):
+        kernel_distance.distance(frames[0][0][:4], frames[0][1][:8], group=4)
     with pytest.raises(ValueError, match=r"shapes \(2, 3\) and \(2, 4\)"):
         kernel_distance.distance(np.ones((2, 3)), np.ones((2, 4)))
     with pytest.raises(ValueError, match="1 and 2 features, expected two"):

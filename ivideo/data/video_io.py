@@ -136,19 +136,20 @@ def read_metadata(path: Path) -> dict:
     return {}
 
 
-def count_frames(path: Path) -> int:
-    """The number of frames that decode. VideoError where one fails, or the file cannot be opened as a video."""
-    with open_video(path, "a video file") as video:
-        return sum(frame.frame is not None for frame in decoded(video))
+def count_frames(source: Path | bytes) -> int:
+    """The number of frames. VideoError where one is damaged, or the file cannot be opened as a video."""
+    count = 0
+    with open_video(source, "a video file") as video:
+        for count, frame in enumerate(decoded(video), 1):  # noqa: B007
+            video.check(frame)
+    return count
 
 
 def check_frames(source: Path | bytes, *, frames: int, fps: Rate) -> None:
     """Decodes a whole file. VideoError where a frame is damaged, or the file is too short for `frames` at `fps`."""
     for _ in iter_frames(source, frames=frames, fps=fps):
         pass
-    with open_video(source, "a video file") as video:
-        for frame in decoded(video):
-            video.check(frame)
+    count_frames(source)
 
 
 def read_rate(source: Path | bytes) -> Fraction:

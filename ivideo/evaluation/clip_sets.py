@@ -1,9 +1,10 @@
 """Sets of clips that are measured: a folder of video files, a prepared set, the captioned shapes, and new samples.
 
 A set has `captions`, a text per clip or None; `identities`, a text per clip that changes where the clip does; `about`,
-what it is, for the results; `whole`, whether clips are measured from their first to their last frame; `fps`, the rate
-at which they are shown; and `read(numbers)`, which yields (number, uint8 clip [T,H,W,3]) for some clips, in order.
-`sampled` sets are made while they are read, by all processes together: all must read the same clips.
+what it is, for the results, with its size and fps; `whole`, whether clips are measured from their first to their last
+frame; `fps`, the rate at which they are shown; and `read(numbers)`, which yields (number, uint8 clip [T,H,W,3]) for
+some clips, in order. `sampled` sets are made while they are read, by all processes together: all must read the same
+clips.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from ivideo.errors import UserError
 from ivideo.sampling import cascade
 
 _USUAL_FPS = 8  # where a file states no rate
-_FACTS = 500  # files that the first process reads before it tells the others of them
+_FACTS = 16  # files that the first process reads before it tells the others, who do not wait for ever
 SHAPES = "shapes"  # the name of the captioned shapes, where a folder could be given
 
 
@@ -51,6 +52,14 @@ class Selection:
             raise UserError(
                 f"{name} has {count} frames, expected {self.span} or more for config.evaluate.frames = {self.frames} "
                 f"and config.evaluate.stride = {self.stride}: use longer clips, or fewer frames"
+            )
+
+    def check_rate(self, fps: float, name: str) -> None:
+        """UserError where clips that are made at `fps` frames a second would have to be resampled."""
+        if self.fps and self.fps != fps:
+            raise UserError(
+                f"config.evaluate.fps = {self.fps:g}: {name} has {fps:g} frames per second, and only files and "
+                f"prepared sets are resampled; set it to {fps:g} or 0"
             )
 
     def resized(self, clip: np.ndarray) -> np.ndarray:
@@ -91,14 +100,12 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
     facts = []
     for begin in range(0, len(paths), _FACTS):
         chunk = paths[begin : begin + _FACTS]
-        facts += agreeing.from_first_process(lambda: [_facts(path) for path in chunk])  # noqa: B023
+        facts += agreeing.from_first_process(lambda: [_facts(path, selection) for path in chunk])  # noqa: B023
     for path, fact in zip(paths, facts, strict=True):
         if same and fact["frames"] != facts[0]["frames"]:
             raise UserError(
                 f"{path} has {fact['frames']} frames and {paths[0]} has {facts[0]['frames']}: give clips of one length"
             )
-        if not selection.fps:
-            selection.check(fact["frames"], path)
     captions = list(prompts[: len(paths)]) if prompts else [fact["prompt"] for fact in facts]
     identities = [f"{fact['sha256']} {caption}" for fact, caption in zip(facts, captions, strict=True)]
     sizes = {fact["frames"] for fact in facts}
@@ -107,22 +114,39 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
         for number in numbers:
             yield number, selection.resized(_decode(paths[number], selection))
 
-    about = {"clips": f"{len(paths)} files of {folder}", "frames per file": _range(sizes)}
+    rates, size = {fact["fps"] for fact in facts}, f"{selection.height}x{selection.width}" if selection.height else None
+    about = {
+        "clips": f"{len(paths)} files of {folder}",
+        "frames per file": _range(sizes),
+        "size": size or _one({fact["size"] for fact in facts}),
+        "fps": f"{selection.fps:g}" if selection.fps else _one({f"{rate:g}" for rate in rates}),
+    }
     whole = sizes == {selection.span} and not selection.fps
-    fps = selection.fps or video_io.read_rate(paths[0]) or _USUAL_FPS
-    return ClipSet(about, captions, identities, read, whole, fps)
+    return ClipSet(about, captions, identities, read, whole, selection.fps or facts[0]["fps"] or _USUAL_FPS)
 
 
-def _facts(path) -> dict:
-    """Frames, prompt and digest of a video file, as JSON."""
-    count, prompt = video_io.count_frames(path), video_io.read_metadata(path).get("prompt")
+def _facts(path, selection) -> dict:
+    """Frames, rate, size, prompt and digest of a video file, as JSON. VideoError or UserError where it is of no use."""
+    count = video_io.count_frames(path)
+    if selection.fps:
+        for _ in video_io.iter_frames(path, frames=selection.span, fps=_rate(selection)):
+            pass  # an error where the file is too short
+    else:
+        selection.check(count, path)
+    height, width = video_io.read_size(path)
+    found = {"frames": count, "fps": float(video_io.read_rate(path)), "size": f"{height}x{width}"}
     with open(path, "rb") as f:
-        return {"frames": count, "prompt": prompt, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return found | {"prompt": video_io.read_metadata(path).get("prompt"), "sha256": digest}
+
+
+def _rate(selection):
+    return Fraction(selection.fps).limit_denominator(1001)
 
 
 def _decode(path, selection):
     if selection.fps:
-        return video_io.sample_frames(path, frames=selection.span, fps=Fraction(selection.fps).limit_denominator(1001))
+        return video_io.sample_frames(path, frames=selection.span, fps=_rate(selection))
     frames, _ = video_io.read_video(path)
     return frames[: selection.span]
 
@@ -148,6 +172,7 @@ def from_source(config, reference: str, selection: Selection, *, clips: int = 0)
     size = {"height": selection.height or config.video.height, "width": selection.width or config.video.width}
     if reference == SHAPES:
         selection.check(config.video.frames, "a clip of the captioned shapes at this stage")
+        selection.check_rate(config.video.fps, "a clip of the captioned shapes at this stage")
         fps = config.video.fps
         source = sources.ShapesSource(
             shapes.all_attributes(), num_clips=clips, seed=config.seed + 1, frames=config.video.frames, **size
@@ -167,7 +192,7 @@ def from_source(config, reference: str, selection: Selection, *, clips: int = 0)
         for number in numbers:
             yield number, video_io.to_uint8(_example(source, number)["video"])[: selection.span]
 
-    about = {"clips": f"{clips} of {reference}", "size": "{height}x{width}".format(**size)}
+    about = {"clips": f"{clips} of {reference}", "size": "{height}x{width}".format(**size), "fps": f"{fps:g}"}
     key = hashlib.sha256(json.dumps([identity, size]).encode()).hexdigest()
     identities = [f"{key} {number}" for number in range(clips)]
     return ClipSet(about, captions, identities, read, selection.span == config.video.frames, fps)
@@ -203,7 +228,7 @@ def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: in
     def read(numbers):
         sampled = cascade.run(
             configs, prompts, seeds=[(seed, n) for n in range(len(prompts))], sources=sources, identities=identities,
-            group=group, wanted={last.stage: set(numbers)},
+            group=group, wanted={last.stage: set(numbers)}, strict=True,
         )  # fmt: skip
         for _, number, video in sampled:
             yield number, selection.resized(video_io.to_uint8(video))
@@ -212,7 +237,8 @@ def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: in
         "clips": f"{len(prompts)} samples of {' '.join(c.stage for c in configs)}",
         "weights": ", ".join(f"{stage}: {identity}" for stage, identity in identities.items()),
         "seed": seed,
-        "size": f"{last.video.height}x{last.video.width}",
+        "size": f"{selection.height or last.video.height}x{selection.width or last.video.width}",
+        "fps": f"{last.video.fps:g}",
     }
     clip_keys = [f"{key} {number} {text}" for number, text in enumerate(prompts)]
     whole = selection.span == last.video.frames
@@ -220,6 +246,10 @@ def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: in
 
 
 _HOW_MANY = "add clips, or set config.evaluate.clips (or --clips) to fewer and compare only equal numbers"
+
+
+def _one(values):
+    return min(values) if len(values) == 1 else "several"
 
 
 def _range(values):

@@ -1,14 +1,14 @@
 """Evaluates a trained stage or cascade (mode evaluate). Section 3."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ivideo import files, stages
 from ivideo.data import shapes
 from ivideo.diffusion import conditioning
-from ivideo.evaluation import averages, fidelity, generated, steadiness
+from ivideo.evaluation import averages, bootstrap, fidelity, generated, steadiness
 from ivideo.sampling import cascade
 from ivideo.training import trained
 
@@ -84,9 +84,9 @@ def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
     """Measures a super-resolution stage on held-out clips that were downsampled and upsampled again.
 
     PSNR and SSIM, next to those of plain upsampling (bilinear in space, repeated frames in time), the colour's error,
-    and `steadiness.measure`. Returns {'table': PSNR in dB over all clips together and the means of the others, 'clips':
-    a row per clip}. PSNR is infinite for a clip that equals the true one: repeated frames of a shape that stands still
-    do.
+    and `steadiness.measure`. Returns {'table': PSNR in dB over all clips together and the means of the others, with
+    their bootstrap 'intervals', 'clips': a row per clip}. PSNR is infinite for a clip that equals the true one:
+    repeated frames of a shape that stands still do.
     """
     captions, videos = upsample_held_out_clips(config, sources=sources, clips=clips, seed=seed)
     truth = videos["truth"]
@@ -101,9 +101,24 @@ def super_resolution(config, *, sources=None, clips: int, seed: int) -> dict:
         for n, caption in enumerate(captions)
     ]
     overall = {name: fidelity.psnr(videos[name], truth) for name in ("stage", "trivial")}
+    overall["gain"] = overall["stage"] - overall["trivial"]
+    intervals = _psnr_intervals({name: [row[name] for row in rows] for name in ("stage", "trivial")})
     for name in ("stage_ssim", "trivial_ssim", "colour_error", *steadiness.MEASURES):
-        overall[name] = averages.mean([row[name] for row in rows])
-    return {"table": {"name": config.stage, "clips": clips, **overall}, "clips": rows}
+        overall[name], intervals[name] = bootstrap.mean_interval([row[name] for row in rows])
+    return {"table": {"name": config.stage, "clips": clips, **overall, "intervals": intervals}, "clips": rows}
+
+
+def _psnr_intervals(found: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Of the PSNR over all clips together, from that of each clip, of both ways of upsampling; and of the gain."""
+    drawn = {}
+    for name, of_clips in found.items():
+        errors = 10 ** (-np.asarray(of_clips) / 10)  # the mean squared error, but for a factor
+        with np.errstate(divide="ignore"):
+            drawn[name] = -10 * np.log10(bootstrap.counts(len(errors)) @ errors / len(errors))
+    drawn["gain"] = drawn["stage"] - drawn["trivial"]
+    tails = [(1 - bootstrap.LEVEL) / 2, (1 + bootstrap.LEVEL) / 2]
+    # Not between two values, since they can be infinite
+    return {name: tuple(np.quantile(found, tails, method="nearest").tolist()) for name, found in drawn.items()}
 
 
 def upsample_held_out_clips(config, *, sources=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -127,17 +142,33 @@ def upsample_held_out_clips(config, *, sources=None, clips: int, seed: int) -> t
     return captions, {"truth": truth, "low_res": low_res, "trivial": trivial, "stage": videos}
 
 
+# Titles of the table's columns, by the names of the values, and their formats
+_COLUMNS = {
+    "stage": ("PSNR, dB", ".2f"),
+    "trivial": ("bilinear, repeated frames", ".2f"),
+    "gain": ("gain, dB", "+.2f"),
+    "stage_ssim": ("SSIM", ".4f"),
+    "trivial_ssim": ("bilinear, repeated frames", ".4f"),
+    "colour_error": ("colour error, of 255", ".1f"),
+    "ideal_iou": ("ideal IoU", ".3f"),
+    "steady_iou": ("steady IoU", ".3f"),
+    "grain": ("grain, of 255", ".2f"),
+}
+
+
 def psnr_table(table: dict) -> str:
-    """The table of `super_resolution` as Markdown."""
-    gain = table["stage"] - table["trivial"]
-    return (
-        "| stage | clips | PSNR | bilinear, repeated frames | gain | SSIM | bilinear, repeated frames | colour error "
-        "| ideal IoU | steady IoU | grain |\n"
-        f"|---|{'--:|' * 10}\n"
-        f"| {table['name']} | {table['clips']} | {table['stage']:.2f} dB | {table['trivial']:.2f} dB | {gain:+.2f} dB "
-        f"| {table['stage_ssim']:.4f} | {table['trivial_ssim']:.4f} | {table['colour_error']:.1f} of 255 "
-        f"| {table['ideal_iou']:.3f} | {table['steady_iou']:.3f} | {table['grain']:.2f} of 255 |"
-    )
+    """The table of `super_resolution` as Markdown: the values, and below them their 95% intervals."""
+    values = [f"{table[name]:{form}}" for name, (_, form) in _COLUMNS.items()]
+    intervals = [
+        "{:{form}} to {:{form}}".format(*table["intervals"][name], form=form) for name, (_, form) in _COLUMNS.items()
+    ]
+    rows = [
+        ["stage", "clips", *(title for title, _ in _COLUMNS.values())],
+        ["---", *["--:"] * (1 + len(_COLUMNS))],
+        [table["name"], str(table["clips"]), *values],
+        ["95% interval", "", *intervals],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def choose_captions(clips: int, seed: int) -> list[shapes.Attributes]:

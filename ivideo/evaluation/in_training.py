@@ -24,7 +24,7 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
 
     It samples config.evaluate.clips clips with the captions of the training set, always from the same noise, and
     writes WORKDIR/evaluation/STEP.json, which has the intervals as well. The reference is measured at the first call,
-    and kept. Samples that are not finite or of one colour are not measured. UserError, before anything is computed, as
+    and kept. Samples that are not finite are not measured. UserError, before anything is computed, as
     `quality.evaluate_quality`.
     """
     if not config.train.evaluate_every:
@@ -58,7 +58,7 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
             batches = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
             for rows, videos in sampler.batches(placed, batches, texts=kept["texts"], seeds=seeds):
                 for row, video in zip(rows, videos, strict=True):
-                    if cascade.defect(video):
+                    if cascade.defect(video) == cascade.NOT_FINITE:
                         raise FloatingPointError
                     yield row, selection.resized(video_io.to_uint8(video))
 
@@ -70,7 +70,7 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
             parts = judges.judge_set(judging, made, os.path.join(folder, f"{step:06d}"), **options)
             found = [values for _, values in parts]
         except FloatingPointError:
-            log.warning("step %d is not measured: its samples are not finite or of one colour", step)
+            log.warning("step %d is not measured: some samples are not finite", step)
             return {}
         values = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         result = measures.all_of(

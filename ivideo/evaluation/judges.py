@@ -6,6 +6,7 @@ N clips · F frames · D dimensions of a feature · P channels of CLIP's vectors
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -53,7 +54,8 @@ class Judges:
             more = {"frames": self.selection.frames, "size": self.size, "antialias": self.antialias}
             found["fvd"] = i3d.protocol(self.i3d, **more, **chosen, **size)
         if self.inception:
-            found["fid"] = inception.protocol(self.inception, **{"frames per clip": self.image_frames}, **size)
+            more = {"frames per clip": self.image_frames, "of the first frames": self.selection.frames}
+            found["fid"] = inception.protocol(self.inception, **more, **chosen, **size)
         return found
 
     def described(self) -> dict:
@@ -91,8 +93,8 @@ class Judges:
         row = {**motion.measure(video, flow=self.flow), "changes": motion.changes(video).astype(np.float32)}
         if caption is not None and (attributes := shapes.parse_caption(caption)):
             right = prompt_following.score(video_io.to_float(video), attributes)
-            row["follows"] = prompt_following.all_right(right)
-        return row | {"follows": row.get("follows", np.nan)}
+            return row | {"follows": float(prompt_following.all_right(right))}
+        return row | {"follows": np.nan}
 
 
 def load(
@@ -149,19 +151,20 @@ def judge_set(
     def path(part):
         return os.path.join(folder, f"{part.start:06d}.npz")
 
-    finished = set(agreeing.from_first_process(lambda: [p.start for p in parts if _read(path(p), key(p)) is not None]))
+    finished = set(agreeing.from_first_process(lambda: [p.start for p in parts if _has_key(path(p), key(p))]))
     if finished:
-        log.info("%s: %d of %d clips are measured already", label, len(finished) * batch, len(clip_set))
+        count = sum(len(part) for part in parts if part.start in finished)
+        log.info("%s: %d of %d clips are measured already", label, count, len(clip_set))
     shares = {part: _share(part) for part in parts if part.start not in finished}
     # Samples are made by all processes together; everything else is read by the process that measures it
     reading = clip_set.read([n for part in shares for n in (part if clip_set.sampled else shares[part])])
     mesh, due = sharding.make_mesh(devices=jax.local_devices()), time.monotonic() + LOG_SECONDS
     for part in parts:
         if part.start in finished:
-            yield part, _read(path(part), key(part))
+            yield part, _read(path(part))
             continue
         share = shares[part]
-        videos = {n: _next(reading, n) for n in (part if clip_set.sampled else share)}
+        videos = dict(itertools.islice(reading, len(part if clip_set.sampled else share)))
         clips = [videos[n] for n in share]
         captions = [clip_set.captions[n] if clip_set.whole else None for n in share]
         found = judges.judge(clips, captions, batch=-(-batch // jax.process_count()), mesh=mesh)
@@ -187,15 +190,6 @@ def _share(part: range) -> list[int]:
     return [min(n, part.stop - 1) for n in range(begin, begin + size)]
 
 
-def _next(reading, number):
-    found, video = next(reading, (None, None))
-    if found != number:  # `cascade.run` leaves out videos with a defect, and says so at its end
-        for _ in reading:
-            pass
-        raise FloatingPointError(f"clip {number} was not made")
-    return video
-
-
 def _visible(video):
     """A small clip enlarged, with an even number of rows and columns."""
     zoom = max(1, -(-_SHOWN_HEIGHT // video.shape[1]))
@@ -203,12 +197,15 @@ def _visible(video):
     return video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
 
 
-def _read(path, key):
-    """The results in a file with this key, or None."""
+def _has_key(path, key):
+    """Whether a file is a part with this key."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            if str(stored["key"]) != key:
-                return None
-            return {name: stored[name] for name in stored.files if name != "key"}
+            return str(stored["key"]) == key
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+        return False
+
+
+def _read(path):
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files if name != "key"}

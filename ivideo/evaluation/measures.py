@@ -3,7 +3,6 @@
 N clips · F frames · D dimensions of a feature · P channels of CLIP's vectors
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,8 +10,6 @@ import numpy as np
 from ivideo.evaluation import alignment, bootstrap, frechet, kernel_distance
 from ivideo.evaluation.fidelity import evenly
 from ivideo.evaluation.networks import clip
-
-log = logging.getLogger("ivideo")
 
 _TEXTS = 64  # texts in CLIP at a time
 # Measures of single clips, by their names in the values
@@ -27,10 +24,7 @@ _TITLES = {
 
 def texts(reader: clip.Reader | None, captions: Sequence[str | None]) -> dict[str, np.ndarray] | None:
     """CLIP's vectors of the different captions, by caption; None without CLIP, or where a clip has no caption."""
-    if reader is None:
-        return None
-    if any(caption is None for caption in captions):
-        log.warning("not measured: CLIP score and R-precision; some samples have no prompt: give --prompts_file")
+    if reader is None or any(caption is None for caption in captions):
         return None
     different = list(dict.fromkeys(captions))
     # Equal batches, so that the network is compiled once

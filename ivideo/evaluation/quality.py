@@ -1,16 +1,17 @@
 """Measures samples against a reference with the metrics of the paper and of time, each with its protocol. Section 3."""
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
 import resource
-import shutil
 import time
 
 import jax
 import numpy as np
 
-from ivideo import files
+from ivideo import files, text
 from ivideo.data import shapes
 from ivideo.devices import agreeing
 from ivideo.errors import UserError
@@ -29,6 +30,7 @@ RESULTS, TABLE, PAGE, REFERENCE, PARTS = (
     f"reference{frechet.SUFFIX}",
     "parts",
 )
+REFERENCE_KEY = "reference"  # of a statistics' protocol: what its clips are
 
 
 def evaluate_quality(
@@ -69,14 +71,20 @@ def evaluate_quality(
         configs, samples, selection, clips=clips, seed=seed, prompts_file=prompts_file, reference=reference, real=real,
         workdir=workdir, weights=weights_path, group=config.sample.group,
     )  # fmt: skip
+    _compare_sizes(made.about, real.about if real else _about_reference(stored))
+    missing = _missing(judging, reference, made.captions)
     about = {"samples": made.about, "reference": real.about if real else {"file": reference} if stored else None}
     agreeing.check_shared(out)
-    _prepare(out, about, judging, overwrite=overwrite)
+    clip_digests = {"samples": _digest(made.identities), "reference": _digest(real.identities) if real else None}
+    _prepare(out, {"about": about, "judges": judging.described(), "clips": clip_digests}, overwrite=overwrite)
     if real:
         folder = os.path.join(out, PARTS, "reference")
         stored, real_values = measure_reference(
             judging, real, folder, batch=config.evaluate.batch, kernel_samples=kernel_samples
         )
+        # Kept with the statistics for those who use the file, but no part of the protocol that has to be the same
+        for name, found in stored.items():
+            stored[name] = dataclasses.replace(found, protocol={**found.protocol, REFERENCE_KEY: real.about})
         if stored and jax.process_index() == 0:
             frechet.save(os.path.join(out, REFERENCE), stored)
     else:
@@ -93,7 +101,7 @@ def evaluate_quality(
         ),
         "reference_measures": measures.means(real_values, replicates=replicates),
         "fewer_clips": measures.fewer_clips(values, stored),
-        "not_measured": judging.missing | ({} if stored else {"FVD, FID and KID": "give --reference"}),
+        "not_measured": missing,
         "frame_changes": {
             name: of["changes"].mean(axis=0).tolist()
             for name, of in (("samples", values), ("reference", real_values))
@@ -167,12 +175,42 @@ def _samples(configs, samples, selection, *, clips, seed, prompts_file, referenc
         if not prompts:
             raise UserError("--prompts_file is missing: the reference has no captions to sample from")
     selection.check(configs[-1].video.frames, f"a sample of stage {configs[-1].stage}")
+    selection.check_rate(configs[-1].video.fps, f"a sample of stage {configs[-1].stage}")
+    for config in configs:  # their errors come before hours of measuring the reference
+        cascade.sampling_mesh(config, min(config.sample.batch, clips))
+        text.tokenizer_of(config.text)
     sources = trained.find(configs, workdir=workdir, weights=weights)
     identities = {config.stage: trained.check(config, sources[config.stage]) for config in configs}
     prompts = [prompts[n % len(prompts)] for n in range(clips)]
     return clip_sets.generated(
         configs, prompts, selection, seed=seed, sources=sources, identities=identities, group=group
     )
+
+
+def _about_reference(stored):
+    """What the statistics of a file are of; {} where there are none."""
+    return next(iter(stored.values())).protocol.get(REFERENCE_KEY, {}) if stored else {}
+
+
+def _compare_sizes(samples, reference):
+    """Warns of what makes most numbers useless, but can be meant."""
+    for name, what in (("fps", "motion"), ("size", "sharpness")):
+        if reference and samples[name] != reference.get(name, samples[name]):
+            log.warning(
+                "%s of the samples is %s, and of the reference %s: their %s differs; see config.evaluate",
+                name, samples[name], reference[name], what,
+            )  # fmt: skip
+
+
+def _missing(judging, reference, captions) -> dict[str, str]:
+    """What is not measured, and what to do about it."""
+    missing = dict(judging.missing)
+    if reference is None:
+        missing["FVD, FID and KID"] = "give --reference"
+    if judging.clip and any(caption is None for caption in captions):
+        missing["CLIP score and R-precision"] = "some samples have no prompt: give --prompts_file"
+        log.warning("not measured: CLIP score and R-precision; %s", missing["CLIP score and R-precision"])
+    return missing
 
 
 def _check_protocols(path, stored, protocols):
@@ -182,7 +220,7 @@ def _check_protocols(path, stored, protocols):
                 f"{path} has no statistics of {name.upper()}, only of {', '.join(stored)}: measure the reference's "
                 f"videos again with the weights of {protocol['network']}"
             )
-        for key in sorted(protocol.keys() | stored[name].protocol.keys()):
+        for key in sorted((protocol.keys() | stored[name].protocol.keys()) - {REFERENCE_KEY}):
             theirs, ours = stored[name].protocol.get(key, "absent"), protocol.get(key, "absent")
             if theirs != ours:
                 raise UserError(
@@ -191,29 +229,43 @@ def _check_protocols(path, stored, protocols):
                 )
 
 
-def _prepare(out, about, judging, *, overwrite):
+def _digest(identities):
+    return hashlib.sha256("\n".join(identities).encode()).hexdigest()
+
+
+def _prepare(out, described, *, overwrite):
     """Makes the folder of the results. UserError where it has results of another command."""
-    described, path = {"about": about, "judges": judging.described()}, os.path.join(out, PARTS, "command.json")
+    path = os.path.join(out, PARTS, "command.json")
+    described = json.loads(json.dumps(described))
 
     def prepare():
-        if os.path.exists(path) and not overwrite:
-            for group, values in files.read_json(path).items():
-                for key, value in values.items():
-                    ours = json.loads(json.dumps(described[group].get(key)))
-                    if value != ours:
-                        raise UserError(
-                            f"{out} has results with other {key}: {json.dumps(value)[:200]} there, and "
-                            f"{json.dumps(ours)[:200]} now; choose another --out, or pass --overwrite"
-                        )
-        elif os.path.isdir(out) and os.listdir(out) and not os.path.exists(path):
+        if not os.path.exists(path) and os.path.isdir(out) and os.listdir(out):
             raise UserError(f"{out} is not empty and has no results of an evaluation: choose another --out")
-        elif overwrite:
-            shutil.rmtree(os.path.join(out, PARTS), ignore_errors=True)
+        if overwrite:
+            # The file that says whose results they are is the last one to go
+            for name in (RESULTS, TABLE, PAGE, REFERENCE, PARTS):
+                if os.path.exists(os.path.join(out, name)):
+                    files.remove(os.path.join(out, name))
+        elif os.path.exists(path):
+            _check_same(out, files.read_json(path), described)
         names = [os.path.join(out, PARTS, name, "0") for name in ("samples", "reference")]
         files.prepare_folders([path, *names])
         files.write_json(path, described)
 
     agreeing.from_first_process(prepare)
+
+
+def _check_same(out, theirs, ours):
+    """UserError where results are of another command. It says what differs."""
+    for group, values in ours.items():
+        others = theirs.get(group, {})
+        for key in sorted(values.keys() | others.keys()):
+            if (value := values.get(key)) == (other := others.get(key)):
+                continue
+            differ = f"{json.dumps(other)[:200]} there, and {json.dumps(value)[:200]} now"
+            if group == "clips":
+                differ = "their files, their prompts or config.sample have changed"
+            raise UserError(f"{out} has results with other {key}: {differ}; choose another --out, or pass --overwrite")
 
 
 def measure_reference(judging: judges.Judges, real: clip_sets.ClipSet, folder: str, *, batch: int, kernel_samples: int):

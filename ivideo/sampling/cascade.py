@@ -241,6 +241,7 @@ def run(
     group: int = 32,
     wanted: Mapping[str, set[int]] | None = None,
     on_batch: Callable[[str, int, float], None] | None = None,
+    strict: bool = False,
 ) -> Iterator[tuple]:
     """Runs the stages in `configs` (see `select`) and yields (stage's config, row, video [T, H, W, 3]).
 
@@ -254,7 +255,8 @@ def run(
     they need are sampled. The rows in a batch do not depend on `wanted`, so a video is the same bit for bit.
     `on_batch`: called with (stage's name, videos, seconds without compilation) when a batch is sampled.
     A video with a `defect` is left out and the others are sampled. FloatingPointError at the end names its stage, the
-    step of the stage's weights, and its prompt.
+    step of the stage's weights, and its prompt. With `strict`, for measurements, videos of one colour are yielded as
+    well, and the first one that is not finite is the error.
     """
     wanted = wanted if wanted is not None else {configs[-1].stage: set(range(len(prompts)))}
     check_input(configs[0], has_input=low_res is not None)
@@ -287,8 +289,11 @@ def run(
                 if on_batch is not None:
                     on_batch(config.stage, sampler.size, sampler.seconds)
                 for position, row in enumerate(batch):
-                    if found := defect(videos[position]):
+                    found = defect(videos[position])
+                    if found and not (strict and found == ONE_COLOUR):
                         failed.setdefault((config.stage, found), []).append(prompts[begin + row])
+                        if strict:
+                            raise _error(failed, sources, identities)
                         continue
                     if config is not configs[-1]:
                         output_clips[row] = videos[position]
@@ -299,11 +304,16 @@ def run(
             if len(configs) > 1:
                 params = sampled = None
     if failed:
-        errors = [
-            _worthless(stage + _weights(stage, sources, identities), found, failed_prompts)
-            for (stage, found), failed_prompts in failed.items()
-        ]
-        raise FloatingPointError("; ".join(errors))
+        raise _error(failed, sources, identities)
+
+
+def _error(failed, sources, identities):
+    """The error for prompts by (stage, defect)."""
+    errors = [
+        _worthless(stage + _weights(stage, sources, identities), found, prompts)
+        for (stage, found), prompts in failed.items()
+    ]
+    return FloatingPointError("; ".join(errors))
 
 
 def _weights(stage, sources, identities):

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivideo.errors import UserError
 from ivideo.evaluation.networks import layers, stored
 from ivideo.evaluation.networks.layers import Unit
 
 NAME = "Inception-v3"
 SIZE = 299
 DIMENSIONS = 2048
+_CLASSES = 1008  # of the classifier, which is not used: it tells FID's network from torchvision's
 HOW_TO_GET = (
     "get pt_inception-2015-12-05-6726825d.pth from the releases of mseitzer/pytorch-fid on GitHub, and convert it with "
     "`python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('pt_inception-2015-12-05-6726825d.pth', "
@@ -163,16 +165,22 @@ class _Block8(nn.Module):
 def read(path: str) -> stored.Weights:
     """Reads the weights of FID's Inception-v3 from a safetensors file with the names of PyTorch's Inception-v3.
 
-    The classifier and auxiliary outputs are left out. UserError where the file is missing, damaged or of another
-    network.
+    The classifier is left out. UserError where the file is missing, damaged or of another network, such as
+    torchvision's.
     """
-    units, ours = {}, {}
-    for name, array in stored.read_safetensors(path, help=HOW_TO_GET).items():
+    units, ours, found = {}, {}, stored.read_safetensors(path, help=HOW_TO_GET)
+    classes = len(found.get("fc.weight", [])) or _CLASSES
+    if classes != _CLASSES or any(name.startswith("AuxLogits.") for name in found):
+        raise UserError(
+            f"{path} is Inception-v3 of torchvision, with {classes} classes or auxiliary outputs, and FID's has "
+            f"{_CLASSES} classes and none: {HOW_TO_GET}"
+        )
+    for name, array in found.items():
         if match := re.fullmatch(r"(\w+(?:\.branch\w+)?)\.(?:conv|bn)\.(weight|bias|running_mean|running_var)", name):
             part = "kernel" if ".conv." in name else match[2]
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
             units.setdefault(match[1].replace(".", "/"), {})[part] = array
-        elif not name.startswith(("fc.", "AuxLogits.")):
+        elif not name.startswith("fc."):
             ours[name] = array  # `checked` refuses it
     with stored.naming(path, of=NAME):
         ours |= layers.folded(units, shift="bias", mean="running_mean", variance="running_var", scale="weight")
