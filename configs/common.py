@@ -251,7 +251,7 @@ def evaluation() -> ml_collections.ConfigDict:
     evaluate.reference_clips = 0  # clips of the reference; 0: all; of the captioned shapes as many as samples
     evaluate.frames = 16  # of each clip, from its first frame on
     evaluate.stride = 1  # frames from one to the next of these
-    # Rate that files and prepared sets are resampled to before; 0: a file's own frames, or a prepared set at the stage's
+    # Rate that files and prepared sets are resampled to before; 0: files have their own, prepared sets the stage's
     evaluate.fps = 0.0
     # Pixels that clips are cropped and resized to, with antialiasing, before a network resizes them; 0: as they are
     evaluate.height = 0
