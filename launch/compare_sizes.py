@@ -16,7 +16,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import jax
 from absl import flags
 
 from configs import base
@@ -24,6 +23,7 @@ from ivideo import checks, files, stages
 from ivideo.errors import UserError
 from ivideo.evaluation import in_training, pictures
 from ivideo.evaluation.networks import i3d
+from ivideo.planning import describe
 from ivideo.training.loop import train
 
 ABOUT = "about.json"
@@ -44,7 +44,7 @@ def size_config(width: int, args):
 
 
 def parameters(config) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(stages.param_shapes(config)))
+    return describe.param_count(stages.param_shapes(config))
 
 
 def rows_of(workdir: pathlib.Path, config) -> list[dict]:

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 
 from configs import cascade as cascade_config
+from ivideo.data.video_io import evenly
 from ivideo.evaluation import evaluate
 from ivideo.prompts import samples
 from ivideo.sampling import cascade
@@ -57,7 +58,7 @@ def draw_star(configs, path: pathlib.Path) -> None:
     """Six frames of the cascade's video, from the first to the last."""
     _, _, video = next(cascade.run(configs, [PROMPT], seeds=[samples([PROMPT], seed=0)[0].noise]))
     figure, panels = pyplot.subplots(1, 6, figsize=(13, 1.6), layout="constrained")
-    for panel, number in zip(panels, np.linspace(0, len(video) - 1, 6).round().astype(int), strict=True):
+    for panel, number in zip(panels, evenly(len(video), 6), strict=True):
         show(panel, video[number], f"frame {number + 1} of {len(video)}")
     figure.savefig(path, dpi=100)
 

@@ -63,6 +63,11 @@ def extension(path: Path) -> str:
     return suffix
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """The numbers of `most` of `count` frames, or of all if there are fewer, from the first to the last."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
 def zoomed(video: np.ndarray, zoom: int) -> np.ndarray:
     """The video [T,H,W,3] with each pixel enlarged to `zoom` × `zoom`."""
     return video.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -61,11 +61,6 @@ def drift(video: np.ndarray) -> float:
     return float(np.abs(last - first).max() * LEVELS_PER_UNIT)
 
 
-def evenly(count: int, most: int) -> np.ndarray:
-    """The numbers of `most` of `count` frames, or of all if there are fewer, evenly over the clip."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
-
-
 def _background_colour(video):
     """Per frame, the median of each channel [T, 3]: a shape covers less than half of a frame."""
     return np.median(np.asarray(video, np.float64).reshape(len(video), -1, 3), axis=1)

@@ -21,7 +21,6 @@ from ivideo.data import shapes, video_io
 from ivideo.devices import agreeing, sharding
 from ivideo.errors import UserError
 from ivideo.evaluation import clip_sets, motion, prompt_following
-from ivideo.evaluation.fidelity import evenly
 from ivideo.evaluation.networks import clip, extract, i3d, inception, layers, stored
 from ivideo.files import atomic_write
 
@@ -70,7 +69,7 @@ class Judges:
         `batch` clips are in a network at a time, over the devices of `mesh`.
         """
         found, frames = {}, [x[:: self.selection.stride] for x in clips]
-        images = [x[evenly(len(x), self.image_frames)] for x in frames]
+        images = [x[video_io.evenly(len(x), self.image_frames)] for x in frames]
         if self.i3d:
             ready = (np.asarray(layers.resize(x, self.size, antialias=self.antialias)) for x in frames)
             found["i3d"] = extract.extract(i3d.features, self.i3d.params, ready, batch=batch, mesh=mesh)

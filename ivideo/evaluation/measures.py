@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ivideo.data.video_io import evenly
 from ivideo.evaluation import alignment, bootstrap, frechet, kernel_distance
-from ivideo.evaluation.fidelity import evenly
 from ivideo.evaluation.networks import clip
 
 _TEXTS = 64  # texts in CLIP at a time

@@ -15,7 +15,7 @@ _LINE = 14  # pixels of a caption's line
 def contact_sheet(
     videos: Sequence[np.ndarray], captions: Sequence[str], *, frames: int = 6, width: int = 160
 ) -> Image.Image:
-    """Draws `frames` frames of each clip [T,H,W,3] in [-1, 1], the first to the last, in a row under its caption.
+    """Draws up to `frames` frames of each clip [T,H,W,3] in [-1, 1], the first to the last, in a row under its caption.
 
     `width`: of a frame in pixels; its height follows from the first clip.
     """
@@ -26,7 +26,7 @@ def contact_sheet(
     for number, (video, caption) in enumerate(zip(videos, captions, strict=True)):
         top = _MARGIN + number * row
         draw.text((_MARGIN, top), caption, fill="black")
-        for column, time in enumerate(np.linspace(0, len(video) - 1, frames).round().astype(int)):
+        for column, time in enumerate(video_io.evenly(len(video), frames)):
             levels = video_io.to_uint8(video[time][None])[0]
             # Enlarged frames show their pixels
             method = Image.Resampling.NEAREST if width > levels.shape[1] else Image.Resampling.LANCZOS

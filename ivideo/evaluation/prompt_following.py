@@ -17,8 +17,8 @@ import numpy as np
 import scipy.ndimage
 
 from ivideo.data import shapes
+from ivideo.data.video_io import evenly
 from ivideo.evaluation import averages, silhouette
-from ivideo.evaluation.fidelity import evenly
 
 ATTRIBUTES = ("background", "colour", "motion", "shape")
 # The attributes that are scored in frames too small for shapes.

@@ -13,10 +13,10 @@ import numpy as np
 
 from ivideo import files, text
 from ivideo.data import shapes
+from ivideo.data.video_io import evenly
 from ivideo.devices import agreeing
 from ivideo.errors import UserError
 from ivideo.evaluation import clip_sets, frechet, judges, measures, motion, page, results
-from ivideo.evaluation.fidelity import evenly
 from ivideo.prompts import read_lines
 from ivideo.sampling import cascade
 from ivideo.training import trained

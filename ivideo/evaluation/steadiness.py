@@ -11,8 +11,9 @@ import math
 import numpy as np
 
 from ivideo.data import shapes
+from ivideo.data.video_io import evenly
 from ivideo.evaluation import silhouette
-from ivideo.evaluation.fidelity import LEVELS_PER_UNIT, evenly
+from ivideo.evaluation.fidelity import LEVELS_PER_UNIT
 
 MEASURES = ("ideal_iou", "steady_iou", "grain")
 

@@ -26,7 +26,7 @@ def facts(config) -> dict:
     source = config.cond if config.cond.frames else config.video
     input_size = {name: source[name] for name in ("frames", "height", "width", "fps")}
     params = stages.param_shapes(config)
-    parts = {name: _size(part) for name, part in sorted(params.items())}
+    parts = {name: param_count(part) for name, part in sorted(params.items())}
     return {
         "stage": config.stage,
         "variant": config.variant,
@@ -59,7 +59,8 @@ def describe(config, *, as_json: bool = False) -> None:
         print(json.dumps(found, indent=2) if as_json else _cascade_table(found))
 
 
-def _size(shapes) -> int:
+def param_count(shapes) -> int:
+    """The number of parameters in a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -78,7 +79,7 @@ def _text(config) -> dict:
     tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
     params = jax.eval_shape(encoder_module(config).init, jax.random.key(0), tokens, tokens)["params"]
     sizes = {name: config[name] for name in ("length", "vocab", "dim", "layers", "heads", "head_dim", "ff")}
-    return {"parameters": _size(params), **sizes}
+    return {"parameters": param_count(params), **sizes}
 
 
 def _table(found: dict) -> str:

@@ -16,7 +16,7 @@ from ivideo import __version__, files, stages
 from ivideo.data import mixtures
 from ivideo.devices import chips, sharding
 from ivideo.errors import UserError
-from ivideo.planning.describe import human
+from ivideo.planning.describe import human, param_count
 from ivideo.training.step import state_shapes
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
@@ -159,7 +159,7 @@ def _path(stage, where, path, what):
 def _sizes(config):
     """Whether what a stage keeps in training and in sampling fits this machine's devices."""
     memory = _device_memory()
-    params = sum(leaf.size for leaf in jax.tree.leaves(stages.param_shapes(config)))
+    params = param_count(stages.param_shapes(config))
     for what, needed, key in (("training", _state_bytes, "train"), ("sampling", _param_bytes, "sample")):
         try:
             mesh = sharding.make_mesh(config[key].mesh)

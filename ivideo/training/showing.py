@@ -94,7 +94,7 @@ def _sheet(samples: Sequence[dict]) -> Image.Image:
     """One picture of all samples: rows of pictures, each under a line of text."""
     rows = []
     for sample in samples:
-        frames = np.linspace(0, len(sample["video"]) - 1, min(COLUMNS, len(sample["video"]))).round().astype(int)
+        frames = video_io.evenly(len(sample["video"]), COLUMNS)
         rows.append((sample["caption"] or "(no text)", sample["video"][frames]))
         if "low_res" in sample:
             level = f"low-resolution clip, noise of log-SNR {sample['level']:.1f}"
