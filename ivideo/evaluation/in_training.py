@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from ivideo import files
 from ivideo.data import video_io
@@ -67,12 +66,10 @@ def evaluator(config, workdir: str) -> Callable[[int, object], dict[str, float]]
         made = clip_sets.ClipSet({}, prompts, names, read, whole, config.video.fps, sampled=True)
         options = {"batch": config.evaluate.batch, "label": f"step {step}"}
         try:
-            parts = judges.judge_set(judging, made, os.path.join(folder, f"{step:06d}"), **options)
-            found = [values for _, values in parts]
+            values = judges.judge_whole_set(judging, made, os.path.join(folder, f"{step:06d}"), **options)
         except FloatingPointError:
             log.warning("step %d is not measured: some samples are not finite", step)
             return {}
-        values = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         result = measures.all_of(
             values, kept["reference"], prompts, measures.texts(judging.clip, prompts),
             replicates=config.evaluate.replicates, kernel_samples=config.evaluate.kernel_samples,

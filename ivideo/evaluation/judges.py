@@ -182,6 +182,12 @@ def judge_set(
         yield part, found
 
 
+def judge_whole_set(judges: Judges, clip_set: clip_sets.ClipSet, folder: str, **options) -> dict[str, np.ndarray]:
+    """What is measured of all clips of a set together; as `judge_set`, which takes the same options."""
+    parts = [found for _, found in judge_set(judges, clip_set, folder, **options)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _share(part: range) -> list[int]:
     """The clips of a part that this process measures. Every process has as many, so some have the last one as well."""
     size = -(-len(part) // jax.process_count())

@@ -90,8 +90,7 @@ def evaluate_quality(
     else:
         real_values = {}
     folder = os.path.join(out, PARTS, "samples")
-    parts = list(judges.judge_set(judging, made, folder, batch=config.evaluate.batch, label="samples"))
-    values = {name: np.concatenate([found[name] for _, found in parts]) for name in parts[0][1]}
+    values = judges.judge_whole_set(judging, made, folder, batch=config.evaluate.batch, label="samples")
     texts = measures.texts(judging.clip, made.captions)
     found = {
         **about,
