@@ -69,10 +69,8 @@ def _mean_kernel(x, y, x_weights, y_weights, block, *, group=0):
             base = x[i : i + block] @ y[j : j + block].T / x.shape[1] + 1
             kernel = base * base * base  # numpy's power is many times slower
             if group:
-                rows, columns = (
-                    np.arange(start, start + size) for start, size in zip((i, j), kernel.shape, strict=True)
-                )
-                kernel[rows[:, None] // group == columns // group] = 0
+                row, column = np.ogrid[i : i + kernel.shape[0], j : j + kernel.shape[1]]
+                kernel[row // group == column // group] = 0
             total += ((x_weights[:, i : i + block] @ kernel) * y_weights[:, j : j + block]).sum(axis=1)
     pairs = x_weights.sum(axis=1) * y_weights.sum(axis=1)
     if group:
