@@ -58,6 +58,7 @@ def evaluate_quality(
     was measured so far in parts/, from which the same command goes on. Prints the table, or JSON with `as_json`.
     UserError, before anything is computed, where clips are too few, too short or unreadable, where weights are of
     another network, where the reference's statistics are of another protocol, and where `out` has other results.
+    FloatingPointError at the first new sample that is not finite; what was measured before is kept.
     """
     begin, selection = time.monotonic(), selection_of(config)
     clips, configs = clips or config.evaluate.clips, cascade.select(config, None, to_stage)
