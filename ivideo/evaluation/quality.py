@@ -30,6 +30,7 @@ RESULTS, TABLE, PAGE, REFERENCE, PARTS = (
     f"reference{frechet.SUFFIX}",
     "parts",
 )
+OF_CLIPS = (*motion.MEASURES, "clip_distance", "changes", "follows")  # what is measured of single clips of both sets
 REFERENCE_KEY = "reference"  # of a statistics' protocol: what its clips are
 
 
@@ -284,7 +285,7 @@ def measure_reference(judging: judges.Judges, real: clip_sets.ClipSet, folder: s
             sums[measure] = frechet.merge([sums[measure], added]) if measure in sums else added
         if "fid" in protocols:
             kept += [found["inception"][n - part.start] for n in part if n in chosen]
-        values.append({name: found[name] for name in (*motion.MEASURES, "clip_distance", "changes") if name in found})
+        values.append({name: found[name] for name in OF_CLIPS if name in found})
     if kept:
         sums["fid"] = frechet.Statistics(
             sums["fid"].count, sums["fid"].mean, sums["fid"].scatter, sums["fid"].protocol, np.concatenate(kept)
@@ -300,7 +301,7 @@ def _protocol(judging, stored) -> dict:
             statistics = {"reference samples": stored[name].count, "reference statistics": stored[name].digest}
             found["FVD" if name == "fvd" else "FID and KID"] = protocol | statistics
     if judging.clip:
-        found["CLIP"] = judging.clip.protocol() | {"frames per clip": judging.image_frames}
-    chosen = judging.selection
-    found["time"] = {"frames": chosen.span, "fps": chosen.fps or "each file's own"}
+        more = {"frames per clip": judging.image_frames, "of the first frames": judging.selection.frames}
+        found["CLIP"] = judging.clip.protocol() | more
+    found["time"] = {"frames": judging.selection.span, "fps": judging.selection.fps or "each clip's own"}
     return found
