@@ -45,7 +45,7 @@ CHANGES = {
     "frames shuffled": lambda clip, rng: rng.permutation(clip),
     "first frame repeated": lambda clip, _: np.broadcast_to(clip[:1], clip.shape),
     **{f"noise of {level} of 255": noise(level) for level in (5, 15, 40)},
-    **{f"blur of {pixels} pixels": blur(pixels) for pixels in (1, 2, 4)},
+    **{f"blur of {pixels} px": blur(pixels) for pixels in (1, 2, 4)},
     "other colours (RGB as GBR)": lambda clip, _: np.roll(clip, -1, axis=-1),
 }
 

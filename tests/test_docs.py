@@ -17,7 +17,7 @@ BEAM = {"runner", "project", "region", "temp_location", "sdk_container_image", "
 OTHERS = {  # flags of launch scripts, pip and xprof
     "port", "folder", "dry_run", "zone", "type", "spot", "version", "worker", "restarts", "image", "hosts", "help",
     "only", "again", "seeds", "values", "originals", "students", "format", "layout", "logdir", "steps",
-    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", "i3d",
+    "implicit-dirs", "rename-dir-limit", "check", "no-deps", "no-binary", "i3d", "videos",
     "xla_cpu_experimental_ynn_fusion_type", *BEAM,
 }  # fmt: skip
 
@@ -159,9 +159,11 @@ def test_small_the_front_page_is_short():
     "name",
     [
         "compare_predictions",
+        "compare_sizes",
         "draw_docs",
         "draw_gallery",
         "figures",
+        "fvd_sensitivity",
         "measure_reading",
         "photograph_page",
         "time_notebook",

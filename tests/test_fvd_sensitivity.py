@@ -34,7 +34,7 @@ def test_small_changes_are_what_they_say():
 def test_small_blur_spreads_a_point_within_its_frame(pixels):
     clip = np.zeros((3, 65, 65, 3))
     clip[1, 32, 32] = 1
-    found = CHANGES[f"blur of {pixels} pixels"](clip, None)
+    found = CHANGES[f"blur of {pixels} px"](clip, None)
     assert not found[[0, 2]].any()
     rows = found[1].sum(axis=1)[:, 0]
     assert rows.sum() == pytest.approx(1)
@@ -70,12 +70,12 @@ def features(monkeypatch):
 
 
 def test_small_every_change_is_measured_once(features, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fvd_sensitivity, "CHANGES", {name: CHANGES[name] for name in ("none", "blur of 4 pixels")})
+    monkeypatch.setattr(fvd_sensitivity, "CHANGES", {name: CHANGES[name] for name in ("none", "blur of 4 px")})
     arguments = [str(tmp_path / "out"), "--i3d=FILE", "--clips=3"]
     fvd_sensitivity.main(arguments)
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert said == (tmp_path / "out" / "sensitivity.md").read_text()
-    assert [row["change"] for row in found["rows"]] == ["none", "blur of 4 pixels"] and found["clips"] == 3
+    assert [row["change"] for row in found["rows"]] == ["none", "blur of 4 px"] and found["clips"] == 3
     changed, reference = fvd_sensitivity.halves(fvd_sensitivity.clips_of_shapes(6))
     assert len(np.unique([clip.mean() for clip in changed + reference])) == 6
     for row in found["rows"]:
