@@ -22,7 +22,6 @@ from configs import base
 from ivideo import checks, files, stages
 from ivideo.errors import UserError
 from ivideo.evaluation import in_training, pictures
-from ivideo.evaluation.networks import i3d
 from ivideo.planning import describe
 from ivideo.training.loop import train
 
@@ -99,20 +98,19 @@ def main(arguments=None) -> None:
         if args.steps < 4 or args.steps % 4:
             raise UserError(f"--steps={args.steps}: expected a multiple of 4")
         configs = {int(width): size_config(int(width), args) for width in args.widths.split(",")}
-        if args.i3d:
-            i3d.read(args.i3d)
         about = {"steps": args.steps, "clips": args.clips, "i3d": bool(args.i3d)}
         if (args.folder / ABOUT).exists() and (theirs := files.read_json(args.folder / ABOUT)) != about:
             raise UserError(f"{args.folder} has results of {theirs}, expected {about}: choose another folder")
+        workdirs = {width: args.folder / f"width_{width}" for width in configs}
+        evaluators = {width: in_training.evaluator(configs[width], str(workdirs[width])) for width in configs}
         args.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(args.folder / ABOUT, about)
     except (UserError, ValueError, OSError) as e:
         parser.exit(2, f"compare_sizes.py: {e}\n")
     rows = []
     for width, config in configs.items():
-        workdir = args.folder / f"width_{width}"
-        train(config, str(workdir), evaluate=in_training.evaluator(config, str(workdir)))
-        rows += rows_of(workdir, config)
+        train(config, str(workdirs[width]), evaluate=evaluators[width])
+        rows += rows_of(workdirs[width], config)
         files.write_json(args.folder / "sizes.json", rows)
         files.write_text(args.folder / "sizes.md", table(rows))
         pictures.plot(args.folder / "sizes.png", functools.partial(draw, rows))

@@ -5,6 +5,8 @@ import pathlib
 import shlex
 import subprocess
 
+import pytest
+
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 RUN = ["--", "--config=configs/ssr2.py", "--workdir=/mnt/runs/a b"]
@@ -50,3 +52,12 @@ def names(folder):
 def runs(folder, name) -> int:
     log = folder / f"{name}.log"
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def refusal(script, arguments, capsys) -> str:
+    """What a Python script's `main` says of wrong arguments: one line that begins with its name, and exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        script.main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith(f"{script.__name__}.py: ") and error.count("\n") == 1
+    return error

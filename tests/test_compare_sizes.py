@@ -3,6 +3,7 @@
 import json
 
 import compare_sizes
+import launch_scripts
 import light_network
 import pytest
 
@@ -57,8 +58,6 @@ def test_small_mistakes_are_said_before_anything_is_trained(tmp_path, capsys, ar
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "about.json").write_text('{"steps": 8, "clips": 64, "i3d": true}')
-    with pytest.raises(SystemExit) as ended:
-        compare_sizes.main([argument.format(tmp=tmp_path) for argument in arguments])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.startswith("compare_sizes.py: ")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert said in launch_scripts.refusal(compare_sizes, arguments, capsys)
     assert not (tmp_path / "new").exists()

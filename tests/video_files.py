@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from ivideo.data import sets, sources, video_io
+from ivideo.data import sets, shapes, sources, video_io
 
 IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 16384)
 LEFT = (0, -1, 0, 1, 0, 0, 0, 0, 16384)  # shown turned a quarter to the left
@@ -151,3 +151,13 @@ def near(pixel, rgb, off=4):
 def read(data, **how):
     """Four frames at 25 fps, or as `how` says."""
     return video_io.sample_frames(data, **(dict(frames=4, fps=25) | how))
+
+
+def write_clips(folder, count=6, *, seed=0, frames=4):
+    """Writes clips of the captioned shapes with their captions, and returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for n, attributes in enumerate(shapes.TRAIN[:: len(shapes.TRAIN) // count][:count]):
+        video = shapes.render(attributes, seed + n, frames=frames, height=16, width=16)
+        metadata = {"prompt": shapes.caption(attributes)}
+        video_io.write_video(folder / f"{n:03d}.mp4", video, fps=3, metadata=metadata)
+    return str(folder)

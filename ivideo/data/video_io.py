@@ -145,16 +145,17 @@ def count_frames(source: Path | bytes) -> int:
     """The number of frames. VideoError where one is damaged, or the file cannot be opened as a video."""
     count = 0
     with open_video(source, "a video file") as video:
-        for count, frame in enumerate(decoded(video), 1):  # noqa: B007
+        for frame in decoded(video):
             video.check(frame)
+            count += 1
     return count
 
 
-def check_frames(source: Path | bytes, *, frames: int, fps: Rate) -> None:
-    """Decodes a whole file. VideoError where a frame is damaged, or the file is too short for `frames` at `fps`."""
+def check_frames(source: Path | bytes, *, frames: int, fps: Rate) -> int:
+    """As `count_frames`; VideoError also where the file is too short for `frames` frames at `fps`."""
     for _ in iter_frames(source, frames=frames, fps=fps):
         pass
-    count_frames(source)
+    return count_frames(source)
 
 
 def read_rate(source: Path | bytes) -> Fraction:

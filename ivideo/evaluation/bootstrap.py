@@ -11,6 +11,12 @@ def counts(samples: int, *, replicates: int = REPLICATES, seed: int = 0) -> np.n
     return np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=replicates)
 
 
+def quantiles(values: np.ndarray, *, level: float = LEVEL, method: str = "linear") -> tuple[float, float]:
+    """The bounds that have `level` of the values between them; `method` is that of `np.quantile`."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method=method)
+    return float(low), float(high)
+
+
 def interval(estimate: float, replicates: np.ndarray, *, level: float = LEVEL) -> tuple[float, float]:
     """The interval of a distance, from its values in bootstrap replicates.
 
@@ -18,7 +24,7 @@ def interval(estimate: float, replicates: np.ndarray, *, level: float = LEVEL) -
     different samples, and a replicate has about 63% of them, so its own quantiles would lie above the estimate.
     """
     replicates = np.asarray(replicates, np.float64)
-    low, high = _quantiles(replicates - replicates.mean(), level)
+    low, high = quantiles(replicates - replicates.mean(), level=level)
     return float(estimate + low), float(estimate + high)
 
 
@@ -30,9 +36,4 @@ def mean_interval(
     if not len(values):
         raise ValueError("There are no values, expected one or more.")
     means = counts(len(values), replicates=replicates, seed=seed) @ values / len(values)
-    return float(values.mean()), _quantiles(means, level)
-
-
-def _quantiles(values, level):
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return float(values.mean()), quantiles(means, level=level)

@@ -8,6 +8,7 @@ clips.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -54,6 +55,10 @@ class Selection:
                 f"and config.evaluate.stride = {self.stride}: use longer clips, or fewer frames"
             )
 
+    def size_of(self, height: int, width: int) -> str:
+        """The size at which clips of this size are measured, as text."""
+        return f"{self.height or height}x{self.width or width}"
+
     def check_rate(self, fps: float, name: str) -> None:
         """UserError where clips that are made at `fps` frames a second would have to be resampled."""
         if self.fps and self.fps != fps:
@@ -99,8 +104,7 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
         raise UserError(f"--prompts_file has {len(prompts)} prompts for {len(paths)} clips: give one per clip")
     facts = []
     for begin in range(0, len(paths), _FACTS):
-        chunk = paths[begin : begin + _FACTS]
-        facts += agreeing.from_first_process(lambda: [_facts(path, selection) for path in chunk])  # noqa: B023
+        facts += agreeing.from_first_process(functools.partial(_facts, paths[begin : begin + _FACTS], selection))
     for path, fact in zip(paths, facts, strict=True):
         if same and fact["frames"] != facts[0]["frames"]:
             raise UserError(
@@ -114,30 +118,30 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
         for number in numbers:
             yield number, selection.resized(_decode(paths[number], selection))
 
-    rates, size = {fact["fps"] for fact in facts}, f"{selection.height}x{selection.width}" if selection.height else None
     about = {
         "clips": f"{len(paths)} files of {folder}",
         "frames per file": _range(sizes),
-        "size": size or _one({fact["size"] for fact in facts}),
-        "fps": f"{selection.fps:g}" if selection.fps else _one({f"{rate:g}" for rate in rates}),
+        "size": _one({selection.size_of(*fact["size"]) for fact in facts}),
+        "fps": _one({f"{selection.fps or fact['fps']:g}" for fact in facts}),
     }
     whole = sizes == {selection.span} and not selection.fps
     return ClipSet(about, captions, identities, read, whole, selection.fps or facts[0]["fps"] or _USUAL_FPS)
 
 
-def _facts(path, selection) -> dict:
-    """Frames, rate, size, prompt and digest of a video file, as JSON. VideoError or UserError where it is of no use."""
-    count = video_io.count_frames(path)
-    if selection.fps:
-        for _ in video_io.iter_frames(path, frames=selection.span, fps=_rate(selection)):
-            pass  # an error where the file is too short
-    else:
-        selection.check(count, path)
-    height, width = video_io.read_size(path)
-    found = {"frames": count, "fps": float(video_io.read_rate(path)), "size": f"{height}x{width}"}
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return found | {"prompt": video_io.read_metadata(path).get("prompt"), "sha256": digest}
+def _facts(paths, selection) -> list[dict]:
+    """Frames, rate, size, prompt and digest of video files, as JSON. UserError where one is damaged or too short."""
+    found = []
+    for path in paths:
+        if selection.fps:
+            count = video_io.check_frames(path, frames=selection.span, fps=_rate(selection))
+        else:
+            count = video_io.count_frames(path)
+            selection.check(count, path)
+        fact = {"frames": count, "fps": float(video_io.read_rate(path)), "size": video_io.read_size(path)}
+        with open(path, "rb") as f:
+            fact["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+        found.append(fact | {"prompt": video_io.read_metadata(path).get("prompt")})
+    return found
 
 
 def _rate(selection):
@@ -192,7 +196,7 @@ def from_source(config, reference: str, selection: Selection, *, clips: int = 0)
         for number in numbers:
             yield number, video_io.to_uint8(_example(source, number)["video"])[: selection.span]
 
-    about = {"clips": f"{clips} of {reference}", "size": "{height}x{width}".format(**size), "fps": f"{fps:g}"}
+    about = {"clips": f"{clips} of {reference}", "size": selection.size_of(**size), "fps": f"{fps:g}"}
     key = hashlib.sha256(json.dumps([identity, size]).encode()).hexdigest()
     identities = [f"{key} {number}" for number in range(clips)]
     return ClipSet(about, captions, identities, read, selection.span == config.video.frames, fps)
@@ -237,7 +241,7 @@ def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: in
         "clips": f"{len(prompts)} samples of {' '.join(c.stage for c in configs)}",
         "weights": ", ".join(f"{stage}: {identity}" for stage, identity in identities.items()),
         "seed": seed,
-        "size": f"{selection.height or last.video.height}x{selection.width or last.video.width}",
+        "size": selection.size_of(last.video.height, last.video.width),
         "fps": f"{last.video.fps:g}",
     }
     clip_keys = [f"{key} {number} {text}" for number, text in enumerate(prompts)]

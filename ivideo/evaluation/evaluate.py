@@ -116,9 +116,8 @@ def _psnr_intervals(found: Mapping[str, Sequence[float]]) -> dict[str, tuple[flo
         with np.errstate(divide="ignore"):
             drawn[name] = -10 * np.log10(bootstrap.counts(len(errors)) @ errors / len(errors))
     drawn["gain"] = drawn["stage"] - drawn["trivial"]
-    tails = [(1 - bootstrap.LEVEL) / 2, (1 + bootstrap.LEVEL) / 2]
     # Not between two values, since they can be infinite
-    return {name: tuple(np.quantile(found, tails, method="nearest").tolist()) for name, found in drawn.items()}
+    return {name: bootstrap.quantiles(values, method="nearest") for name, values in drawn.items()}
 
 
 def upsample_held_out_clips(config, *, sources=None, clips: int, seed: int) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -27,7 +27,8 @@ class Statistics:
 
     The scatter is the sum of the outer products of the deviations from the mean. `protocol` says what the features are
     of: the network, the digest of its weights, frames, size and so on, as values of JSON. `sample` [M, D] float32 has
-    some of the features, for measures that need them.
+    some of the features, for measures that need them. `about` says which clips they are of; unlike the protocol it may
+    differ between statistics that are compared.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Statistics:
     scatter: np.ndarray
     protocol: Mapping = dataclasses.field(default_factory=dict)
     sample: np.ndarray | None = None
+    about: Mapping = dataclasses.field(default_factory=dict)
 
     @property
     def covariance(self) -> np.ndarray:
@@ -153,6 +155,7 @@ def save(path: str, statistics: Mapping[str, Statistics]) -> None:
             f"{name}/scatter": found.scatter,
             f"{name}/sample": sample,
             f"{name}/protocol": np.str_(json.dumps(dict(found.protocol), sort_keys=True)),
+            f"{name}/about": np.str_(json.dumps(dict(found.about), sort_keys=True)),
         }
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, **arrays)
@@ -180,11 +183,12 @@ def load(path: str) -> dict[str, Statistics]:
 def _read(path, stored, name):
     arrays = {part: np.asarray(stored[f"{name}/{part}"], np.float64) for part in _ARRAYS}
     protocol = json.loads(str(stored[f"{name}/protocol"]))
+    about = json.loads(str(stored.get(f"{name}/about", "{}")))
     shapes = {part: array.shape for part, array in arrays.items()}
     dims, rows = shapes["mean"], shapes["sample"][:1]
     good = shapes == {"count": (), "mean": dims, "scatter": (*dims, *dims), "sample": (*rows, *dims)}
     finite = all(np.isfinite(array).all() for array in arrays.values())
-    if not good or not finite or len(dims) != 1 or not isinstance(protocol, dict):
+    if not good or not finite or len(dims) != 1 or not isinstance(protocol, dict) or not isinstance(about, dict):
         raise UserError(f"{path} holds arrays of {shapes}, expected finite statistics of one network: copy it again")
     sample = arrays["sample"].astype(np.float32) if rows[0] else None
-    return Statistics(int(arrays["count"]), arrays["mean"], arrays["scatter"], protocol, sample)
+    return Statistics(int(arrays["count"]), arrays["mean"], arrays["scatter"], protocol, sample, about)

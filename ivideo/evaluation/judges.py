@@ -89,11 +89,12 @@ class Judges:
         return found.reshape(-1, self.image_frames, found.shape[-1])
 
     def _row(self, video, caption):
-        row = {**motion.measure(video, flow=self.flow), "changes": motion.changes(video).astype(np.float32)}
+        row = motion.measure(video, flow=self.flow)
+        row |= {"changes": motion.changes(video).astype(np.float32), "follows": np.nan}
         if caption is not None and (attributes := shapes.parse_caption(caption)):
             right = prompt_following.score(video_io.to_float(video), attributes)
-            return row | {"follows": float(prompt_following.all_right(right))}
-        return row | {"follows": np.nan}
+            row["follows"] = float(prompt_following.all_right(right))
+        return row
 
 
 def load(

@@ -31,7 +31,6 @@ RESULTS, TABLE, PAGE, REFERENCE, PARTS = (
     "parts",
 )
 OF_CLIPS = (*motion.MEASURES, "clip_distance", "changes", "follows")  # what is measured of single clips of both sets
-REFERENCE_KEY = "reference"  # of a statistics' protocol: what its clips are
 
 
 def evaluate_quality(
@@ -73,7 +72,8 @@ def evaluate_quality(
         configs, samples, selection, clips=clips, seed=seed, prompts_file=prompts_file, reference=reference, real=real,
         workdir=workdir, weights=weights_path, group=config.sample.group,
     )  # fmt: skip
-    _compare_sizes(made.about, real.about if real else _about_reference(stored))
+    kept_about = next((found.about for found in (stored or {}).values()), {})
+    _warn_of_differences(made.about, real.about if real else kept_about)
     missing = _missing(judging, reference, made.captions)
     about = {"samples": made.about, "reference": real.about if real else {"file": reference} if stored else None}
     agreeing.check_shared(out)
@@ -84,9 +84,6 @@ def evaluate_quality(
         stored, real_values = measure_reference(
             judging, real, folder, batch=config.evaluate.batch, kernel_samples=kernel_samples
         )
-        # Kept with the statistics for those who use the file, but no part of the protocol that has to be the same
-        for name, found in stored.items():
-            stored[name] = dataclasses.replace(found, protocol={**found.protocol, REFERENCE_KEY: real.about})
         if stored and jax.process_index() == 0:
             frechet.save(os.path.join(out, REFERENCE), stored)
     else:
@@ -177,9 +174,11 @@ def _samples(configs, samples, selection, *, clips, seed, prompts_file, referenc
             raise UserError("--prompts_file is missing: the reference has no captions to sample from")
     selection.check(configs[-1].video.frames, f"a sample of stage {configs[-1].stage}")
     selection.check_rate(configs[-1].video.fps, f"a sample of stage {configs[-1].stage}")
-    for config in configs:  # their errors come before hours of measuring the reference
+    # The errors of meshes and of text encoders, before hours of measuring the reference
+    for config in configs:
         cascade.sampling_mesh(config, min(config.sample.batch, clips))
-        text.tokenizer_of(config.text)
+    for text_config in {repr(config.text): config.text for config in configs}.values():  # stages may share an encoder
+        text.tokenizer_of(text_config)
     sources = trained.find(configs, workdir=workdir, weights=weights)
     identities = {config.stage: trained.check(config, sources[config.stage]) for config in configs}
     prompts = [prompts[n % len(prompts)] for n in range(clips)]
@@ -188,12 +187,7 @@ def _samples(configs, samples, selection, *, clips, seed, prompts_file, referenc
     )
 
 
-def _about_reference(stored):
-    """What the statistics of a file are of; {} where there are none."""
-    return next(iter(stored.values())).protocol.get(REFERENCE_KEY, {}) if stored else {}
-
-
-def _compare_sizes(samples, reference):
+def _warn_of_differences(samples, reference):
     """Warns of what makes most numbers useless, but can be meant."""
     for name, what in (("fps", "motion"), ("size", "sharpness")):
         if reference and samples[name] != reference.get(name, samples[name]):
@@ -221,7 +215,7 @@ def _check_protocols(path, stored, protocols):
                 f"{path} has no statistics of {name.upper()}, only of {', '.join(stored)}: measure the reference's "
                 f"videos again with the weights of {protocol['network']}"
             )
-        for key in sorted((protocol.keys() | stored[name].protocol.keys()) - {REFERENCE_KEY}):
+        for key in sorted(protocol.keys() | stored[name].protocol.keys()):
             theirs, ours = stored[name].protocol.get(key, "absent"), protocol.get(key, "absent")
             if theirs != ours:
                 raise UserError(
@@ -263,9 +257,10 @@ def _check_same(out, theirs, ours):
         for key in sorted(values.keys() | others.keys()):
             if (value := values.get(key)) == (other := others.get(key)):
                 continue
-            differ = f"{json.dumps(other)[:200]} there, and {json.dumps(value)[:200]} now"
             if group == "clips":
                 differ = "their files, their prompts or config.sample have changed"
+            else:
+                differ = f"{json.dumps(other)[:200]} there, and {json.dumps(value)[:200]} now"
             raise UserError(f"{out} has results with other {key}: {differ}; choose another --out, or pass --overwrite")
 
 
@@ -286,10 +281,9 @@ def measure_reference(judging: judges.Judges, real: clip_sets.ClipSet, folder: s
         if "fid" in protocols:
             kept += [found["inception"][n - part.start] for n in part if n in chosen]
         values.append({name: found[name] for name in OF_CLIPS if name in found})
+    sums = {measure: dataclasses.replace(found, about=real.about) for measure, found in sums.items()}
     if kept:
-        sums["fid"] = frechet.Statistics(
-            sums["fid"].count, sums["fid"].mean, sums["fid"].scatter, sums["fid"].protocol, np.concatenate(kept)
-        )
+        sums["fid"] = dataclasses.replace(sums["fid"], sample=np.concatenate(kept))
     return sums, {name: np.concatenate([part[name] for part in values]) for name in values[0]}
 
 
