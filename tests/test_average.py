@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 
 import jax
 import orbax.checkpoint as ocp
@@ -257,8 +258,10 @@ def test_reading_beside_a_run_that_saves_every_step(tmp_path):
     training = threading.Thread(target=train)
     training.start()
     try:
-        while not names(tmp_path / "checkpoints") or "tmp" in names(tmp_path / "checkpoints")[0]:
-            over.wait(0.05)
+        deadline = time.monotonic() + 60
+        while not any(name.isdigit() for name in names(tmp_path / "checkpoints")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         steps = []
         for _ in range(50):
             step, params = read(tmp_path)
