@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from configs import ssr2
 from ivideo import files
-from ivideo.data import shapes, video_io
+from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import clip_sets, frechet
 from ivideo.evaluation.networks import extract, i3d, layers
@@ -67,14 +67,10 @@ def clips_of_files(folder: str) -> list[np.ndarray]:
 
 
 def clips_of_shapes(count: int) -> list[np.ndarray]:
-    """Clips uint8 [16, 96, 160, 3] of captioned shapes, whose captions are drawn at random."""
-    captions = len(shapes.all_attributes())
-    rounds = -(-count // captions)
-    true = clip_sets.from_source(
-        ssr2.get_config("demo"), clip_sets.SHAPES, clip_sets.Selection(FRAMES), clips=captions * rounds
-    )
-    chosen = np.random.default_rng(0).permutation(len(true))[:count]
-    return [clip for _, clip in true.read(chosen.tolist())]
+    """Clips uint8 [16, 96, 160, 3] of captioned shapes, whose captions are in random order."""
+    selection = clip_sets.Selection(FRAMES)
+    true = clip_sets.from_source(ssr2.get_config("demo"), clip_sets.SHAPES, selection, clips=count)
+    return [clip for _, clip in true.read(range(count))]
 
 
 def features(weights, clips: Iterable[np.ndarray], change) -> np.ndarray:

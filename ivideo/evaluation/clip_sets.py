@@ -91,7 +91,7 @@ class ClipSet:
 
 
 def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: Sequence[str] = (), same=False):
-    """The first `clips` video files of a folder in the order of their names; 0 are all.
+    """`clips` video files of a folder, evenly chosen from all in the order of their names; 0 are all.
 
     A file's caption is the prompt in its metadata, or the one of its number in `prompts`. With `same`, all files must
     have the same number of frames. UserError where there are too few files, or one is broken or too short.
@@ -99,9 +99,10 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
     names = video_names(folder)
     if len(names) < max(clips, 2):
         raise UserError(f"{folder} has {len(names)} video files, expected {max(clips, 2)} or more: {_HOW_MANY}")
-    paths = [os.path.join(folder, name) for name in (names[:clips] if clips else names)]
-    if prompts and len(prompts) < len(paths):
-        raise UserError(f"--prompts_file has {len(prompts)} prompts for {len(paths)} clips: give one per clip")
+    if prompts and len(prompts) < len(names):
+        raise UserError(f"--prompts_file has {len(prompts)} prompts for {len(names)} clips: give one per clip")
+    chosen = _chosen(len(names), clips)
+    paths = [os.path.join(folder, names[number]) for number in chosen]
     facts = []
     for begin in range(0, len(paths), _FACTS):
         facts += agreeing.from_first_process(functools.partial(_facts, paths[begin : begin + _FACTS], selection))
@@ -110,7 +111,7 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
             raise UserError(
                 f"{path} has {fact['frames']} frames and {paths[0]} has {facts[0]['frames']}: give clips of one length"
             )
-    captions = list(prompts[: len(paths)]) if prompts else [fact["prompt"] for fact in facts]
+    captions = [prompts[number] for number in chosen] if prompts else [fact["prompt"] for fact in facts]
     identities = [f"{fact['sha256']} {caption}" for fact, caption in zip(facts, captions, strict=True)]
     sizes = {fact["frames"] for fact in facts}
 
@@ -119,7 +120,7 @@ def from_folder(folder: str, selection: Selection, *, clips: int = 0, prompts: S
             yield number, selection.resized(_decode(paths[number], selection))
 
     about = {
-        "clips": f"{len(paths)} files of {folder}",
+        "clips": f"{len(paths)} of {len(names)} files of {folder}",
         "frames per file": _range(sizes),
         "size": _one({selection.size_of(*fact["size"]) for fact in facts}),
         "fps": _one({f"{selection.fps or fact['fps']:g}" for fact in facts}),
@@ -170,8 +171,8 @@ def video_names(folder: str) -> list[str]:
 def from_source(config, reference: str, selection: Selection, *, clips: int = 0) -> ClipSet:
     """Clips of a prepared set's folder, or of the captioned shapes, at the size of the stage's output.
 
-    `config` is the stage's. Of a prepared set all clips are taken with `clips` 0, at `selection.fps` or the stage's
-    rate.
+    `config` is the stage's. Of a prepared set, `clips` are evenly chosen, or all with `clips` 0, at `selection.fps` or
+    the stage's rate.
     """
     size = {"height": selection.height or config.video.height, "width": selection.width or config.video.width}
     if reference == SHAPES:
@@ -179,27 +180,40 @@ def from_source(config, reference: str, selection: Selection, *, clips: int = 0)
         selection.check_rate(config.video.fps, "a clip of the captioned shapes at this stage")
         fps = config.video.fps
         source = sources.ShapesSource(
-            shapes.all_attributes(), num_clips=clips, seed=config.seed + 1, frames=config.video.frames, **size
+            shuffled_attributes(), num_clips=clips, seed=config.seed + 1, frames=config.video.frames, **size
         )
         identity = [SHAPES, config.seed + 1, config.video.frames]
         captions = [shapes.caption(source.clip(n)[0]) for n in range(clips)]
+        chosen = range(clips)
     else:
         fps = selection.fps or config.video.fps
         source = sources.TFDSSource(reference, config.data.split, frames=selection.span, fps=fps, **size)
         if len(source) < clips:
             raise UserError(f"{reference} has {len(source)} clips, expected {clips} or more: {_HOW_MANY}")
-        clips = clips or len(source)
+        chosen = _chosen(len(source), clips)
+        clips = len(chosen)
         identity = [reference, config.data.split, len(source), selection.span, fps]
         captions = [None] * clips
 
     def read(numbers):
         for number in numbers:
-            yield number, video_io.to_uint8(_example(source, number)["video"])[: selection.span]
+            yield number, video_io.to_uint8(_example(source, chosen[number])["video"])[: selection.span]
 
     about = {"clips": f"{clips} of {reference}", "size": selection.size_of(**size), "fps": f"{fps:g}"}
     key = hashlib.sha256(json.dumps([identity, size]).encode()).hexdigest()
-    identities = [f"{key} {number}" for number in range(clips)]
+    identities = [f"{key} {number} {caption}" for number, caption in zip(chosen, captions, strict=True)]
     return ClipSet(about, captions, identities, read, selection.span == config.video.frames, fps)
+
+
+def shuffled_attributes() -> list[shapes.Attributes]:
+    """All attributes of the captioned shapes, in one random order: any number of the first are like all of them."""
+    every = shapes.all_attributes()
+    return [every[n] for n in np.random.default_rng(0).permutation(len(every))]
+
+
+def _chosen(count: int, clips: int) -> list[int]:
+    """The numbers of `clips` of `count` clips, evenly: a folder's order is often that of its classes. 0: all."""
+    return video_io.evenly(count, clips or count).tolist()
 
 
 def _example(source, number: int) -> dict:
@@ -213,10 +227,10 @@ def is_prepared(folder: str) -> bool:
 
 
 def captions_of(config, folder: str, clips: int) -> list[str]:
-    """The captions of the first `clips` clips of a prepared set."""
+    """The captions of the clips of a prepared set that `from_source` chooses, or of all if there are fewer."""
     size = {"height": config.video.height, "width": config.video.width}
     source = sources.TFDSSource(folder, config.data.split, frames=1, fps=config.video.fps, **size)
-    return [_example(source, number)["caption"] for number in range(min(clips, len(source)))]
+    return [_example(source, number)["caption"] for number in _chosen(len(source), clips)]
 
 
 def generated(configs, prompts: Sequence[str], selection: Selection, *, seed: int, sources, identities, group: int):

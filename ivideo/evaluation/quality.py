@@ -169,7 +169,7 @@ def _samples(configs, samples, selection, *, clips, seed, prompts_file, referenc
         elif reference is not None and clip_sets.is_prepared(reference):
             prompts = clip_sets.captions_of(configs[-1], reference, clips)
         elif configs[0].data.source == "shapes":
-            prompts = [shapes.caption(attributes) for attributes in shapes.all_attributes()]
+            prompts = [shapes.caption(attributes) for attributes in clip_sets.shuffled_attributes()]
         if not prompts:
             raise UserError("--prompts_file is missing: the reference has no captions to sample from")
     selection.check(configs[-1].video.frames, f"a sample of stage {configs[-1].stage}")
