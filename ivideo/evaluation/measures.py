@@ -83,12 +83,13 @@ def means(values: Mapping[str, np.ndarray], *, replicates: int) -> dict[str, dic
 
 
 def fewer_clips(values: Mapping[str, np.ndarray], reference: Mapping[str, frechet.Statistics] | None) -> dict:
-    """FVD of an eighth, a quarter, half and all of the clips, the first ones: how it falls with their number."""
+    """FVD of an eighth, a quarter, half and all of the clips, evenly chosen: how it falls with their number."""
     if "i3d" not in values or "fvd" not in (reference or {}):
         return {}
     real, count = reference["fvd"], len(values["i3d"])
     counts = [count // part for part in (8, 4, 2, 1) if count // part > 1]
-    return {str(n): frechet.distance(frechet.measure(values["i3d"][:n], real.protocol), real) for n in counts}
+    chosen = {n: values["i3d"][evenly(count, n)] for n in counts}
+    return {str(n): frechet.distance(frechet.measure(some, real.protocol), real) for n, some in chosen.items()}
 
 
 def _row(result, samples, better="lower"):
