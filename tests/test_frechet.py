@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from ivideo.errors import UserError
-from ivideo.evaluation import bootstrap, frechet, kernel_distance
+from ivideo.evaluation import bootstrap, frechet, kernel_distance, measures
 
 PROTOCOL = {"network": "i3d", "frames": 16}
 
@@ -218,3 +218,15 @@ def test_small_intervals_have_only_values_that_a_measure_can_have():
     features = np.random.default_rng(0).normal(size=(50, 4))
     estimate, (low, high) = frechet.distance_interval(features, frechet.measure(features))
     assert low == 0 and abs(estimate) < 1e-9 < high
+
+
+def test_small_distances_of_fewer_clips_are_of_clips_from_the_whole_set():
+    """Features in one dimension that rise from clip to clip, against a normal distribution: |m|² + (s - 1)²."""
+    features = np.linspace(-3, 5, 16)[:, None]
+    reference = frechet.Statistics(2, np.zeros(1), np.ones((1, 1)), {})
+    found = measures.fewer_clips({"i3d": features}, {"fvd": reference})
+    chosen = {2: [0, 15], 4: [0, 5, 10, 15], 8: [0, 2, 4, 6, 9, 11, 13, 15], 16: list(range(16))}
+    assert list(found) == ["2", "4", "8", "16"]
+    for count, numbers in chosen.items():
+        some = features[numbers, 0]
+        assert found[str(count)] == pytest.approx(some.mean() ** 2 + (some.std(ddof=1) - 1) ** 2, rel=1e-9)
