@@ -58,7 +58,7 @@ def rows_of(workdir: pathlib.Path, config) -> list[dict]:
 
 
 def draw(rows: list[dict], pyplot):
-    """A panel for each measure, with a line for each size and the 95% intervals."""
+    """A panel for each measure, with a line for each size and the 95% intervals, and a legend above."""
     names = [name for name in MEASURES if any(row["measure"] == name for row in rows)]
     options = {"figsize": (4.5 * len(names), 3.5), "layout": "constrained", "squeeze": False}
     figure, panels = pyplot.subplots(1, len(names), **options)
@@ -73,7 +73,7 @@ def draw(rows: list[dict], pyplot):
             spans = [[max(0, span) for span in side] for side in (below, above)]
             panel.errorbar(steps, values, yerr=spans, marker="o", capsize=3, label=f"{size / 1e6:.2f}M parameters")
         panel.set(xlabel="training steps", ylabel=MEASURES[name])
-        panel.legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
