@@ -61,7 +61,7 @@ def undisturbed(request, tmp_path_factory):
     """A stage's config, its teacher, and the folder of its distillation through guidance, 8, 4 and 2 steps."""
     config, path = light(request.param), tmp_path_factory.mktemp(request.param)
     teacher, workdir = save_teacher(config, str(path / "teacher.safetensors")), folder(path / "one")
-    assert wait(start(workdir, 1, *arguments(request.param, teacher)), 3000) == [0], logs(workdir, 1)
+    assert wait(start(workdir, 1, *arguments(request.param, teacher)), 600) == [0], logs(workdir, 1)
     assert [row["phase"] for row in rows(workdir)] == ["guidance", "8", "4", "2", "2_stochastic"]
     return config, teacher, workdir
 
@@ -71,10 +71,10 @@ def test_killed_in_each_phase_it_ends_with_the_same_bits(undisturbed, tmp_path):
     workdir = folder(tmp_path / "killed")
     for phase in stages.phases(config):
         processes = start(workdir, 1, *arguments(config.stage, teacher))
-        until_step(workdir / phase, 3, processes, 3000)
+        until_step(workdir / phase, 3, processes, 600)
         os.kill(processes[0].pid, signal.SIGKILL)
         assert wait(processes) == [-signal.SIGKILL]
-    assert wait(start(workdir, 1, *arguments(config.stage, teacher)), 3000) == [0], logs(workdir, 1)
+    assert wait(start(workdir, 1, *arguments(config.stage, teacher)), 600) == [0], logs(workdir, 1)
     assert_same_end(wanted, workdir, config)
     assert f"the distillation of {config.stage} is finished" in logs(workdir, 1)[0]
 
@@ -85,7 +85,7 @@ def evaluated(config, workdir, out, variant: str = "small"):
         sys.executable, "-m", "ivideo.main", f"--config=configs/{config.stage}.py:{variant}", "--mode=evaluate",
         *light_network.ARGUMENTS, f"--workdir={workdir}", "--clips=2", f"--out={out}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text())
 
@@ -109,12 +109,12 @@ def test_two_processes_learn_as_one(undisturbed, tmp_path):
     config, teacher, wanted = undisturbed
     workdir = folder(tmp_path / "two")
     processes = start(workdir, 2, *arguments(config.stage, teacher))
-    until_step(workdir / "8", 2, processes, 3000)
+    until_step(workdir / "8", 2, processes, 600)
     processes[1].terminate()
-    codes = wait(processes, 3000)
+    codes = wait(processes, 600)
     if codes != [0, 0]:  # the notice came in time
         assert codes == [75, 75], logs(workdir, 2)
-        assert wait(start(workdir, 2, *arguments(config.stage, teacher)), 3000) == [0, 0], logs(workdir, 2)
+        assert wait(start(workdir, 2, *arguments(config.stage, teacher)), 600) == [0, 0], logs(workdir, 2)
     assert_losses_agree(wanted, workdir, config)
     assert json.loads((workdir / "2_stochastic" / "finished.json").read_text())["row"]["agreement"] > 5
 

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from deadlines import killed_after
 
 from configs import base
 from ivideo import stages
@@ -52,10 +53,11 @@ def test_interrupted_command_prints_one_line(number, tmp_path):
     command += ["--config.sample.batch=2"]
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for _ in range(3):
-        process.stdout.readline()
-    process.send_signal(number)
-    message = process.communicate(timeout=60)[1]
+    with killed_after(300, process):
+        for _ in range(3):
+            process.stdout.readline()
+        process.send_signal(number)
+        message = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     written = sorted(path.name for path in out.iterdir())
     assert 3 <= len(written) < 500

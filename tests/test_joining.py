@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from deadlines import killed_after
 from test_hosts import ROOT, free_port
 
 from ivideo.devices import hosts, joining
@@ -171,7 +172,7 @@ def test_run_continues_when_a_process_of_another_run_connects(port, seconds, cap
     """By then jax's service has the port. A connection to it would end the run."""
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
     run = subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)
-    with run:
+    with run, killed_after(120, run):
         while (line := run.stdout.readline()) != "running\n":
             assert run.poll() is None, line
         (left,) = in_threads(connect(port, 0, 1, run="b"))
@@ -183,7 +184,8 @@ def test_run_continues_when_a_process_of_another_run_connects(port, seconds, cap
 
 def test_port_of_a_run_is_busy_for_another_run(port, seconds, caplog):
     command = [sys.executable, "-c", RUNNING, f"127.0.0.1:{port}"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True) as run:
+    run = subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    with run, killed_after(120, run):
         while run.stdout.readline() != "running\n":
             assert run.poll() is None
         (left,) = in_threads(gather(port, 2))

@@ -159,7 +159,9 @@ def interrupt(process, workdir, after, sign):
     metrics = workdir / "metrics.jsonl"
     deadline = time.time() + 300
     while not metrics.exists() or metrics.read_text().count("\n") < after:
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()
+            raise AssertionError(process.stderr.read())
         time.sleep(0.005)
     process.send_signal(sign)
     return process.wait(300)
