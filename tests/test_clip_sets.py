@@ -10,6 +10,7 @@ from configs import base
 from ivideo.data import shapes, video_io
 from ivideo.errors import UserError
 from ivideo.evaluation import clip_sets
+from ivideo.training import pretrain_text
 
 
 def test_small_files_that_do_not_decode_are_found_before_anything_is_measured(tmp_path):
@@ -51,7 +52,7 @@ def test_small_any_number_of_clips_is_like_the_whole_set(tmp_path):
     some = clip_sets.from_source(config, clip_sets.SHAPES, selection, clips=120).captions
     shown = [shapes.parse_caption(caption) for caption in some]
     assert len(set(some)) == 120
-    for kinds, values in zip(zip(*shown, strict=True), attributes_of_each_kind(), strict=True):
+    for kinds, values in zip(zip(*shown, strict=True), pretrain_text.CHOICES, strict=True):
         counts = collections.Counter(kinds)
         assert set(counts) == set(values)
         # A fair draw: within four standard deviations of a binomial distribution
@@ -66,10 +67,6 @@ def test_small_any_number_of_clips_is_like_the_whole_set(tmp_path):
     assert found.captions == ["prompt 0", "prompt 4", "prompt 8"] and found.about["clips"].startswith("3 of 9 files")
     digests = clip_sets.from_folder(str(tmp_path / "files"), selection).identities
     assert [i.split()[0] for i in found.identities] == [digests[n].split()[0] for n in (0, 4, 8)]
-
-
-def attributes_of_each_kind():
-    return shapes.SHAPES, tuple(shapes.COLOURS), tuple(shapes.BACKGROUNDS), shapes.MOTIONS
 
 
 def test_small_clips_of_a_prepared_set_are_chosen_evenly(tmp_path):

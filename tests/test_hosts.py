@@ -69,7 +69,7 @@ def wait(processes, seconds=300) -> list[int]:
     except subprocess.TimeoutExpired:
         for process in processes:
             process.send_signal(signal.SIGABRT)
-        return [process.wait(30) for process in processes]  # no test expects this code, and each prints the logs
+        return [process.wait(30) for process in processes]  # the tests then fail with the logs
     finally:
         for process in processes:
             process.kill()
@@ -110,14 +110,14 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("count", [2])
 def test_if_a_process_dies_the_others_exit_and_the_run_continues(one, tmp_path, count):
-    """They exit within two minutes and say what to do. Started again, the run ends as if nothing had happened."""
+    """They exit within a minute and say what to do. Started again, the run ends as if nothing had happened."""
     workdir = tmp_path / "run"
     processes = start(workdir, count)
     until_step(workdir, 7, processes)
     processes[-1].kill()
     began = time.time()
-    *codes, killed = wait(processes, 120)
-    assert time.time() - began < 120
+    *codes, killed = wait(processes, 60)
+    assert time.time() - began < 60
     assert killed == -signal.SIGKILL
     for code, text in zip(codes, logs(workdir, count), strict=False):
         ours = code == 77 and "another process went away" in text and "same command continues" in text
@@ -143,12 +143,10 @@ def test_signal_to_one_process_stops_all_of_them(one, tmp_path):
     """After SIGTERM to the second of two, both save the same step and exit with 75. One process continues the run."""
     workdir = tmp_path / "two"
     processes = start(workdir, 2)
-    until_step(workdir, 2, processes)
+    until_step(workdir, 2, processes)  # early: jax looks for a notice once a second
     processes[1].terminate()
-    codes = wait(processes)
-    if codes != [0, 0]:  # jax looks for a notice once a second, and the run may have ended by then
-        assert codes == [75, 75], logs(workdir, 2)
-        assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
+    assert wait(processes) == [75, 75], logs(workdir, 2)
+    assert wait(start(workdir, 1)) == [0], logs(workdir, 1)
     assert_same(losses(workdir), one)
 
 
