@@ -3,12 +3,15 @@
 import os
 import threading
 import time
+import types
 
 import light_cascade
 import numpy as np
 import pytest
 from shared_programs import random_params
 
+from configs import base
+from ivideo import stages
 from ivideo.data import video_io
 from ivideo.errors import UserError
 from ivideo.prompts import samples
@@ -123,6 +126,16 @@ def test_small_requests_that_are_refused(base_and_tsr1, tmp_path):
     with pytest.raises(UserError, match="stage 'ssr3' takes no clip: choose one of tsr1"):
         studio.enlarged(job, "clip.mp4", PROMPT, 0, "ssr3")
     assert os.listdir(tmp_path) == ["words.txt"]
+
+
+def test_small_a_student_is_asked_for_what_it_was_distilled_for(tmp_path):
+    original = base.get_config("demo")
+    original.distill.w_max = 3.0
+    for config, largest, steps in ((original, 16.0, [16, 32, 64]), (stages.distilled(original), 3.0, [8])):
+        studio = Studio(types.SimpleNamespace(configs=[config]), str(tmp_path))
+        assert studio.guidance_range() == (0.0, largest) and studio.steps() == steps
+        with pytest.raises(UserError, match=f"a guidance of 16.5 was asked for, expected 0 to {largest:g}$"):
+            studio.first(idle_job(), PROMPT, 0, 1, 16.5, steps[0])
 
 
 def test_small_clips_that_are_too_large_are_refused(tmp_path, monkeypatch):
