@@ -110,6 +110,17 @@ def guidance_weights(config) -> dict[str, float]:
     return {key: config.sample[key] for key in keys}
 
 
+def guidance_range(config, saved: dict | None) -> tuple[float, float]:
+    """The least and the largest guidance weight of a stage. A student's are those that it was distilled for.
+
+    `saved`: the config beside its weights; without one, or without these values there, the config's own count.
+    """
+    if not config.phase:
+        return 0.0, config.model.max_guidance
+    found = (saved or {}).get("distill", {})
+    return found.get("w_min", config.distill.w_min), found.get("w_max", config.distill.w_max)
+
+
 def _check_use(source, found, config):
     """UserError if a student is used with a schedule or a guidance weight that it was not distilled for."""
     for key, there, here in differences(found, config, SCHEDULE):
@@ -117,8 +128,7 @@ def _check_use(source, found, config):
             f"{source} was distilled with config.{key} = {there!r}, and it is {here!r} in this config: a student needs "
             "the schedule that it was distilled with"
         )
-    saved = found.get("distill", {})
-    low, high = saved.get("w_min", config.distill.w_min), saved.get("w_max", config.distill.w_max)
+    low, high = guidance_range(config, found)
     for key, weight in guidance_weights(config).items():
         if not low <= weight <= high:
             raise UserError(

@@ -3,9 +3,9 @@
 import os
 import threading
 import time
-import types
 
 import light_cascade
+import light_network
 import numpy as np
 import pytest
 from shared_programs import random_params
@@ -20,7 +20,7 @@ from ivideo.sampling.replay import replay
 from ivideo.serving.jobs import Job, Remaining, Stopped
 from ivideo.serving.requests import MAX_PIXELS, MAX_SEED, First, Studio, check_size, slug
 from ivideo.serving.resident import ResidentCascade
-from ivideo.weights import load_params
+from ivideo.weights import config_metadata, load_params, save_params
 
 PROMPT = "a red star moving left on a teal background"
 
@@ -129,11 +129,17 @@ def test_small_requests_that_are_refused(base_and_tsr1, tmp_path):
 
 
 def test_small_a_student_is_asked_for_what_it_was_distilled_for(tmp_path):
-    original = base.get_config("demo")
-    original.distill.w_max = 3.0
-    for config, largest, steps in ((original, 16.0, [16, 32, 64]), (stages.distilled(original), 3.0, [8])):
-        studio = Studio(types.SimpleNamespace(configs=[config]), str(tmp_path))
-        assert studio.guidance_range() == (0.0, largest) and studio.steps() == steps
+    """The range saved with its weights counts, not a wider one of the config that the page is started with."""
+    original = base.get_config("small")
+    original.update_from_flattened_dict(light_network.OPTIONS)
+    original.sample.steps = 64
+    for config, largest, steps in ((original, 16.0, [16, 32, 64]), (stages.distilled(original), 3.0, [2])):
+        config.distill.w_max = 3.0
+        path = str(tmp_path / f"{config.phase or 'original'}.safetensors")
+        save_params(path, random_params(config, scale=0.15), metadata=config_metadata(config), dtype=np.float32)
+        config.distill.w_max = 16.0
+        studio = Studio(ResidentCascade(config, weights_path=path), str(tmp_path))
+        assert studio.cascade.guidance_range == (0.0, largest) and studio.steps() == steps
         with pytest.raises(UserError, match=f"a guidance of 16.5 was asked for, expected 0 to {largest:g}$"):
             studio.first(idle_job(), PROMPT, 0, 1, 16.5, steps[0])
 

@@ -124,7 +124,7 @@ def _prompt_tab(gr, studio):
     with gr.Row():
         another = gr.Button("Another seed", size="sm")
         count = gr.Slider(1, MAX_VIDEOS, value=MAX_VIDEOS, step=1, label="Videos")
-        low, high = studio.guidance_range()
+        low, high = studio.cascade.guidance_range
         weights = [w for w in WEIGHTS if low <= w <= high]
         guidance = gr.Dropdown([DEFAULT, *map(str, weights)], value=DEFAULT, label="Guidance weight")
         steps = gr.Dropdown(studio.steps(), value=stages[0].sample.steps, label="Sampling steps")

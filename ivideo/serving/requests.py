@@ -70,11 +70,6 @@ class Studio:
             return [stage.sample.steps]
         return sorted({stage.sample.steps, max(1, stage.sample.steps // 2), max(1, stage.sample.steps // 4)})
 
-    def guidance_range(self) -> tuple[float, float]:
-        """The least and the largest guidance weight of the first stage. A student's are those it was distilled for."""
-        stage = self.cascade.configs[0]
-        return (stage.distill.w_min, stage.distill.w_max) if stage.phase else (0.0, stage.model.max_guidance)
-
     def first(self, job: Job, prompt: str, seed: int, count: int, guidance: float | None, steps: int) -> First:
         """The first stage's videos for a prompt. `guidance`: a constant weight, None for the config's guidance."""
         prompt, seed = self._checked(prompt, seed)
@@ -85,7 +80,7 @@ class Studio:
             raise UserError(f"{steps} steps were asked for, expected one of {', '.join(map(str, self.steps()))}")
         stage.sample.steps = steps
         if guidance is not None:
-            low, high = self.guidance_range()
+            low, high = self.cascade.guidance_range
             if not low <= guidance <= high:
                 raise UserError(f"a guidance of {guidance} was asked for, expected {low:g} to {high:g}")
             stage.sample.guidance, stage.sample.weight = "constant", float(guidance)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ivideo import recipe
 from ivideo.devices import sharding
 from ivideo.sampling import cascade
 from ivideo.text import load_encoder
@@ -20,14 +21,17 @@ COMPILING, SAMPLING = "compiling", "sampling"
 class ResidentCascade:
     """The stages from `from_stage` to `to_stage` of a config, as `cascade.select` chooses them.
 
-    `configs`: theirs, in order. `identities`: per stage, which weights it has (`trained.check`). Weights are read when
-    a stage is first used, and stay on the devices. UserError as from `trained.find` and `trained.check`.
+    `configs`: theirs, in order. `identities`: per stage, which weights it has (`trained.check`). `guidance_range`: the
+    least and the largest guidance weight of the first stage. Weights are read when a stage is first used, and stay on
+    the devices. UserError as from `trained.find` and `trained.check`.
     """
 
     def __init__(self, config, *, workdir=None, weights_path=None, from_stage=None, to_stage=None):
         self.config, self.configs = config, cascade.select(config, from_stage, to_stage)
         self._sources = trained.find(self.configs, workdir=workdir, weights=weights_path)
         self.identities = {stage.stage: trained.check(stage, self._sources[stage.stage]) for stage in self.configs}
+        first = self.configs[0]
+        self.guidance_range = recipe.guidance_range(first, trained.saved_config(first, self._sources[first.stage]))
         self._lock = threading.Lock()  # one request uses the devices at a time
         self._params, self._encoders, self._seconds, self._should_stop = {}, {}, {}, None
         self._programs = collections.OrderedDict()
