@@ -20,6 +20,10 @@ FORMATS = {
     ".gif": dict(format="gif", codec="gif", options={}),
 }
 
+# Options with which libx264 writes the same bytes everywhere. By default there are as many threads as cores, and their
+# number changes the bytes; and macroblock trees do, because their AVX-512 code reads memory that nothing has written
+REPEATABLE = {"threads": "1", "mbtree": "0"}
+
 
 def check(suffix: str, frames: np.ndarray, crf: int) -> None:
     """UserError where a file that ends in `suffix` cannot hold frames of this size, or `crf` is out of range."""
@@ -53,8 +57,7 @@ def mp4_bytes(frames: np.ndarray, fps: Fraction, crf: int) -> bytes:
     """The bytes of an .mp4 file, the same on every machine."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # By default there are as many threads as cores, and their number changes the bytes
-        stream = container.add_stream("libx264", rate=fps, options={**_quality("libx264", crf), "threads": "1"})
+        stream = container.add_stream("libx264", rate=fps, options=_quality("libx264", crf) | REPEATABLE)
         stream.height, stream.width = frames.shape[1:3]
         for packet in _packets(stream, frames, fps):
             container.mux(packet)

@@ -43,7 +43,7 @@ class _Writer:
     def __init__(self, height: int, width: int, rate: Fraction, gop: int):
         self.height, self.width, self.file = height // 2 * 2, width // 2 * 2, io.BytesIO()
         self.container = av.open(self.file, "w", format="mp4")
-        options = {"crf": str(CRF), "g": str(gop or max(1, round(rate))), "threads": "1"}
+        options = {"crf": str(CRF), "g": str(gop or max(1, round(rate)))} | encoders.REPEATABLE
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         self.stream.height, self.stream.width = self.height, self.width
         encoders.begin(self.stream, Fraction(1, TICKS))
